@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a device must do, in plain torch: the specification every backend is tested against.
+
+Shapes: T tokens of a step, B sequences, H heads on this rank, D head_dim, R rotary dims,
+N blocks, P block_size, M blocks per sequence, K features in, F features out.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class ForwardBatch:
+    """One step of the paged path: sequences that decode one token first, then prompt chunks.
+
+    Device tensors are what kernels read; the lists beside them hold the same lengths for
+    operators that take theirs from the host.
+    """
+
+    input_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    slot_mapping: Tensor  # [T] int64: block * P + offset
+    block_tables: Tensor  # [B, M] int32, padded with 0
+    cu_seqlens_q: Tensor  # [B + 1] int32
+    context_lens: Tensor  # [B] int32: cached tokens including this step's
+    q_lens_list: list[int]
+    context_lens_list: list[int]
+    num_decodes: int  # leading sequences with exactly one token
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens that belong to prompt chunks."""
+        return sum(self.q_lens_list[self.num_decodes :])
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the device this process computes on."""
+
+    free: int
+    total: int
+    peak: int
+
+
+@dataclass
+class PackedLinear:
+    """A linear layer's weight in the layout its backend computes with."""
+
+    weight: Any  # base: [F, K]
+    bias: Tensor | None  # [F]
+    in_features: int
+    out_features: int
+
+
+def check_shape(x: Tensor, shape: Sequence[int | None], name: str) -> None:
+    """Raise ValueError unless `x` has `shape`; None stands for any size."""
+    if x.dim() != len(shape) or any(
+        s not in (None, n) for n, s in zip(x.shape, shape, strict=True)
+    ):
+        expected = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name} has shape {list(x.shape)}; [{expected}] is expected")
+
+
+class Backend:
+    """Every operator in plain torch, correct anywhere; subclasses override what they do better."""
+
+    name = "base"
+    dist_backend = "gloo"
+    device_type = "cpu"
+
+    def __init__(self) -> None:
+        self.device = torch.device(self.device_type)
+
+    # -- the device's life -----------------------------------------------------------------------
+
+    def why_unusable(self) -> str:
+        """Empty when this device can be used here, else the reason and the remedy."""
+        return ""
+
+    def setup(self, local_rank: int, local_world_size: int = 1, num_threads: int = 0) -> None:
+        """Bind this process to its device."""
+
+    def synchronize(self) -> None:
+        """Wait until everything launched so far is done."""
+
+    def memory(self) -> Memory:
+        """Free, total and peak bytes."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """Device name for logs and result files."""
+        return self.name
+
+    def resolve_dtype(self, file_dtype: str, requested: str) -> tuple[torch.dtype, str]:
+        """The dtype to compute in, and a one-line notice when it is not what the file holds."""
+        name = file_dtype if requested == "auto" else requested
+        return getattr(torch, name), ""
+
+    def measure_bandwidth(self, num_bytes: int = 1 << 28) -> float:
+        """Bytes per second that reading a large tensor reaches; best of a few passes."""
+        data = torch.ones(num_bytes // 4, dtype=torch.float32, device=self.device)
+        seconds = []
+        for _ in range(5):
+            self.synchronize()
+            start = time.perf_counter()
+            data.sum()
+            self.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return num_bytes / min(seconds)
+
+    # -- dense operators -------------------------------------------------------------------------
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        """Take ownership of weight [F, K] and bias [F] in the layout `linear` wants."""
+        return PackedLinear(weight, bias, weight.shape[1], weight.shape[0])
+
+    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        """x [T, K]; returns x @ weight.T + bias, [T, F]."""
+        return F.linear(x, packed.weight, packed.bias)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """x [T, C]; statistics in fp32."""
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+    def activation(self, name: str) -> Callable[[Tensor], Tensor]:
+        """The operator behind a value of `config.ACTIVATIONS`."""
+        return {
+            "gelu_erf": F.gelu,
+            "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+            "silu": F.silu,
+            "relu": F.relu,
+        }[name]
+
+    def rotary(
+        self, q: Tensor, k: Tensor, positions: Tensor, cos_table: Tensor, sin_table: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate the first R of D dimensions, pairing i with i + R/2 (half rotation).
+
+        q, k: [T, H, D], any strides; positions [T]; tables [max_positions, R/2] fp32.
+        Returns new q and k, [T, H, D]; the arithmetic is fp32. Source: HF apply_rotary_pos_emb.
+        """
+        cos = cos_table[positions].unsqueeze(1)  # [T, 1, R/2]
+        sin = sin_table[positions].unsqueeze(1)
+        half = cos.shape[-1]
+
+        def rotate(x: Tensor) -> Tensor:
+            first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            out[..., :half] = first * cos - second * sin
+            out[..., half : 2 * half] = second * cos + first * sin
+            out[..., 2 * half :] = x[..., 2 * half :]
+            return out
+
+        return rotate(q), rotate(k)
+
+    # -- paged attention -------------------------------------------------------------------------
+
+    def allocate_kv_cache(
+        self, num_blocks: int, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """K and V of one layer, each [N, P, H, D]; the content is undefined."""
+        shape = (num_blocks, block_size, num_heads, head_dim)
+        k = torch.empty(shape, dtype=dtype, device=self.device)
+        return k, torch.empty_like(k)
+
+    def store_kv(
+        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Write k, v [T, H, D] to the slots [T] of the caches [N, P, H, D]."""
+        k_cache.flatten(0, 1).index_copy_(0, slot_mapping, k)
+        v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v)
+
+    def prefill_attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch, scale: float
+    ) -> Tensor:
+        """Causal attention of the prompt chunks; keys and values are read from the cache.
+
+        q: [T_prefill, H, D], the rows after the decoding ones. Query i of a chunk of length n
+        sees the first context_len - n + i + 1 cached tokens. Returns [T_prefill, H, D].
+        """
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        start = 0
+        for b in range(batch.num_decodes, len(batch.q_lens_list)):
+            end = start + batch.q_lens_list[b]
+            k, v = gather_kv(k_cache, v_cache, batch.block_tables[b], batch.context_lens_list[b])
+            out[start:end] = self.causal_attention(q[start:end], k, v, scale)
+            start = end
+        return out
+
+    def decode_attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch, scale: float
+    ) -> Tensor:
+        """Attention of one new token per sequence, q [B_decode, H, D], over its cached tokens."""
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for b in range(batch.num_decodes):
+            k, v = gather_kv(k_cache, v_cache, batch.block_tables[b], batch.context_lens_list[b])
+            out[b : b + 1] = self.causal_attention(q[b : b + 1], k, v, scale)
+        return out
+
+    def causal_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """One sequence: q [S, H, D] are the last S of the L positions of k, v [L, H, D].
+
+        The query is scaled before the product and everything up to the weighted sum is fp32, so
+        fp16 scores cannot overflow. Source: HF eager_attention_forward, in higher precision.
+        """
+        s, length = q.shape[0], k.shape[0]
+        scores = torch.einsum("shd,lhd->hsl", q.float() * scale, k.float())
+        visible = torch.ones(s, length, dtype=torch.bool, device=q.device).tril(length - s)
+        probs = scores.masked_fill_(~visible, -math.inf).softmax(-1)
+        return torch.einsum("hsl,lhd->shd", probs, v.float()).to(q.dtype)
+
+    # -- graphs ----------------------------------------------------------------------------------
+
+    def capture(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """A step that replays as one launch where the device has graphs; here the step itself."""
+        return step
+
+
+def gather_kv(
+    k_cache: Tensor, v_cache: Tensor, block_table: Tensor, context_len: int
+) -> tuple[Tensor, Tensor]:
+    """The cached keys and values of one sequence, each [context_len, H, D]."""
+    blocks = block_table[: -(-context_len // k_cache.shape[1])].long()
+    k = k_cache[blocks].flatten(0, 1)[:context_len]
+    v = v_cache[blocks].flatten(0, 1)[:context_len]
+    return k, v

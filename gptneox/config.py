@@ -1,0 +1,551 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every setting, each read in one place: config.json, config.ini and the environment.
+
+Defaults live in the dataclasses below and nowhere else. Precedence, applied by `layer`:
+command-line flag > environment variable > config.ini > default.
+"""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED_CHECKPOINT = Path(__file__).resolve().parent.parent / "weights" / "neox-mini"
+
+# Activations that GPT-NeoX checkpoints name (as in transformers' ACT2FN) -> operator.
+ACTIVATIONS = {
+    "gelu": "gelu_erf",
+    "gelu_python": "gelu_erf",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+}
+ROPE_TYPES = ("default", "linear", "dynamic")
+DTYPES = ("float32", "float16", "bfloat16")
+
+# -- config.json ---------------------------------------------------------------------------------
+
+
+class ConfigError(ValueError):
+    """A setting is wrong; the message names the key, what was found and what is accepted."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture as config.json states it, old (4.x) and new (5.x) keys alike.
+
+    Source: transformers GPTNeoXConfig 4.x (`rotary_pct`, `rotary_emb_base`, `rope_scaling`,
+    `torch_dtype`) and 5.x (`rope_parameters`, `dtype`). A missing rotary share means 0.25 in both.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    activation: str = "gelu_erf"
+    rotary_dim: int = 24
+    rope_theta: float = 10000.0
+    rope_factor: float = 1.0
+    layer_norm_eps: float = 1e-5
+    use_parallel_residual: bool = True
+    attention_bias: bool = True
+    tie_word_embeddings: bool = False
+    dtype: str = "float32"
+    eos_token_ids: tuple[int, ...] = ()
+    quantize: str = ""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model."""
+        c, f = self.hidden_size, self.intermediate_size
+        biases = f + c + (4 * c if self.attention_bias else 0)
+        per_layer = 4 * c * c + 2 * c * f + biases + 4 * c
+        embeddings = self.vocab_size * c * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * per_layer + embeddings + 2 * c
+
+    @property
+    def num_decode_parameters(self) -> int:
+        """Parameters one decode step reads: all but the input embedding, which is only gathered."""
+        if self.tie_word_embeddings:
+            return self.num_parameters
+        return self.num_parameters - self.vocab_size * self.hidden_size
+
+    def kv_bytes_per_token(self, itemsize: int, world_size: int = 1) -> int:
+        """Bytes of K and V that one token takes on one rank, over all layers."""
+        return 2 * self.num_layers * self.hidden_size * itemsize // world_size
+
+    @classmethod
+    def from_pretrained(cls, model_path: Path) -> ModelConfig:
+        """Read `model_path/config.json`.
+
+        Raises:
+            FileNotFoundError: there is no config.json.
+            ConfigError: it is not JSON, not GPT-NeoX, or a value cannot be served.
+        """
+        path = model_path / "config.json"
+        return cls.from_dict(read_json(path), str(path))
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], origin: str = "config.json") -> ModelConfig:
+        """Build from the parsed config.json; `origin` is named in errors."""
+        keys = _Keys(raw, origin)
+        model_type = raw.get("model_type")
+        if model_type != "gpt_neox":
+            raise ConfigError(
+                f"{origin}: model_type is {model_type!r}; this toolkit runs 'gpt_neox' only"
+            )
+        hidden_size = keys.positive_int("hidden_size")
+        num_heads = keys.positive_int("num_attention_heads")
+        if hidden_size % num_heads:
+            raise ConfigError(
+                f"{origin}: hidden_size {hidden_size} is not a multiple of "
+                f"num_attention_heads {num_heads}"
+            )
+        act = raw.get("hidden_act", "gelu")
+        if act not in ACTIVATIONS:
+            raise ConfigError(
+                f"{origin}: hidden_act {act!r} is not known; use one of {', '.join(ACTIVATIONS)}"
+            )
+        rope = _rope(keys, hidden_size // num_heads)
+        return cls(
+            vocab_size=keys.positive_int("vocab_size"),
+            hidden_size=hidden_size,
+            num_layers=keys.positive_int("num_hidden_layers"),
+            num_heads=num_heads,
+            intermediate_size=keys.positive_int("intermediate_size"),
+            max_position_embeddings=keys.positive_int("max_position_embeddings", 2048),
+            activation=ACTIVATIONS[act],
+            layer_norm_eps=keys.number("layer_norm_eps", 1e-5),
+            use_parallel_residual=keys.boolean("use_parallel_residual", True),
+            attention_bias=keys.boolean("attention_bias", True),
+            tie_word_embeddings=keys.boolean("tie_word_embeddings", False),
+            dtype=_file_dtype(raw, origin),
+            eos_token_ids=token_ids(raw.get("eos_token_id"), f"{origin}: eos_token_id"),
+            quantize=str(raw.get("quantize") or ""),
+            **rope,
+        )
+
+
+class _Keys:
+    """Typed access to config.json with errors that name the key."""
+
+    def __init__(self, raw: Mapping[str, Any], origin: str) -> None:
+        self.raw, self.origin = raw, origin
+
+    def positive_int(self, key: str, default: int | None = None) -> int:
+        value = self.raw.get(key, default)
+        if value is None:
+            raise ConfigError(f"{self.origin}: key {key!r} is missing")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{self.origin}: {key} is {value!r}; a positive integer is expected")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        return _number(self.raw.get(key), default, f"{self.origin}: {key}")
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self.raw.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise ConfigError(f"{self.origin}: {key} is {value!r}; true or false is expected")
+        return value
+
+
+def _number(value: Any, default: float, what: str) -> float:
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ConfigError(f"{what} is {value!r}; a positive number is expected")
+    if math.isinf(value):
+        raise ConfigError(f"{what} is infinite; a finite number is expected")
+    return float(value)
+
+
+def _rope(keys: _Keys, head_dim: int) -> dict[str, Any]:
+    """Rotary settings from either key era; the dictionaries of both may be null."""
+    raw, origin = keys.raw, keys.origin
+    params = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(params, dict):
+        raise ConfigError(f"{origin}: rope_parameters is {params!r}; an object is expected")
+    rope_type = params.get("rope_type", params.get("type", "default"))
+    if rope_type not in ROPE_TYPES:
+        raise ConfigError(
+            f"{origin}: rope_type {rope_type!r} is not known; use one of {', '.join(ROPE_TYPES)}"
+        )
+    share = params.get("partial_rotary_factor", raw.get("rotary_pct"))
+    if share is None:
+        logger.debug("%s names no rotary share; 0.25, the class default, is used", origin)
+    share = _number(share, 0.25, f"{origin}: rotary_pct")
+    rotary_dim = int(head_dim * share)
+    if share > 1 or rotary_dim < 2 or rotary_dim % 2:
+        raise ConfigError(
+            f"{origin}: rotary_pct {share} of head_dim {head_dim} gives {rotary_dim} rotary "
+            "dimensions; an even number from 2 to head_dim is needed"
+        )
+    theta = params.get("rope_theta", raw.get("rotary_emb_base"))
+    factor = _number(params.get("factor"), 1.0, f"{origin}: rope factor")
+    return {
+        "rotary_dim": rotary_dim,
+        "rope_theta": _number(theta, 10000.0, f"{origin}: rotary_emb_base"),
+        # "dynamic" changes nothing up to max_position_embeddings, and longer requests are refused.
+        "rope_factor": factor if rope_type == "linear" else 1.0,
+    }
+
+
+def _file_dtype(raw: Mapping[str, Any], origin: str) -> str:
+    name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(f"{origin}: dtype {name!r} is not known; use one of {', '.join(DTYPES)}")
+    return name
+
+
+def token_ids(value: Any, what: str) -> tuple[int, ...]:
+    """An `eos_token_id` entry (missing, one id or a list of ids) as a tuple."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise ConfigError(f"{what} is {value!r}; an integer or a list of integers is expected")
+    return tuple(ids)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON object; errors name the file.
+
+    Raises:
+        FileNotFoundError: the file or its directory does not exist.
+        ConfigError: the content is not a JSON object.
+    """
+    if not path.is_file():
+        state = "exists, but is not a directory" if path.parent.is_file() else "holds none"
+        if not path.parent.exists():
+            state = "does not exist"
+        raise FileNotFoundError(
+            f"no {path.name} in {path.parent}: the path {state}; give the directory of a "
+            "GPT-NeoX checkpoint"
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}; download it again") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds {type(raw).__name__}; a JSON object is expected")
+    return raw
+
+
+# -- config.ini, flags and environment -----------------------------------------------------------
+
+
+def _setting(default: Any, comment: str, *, env: str = "", minimum: float | None = None) -> Any:
+    """A field of a settings section. `env` is the variable that overrides config.ini."""
+    metadata = {"comment": comment, "env": env, "minimum": minimum}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """[model]: which checkpoint, on which devices."""
+
+    model_path: str = _setting("", "checkpoint directory; empty: the embedded weights/neox-mini")
+    device: str = _setting("auto", "auto | npu | cuda | cpu; a named device is never replaced")
+    device_ids: str = _setting("0", "device numbers, comma-separated")
+    dtype: str = _setting("auto", "auto (as config.json says) | float16 | bfloat16 | float32")
+    attention: str = _setting("auto", "auto | paged | flash; auto: what the launcher stands for")
+    parallel_backend: str = _setting("hccl", "hccl | nccl | lccl | gloo; on a CPU always gloo")
+    log_dir: str = _setting("", "directory for log files; empty: none are written")
+    bind_cpu: int = _setting(1, "1: bind each process to the cores near its device", env="BIND_CPU")
+
+    def __post_init__(self) -> None:
+        _one_of("model", "device", self.device, ("auto", "npu", "cuda", "cpu"))
+        _one_of("model", "dtype", self.dtype, ("auto", *DTYPES))
+        _one_of("model", "attention", self.attention, ("auto", "paged", "flash"))
+        _one_of("model", "bind_cpu", self.bind_cpu, (0, 1))
+        parse_device_ids(self.device_ids)
+
+
+@dataclass(frozen=True)
+class EngineSection:
+    """[engine]: the paged path."""
+
+    block_size: int = _setting(128, "KV-cache tokens per block, 16 to 512", minimum=16)
+    num_blocks: int = _setting(0, "KV-cache blocks; 0: from the memory that is free", minimum=0)
+    max_batch_size: int = _setting(1, "requests running at once", minimum=1)
+    max_prefill_batch_size: int = _setting(
+        0, "prompts started in one step; 0: max_batch_size", minimum=0
+    )
+    max_input_length: int = _setting(1024, "expected prompt tokens; sizing only", minimum=1)
+    max_output_length: int = _setting(20, "new tokens per request", minimum=1)
+    max_position_embeddings: int = _setting(
+        0, "positions per request; 0: as config.json says", minimum=0
+    )
+    max_prefill_tokens: int = _setting(
+        -1, "prompt tokens per step; -1: max_prefill_batch_size * (max_input + max_output)"
+    )
+    enable_chunked_prefill: bool = _setting(True, "split prompts longer than max_prefill_tokens")
+    enable_prefix_caching: bool = _setting(True, "reuse the blocks of equal prompt beginnings")
+    memory_fraction: float = _setting(
+        0.9, "share of the free memory the KV cache may take", env="NPU_MEMORY_FRACTION"
+    )
+    reserved_memory_gb: float = _setting(
+        1.0, "GiB kept free beside the KV cache", env="RESERVED_MEMORY_GB", minimum=0
+    )
+
+    def __post_init__(self) -> None:
+        if not 16 <= self.block_size <= 512:
+            raise ConfigError(f"[engine] block_size is {self.block_size}; use 16 to 512")
+        if self.max_prefill_tokens != -1 and self.max_prefill_tokens < 1:
+            raise ConfigError(
+                f"[engine] max_prefill_tokens is {self.max_prefill_tokens}; use -1 or a "
+                "positive number"
+            )
+        if not 0 < self.memory_fraction <= 1:
+            raise ConfigError(
+                f"[engine] memory_fraction is {self.memory_fraction}; use a number above 0, up to 1"
+            )
+
+    @property
+    def prefill_budget(self) -> int:
+        """Prompt tokens that one step may compute."""
+        if self.max_prefill_tokens > 0:
+            return self.max_prefill_tokens
+        batch = self.max_prefill_batch_size or self.max_batch_size
+        return batch * (self.max_input_length + self.max_output_length)
+
+
+@dataclass(frozen=True)
+class PrecisionSection:
+    """[precision] (old name [ceval]): the accuracy task."""
+
+    mode: str = _setting("boolq", "boolq | mmlu | ceval")
+    work_dir: str = _setting("", "holds data/, receives test_result/; empty: the shipped sets")
+    batch: int = _setting(1, "questions per batch", minimum=1)
+    shot: int = _setting(5, "examples before each question", minimum=0)
+    seq_len_out: int = _setting(32, "new tokens per question", minimum=1)
+
+    def __post_init__(self) -> None:
+        _one_of("precision", "mode", self.mode, ("boolq", "mmlu", "ceval"))
+
+
+@dataclass(frozen=True)
+class PerformanceSection:
+    """[performance]: the speed task."""
+
+    model_name: str = _setting("gpt_neox_20b", "used in the name of the result file")
+    batch_size: int = _setting(1, "rows per batch", minimum=1)
+    max_len_exp: int = _setting(10, "largest power of two", minimum=0)
+    min_len_exp: int = _setting(5, "smallest power of two", minimum=0)
+    case_pair: str = _setting("", "[[in,out],...]; when given, the exponents are ignored")
+    save_file_name: str = _setting("", "result file; empty: a name is made")
+    perf_mode: str = _setting("normal", "normal | detail")
+    skip_decode: int = _setting(0, "1: leave detokenising out of the measured run")
+
+    def __post_init__(self) -> None:
+        _one_of("performance", "perf_mode", self.perf_mode, ("normal", "detail"))
+        _one_of("performance", "skip_decode", self.skip_decode, (0, 1))
+        self.cases()
+
+    def cases(self) -> list[tuple[int, int]]:
+        """(input length, output length) of each case, in order."""
+        if not self.case_pair:
+            lengths = [2**i for i in range(self.min_len_exp, self.max_len_exp + 1)]
+            return [(i, o) for i in lengths for o in lengths]
+        try:
+            pairs = ast.literal_eval(self.case_pair)
+            cases = [(i, o) for i, o in pairs]
+        except (ValueError, SyntaxError, TypeError) as error:
+            raise ConfigError(
+                f"[performance] case_pair is {self.case_pair!r}; [[in,out],...] is expected"
+            ) from error
+        if any(not isinstance(n, int) or n < 1 for case in cases for n in case):
+            raise ConfigError(
+                f"[performance] case_pair is {self.case_pair!r}; lengths are positive integers"
+            )
+        return cases
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelSection,
+    "engine": EngineSection,
+    "precision": PrecisionSection,
+    "performance": PerformanceSection,
+}
+Section = TypeVar("Section", ModelSection, EngineSection, PrecisionSection, PerformanceSection)
+
+
+def _one_of(section: str, key: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        choices = ", ".join(str(a) for a in allowed)
+        raise ConfigError(f"[{section}] {key} is {value!r}; use one of {choices}")
+
+
+def parse_device_ids(text: str) -> list[int]:
+    """Device numbers of a comma-separated list; blanks around a number are allowed."""
+    items = [item.strip() for item in text.split(",")]
+    if not all(re.fullmatch(r"\d+", item) for item in items) or len(set(items)) < len(items):
+        raise ConfigError(
+            f"device list {text!r} is wrong; distinct numbers joined by commas are expected, "
+            "such as 0,1"
+        )
+    return [int(item) for item in items]
+
+
+def read_ini(path: Path) -> dict[str, dict[str, str]]:
+    """Sections and keys of config.ini as text.
+
+    Full-line and inline comments (`;` or `#` after a blank) are removed; `%` is literal.
+
+    Raises:
+        FileNotFoundError: `path` does not exist.
+        ConfigError: unreadable, or a section or key that no dataclass knows.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no settings file {path}; see config.ini in the repository")
+    parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=(";", "#"))
+    try:
+        parser.read_string(path.read_text(encoding="utf-8"), source=str(path))
+    except (configparser.Error, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    sections: dict[str, dict[str, str]] = {}
+    for name in parser.sections():
+        target = "precision" if name == "ceval" else name
+        if target not in SECTIONS:
+            raise ConfigError(f"{path}: unknown section [{name}]; known: {', '.join(SECTIONS)}")
+        if target in sections:
+            raise ConfigError(f"{path}: [ceval] is the old name of [precision]; keep one of them")
+        if target != name:
+            logger.warning("%s: section [ceval] is deprecated; rename it to [precision]", path)
+        values = dict(parser[name])
+        values.pop("device_num", None)  # derived from device_ids; accepted as the original did
+        known = {f.name for f in fields(SECTIONS[target])}
+        if unknown := sorted(values.keys() - known):
+            raise ConfigError(
+                f"{path} [{name}]: unknown {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+            )
+        sections[target] = values
+    return sections
+
+
+def _convert(setting: Field[Any], text: str, origin: str) -> Any:
+    """`text` as the type of the field's default."""
+    kind = type(setting.default)
+    try:
+        if kind is bool:
+            value: Any = configparser.ConfigParser.BOOLEAN_STATES[text.strip().lower()]
+        else:
+            value = kind(text.strip())
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{origin}: {text!r} is not a valid {kind.__name__}") from error
+    return value
+
+
+def layer(
+    cls: type[Section],
+    flags: Mapping[str, Any],
+    ini: Mapping[str, Mapping[str, str]],
+    environ: Mapping[str, str] | None = None,
+) -> tuple[Section, dict[str, str]]:
+    """Build one section and say where each value came from.
+
+    Args:
+        cls: a class of `SECTIONS`.
+        flags: parsed command-line values; None means not given. Other keys are ignored.
+        ini: the result of `read_ini`, or {}.
+        environ: os.environ by default.
+
+    Returns:
+        The section and {key: "flag" | variable name | "config.ini" | "default"}.
+    """
+    environ = os.environ if environ is None else environ
+    name = next(n for n, c in SECTIONS.items() if c is cls)
+    given = ini.get(name, {})
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for setting in fields(cls):
+        key, variable = setting.name, setting.metadata["env"]
+        if flags.get(key) is not None:
+            value, source = flags[key], "flag"
+        elif variable and environ.get(variable, "") != "":
+            value, source = _convert(setting, environ[variable], variable), variable
+        elif given.get(key, "") != "":
+            value, source = _convert(setting, given[key], f"[{name}] {key}"), "config.ini"
+        else:
+            value, source = setting.default, "default"
+        if value == setting.default:
+            source = "default"  # a shipped config.ini repeats the defaults
+        minimum = setting.metadata["minimum"]
+        if minimum is not None and value < minimum:
+            raise ConfigError(f"[{name}] {key} is {value}; at least {minimum:g} is expected")
+        values[key], sources[key] = value, source
+    return cls(**values), sources
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The variables that are no config.ini keys: rank, benchmark file, debugging dumps."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    is_quant: bool = False
+    benchmark_enabled: bool = False
+    benchmark_path: str = ""
+    log_level: str = "INFO"
+    omp_num_threads: int = 0
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] | None = None) -> Environment:
+        """Read os.environ.
+
+        Raises:
+            ConfigError: a value has the wrong form, or torchrun's set of variables is incomplete.
+        """
+        environ = os.environ if environ is None else environ
+
+        def integer(name: str, default: int = 0) -> int:
+            text = environ.get(name, "") or str(default)
+            if not re.fullmatch(r"\d+", text):
+                raise ConfigError(f"{name} is {text!r}; a non-negative integer is expected")
+            return int(text)
+
+        launched = [n for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if environ.get(n)]
+        if launched and len(launched) < 3:
+            missing = sorted({"RANK", "LOCAL_RANK", "WORLD_SIZE"} - set(launched))
+            raise ConfigError(
+                f"{', '.join(launched)} set without {', '.join(missing)}; "
+                "start through run_pa.sh or torchrun, or unset them"
+            )
+        rank, world_size = integer("RANK"), integer("WORLD_SIZE", 1)
+        if world_size < 1 or rank >= world_size:
+            raise ConfigError(f"RANK {rank} is not below WORLD_SIZE {world_size}")
+        level = (environ.get("MINDIE_LOG_LEVEL") or "INFO").upper()
+        _one_of("environment", "MINDIE_LOG_LEVEL", level, ("DEBUG", "INFO", "WARNING", "ERROR"))
+        return cls(
+            rank=rank,
+            local_rank=integer("LOCAL_RANK"),
+            world_size=world_size,
+            is_quant=integer("IS_QUANT") == 1,
+            benchmark_enabled=integer("ATB_LLM_BENCHMARK_ENABLE") == 1,
+            benchmark_path=environ.get("ATB_LLM_BENCHMARK_FILEPATH", ""),
+            log_level=level,
+            omp_num_threads=integer("OMP_NUM_THREADS"),
+        )

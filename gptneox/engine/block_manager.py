@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who owns which KV-cache block, and which blocks hold a prefix that can be shared.
+
+    free (in order of eviction)          used (num_users > 0)
+    [empty … | cached, oldest first]     block_table of one or several sequences
+
+A block becomes shareable once it is full and computed. It is then known by its content: the
+identity of the content before it and its own tokens. Python's dict hashes that key and compares
+it in full, so two different prefixes can never be taken for one another. A block nobody uses
+keeps its content until it is taken for something else.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from itertools import count
+
+from gptneox.engine.sequence import Sequence
+
+_ROOT = 0  # content before the first block
+_Key = tuple[int, tuple[int, ...]]
+
+
+class NoFreeBlocks(RuntimeError):
+    """Not enough free blocks now; nothing was taken. Only the scheduler catches it."""
+
+
+class BlockManager:
+    """Reference-counted blocks with prefix sharing. Pure bookkeeping: no tensor is touched."""
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.num_users = [0] * num_blocks
+        self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self.cached: dict[_Key, int] = {}  # content -> block
+        self.contents: dict[int, tuple[int, _Key]] = {}  # block -> (content id, its key)
+        self._content_ids = count(_ROOT + 1)
+        self.num_hit_tokens = 0
+        self.num_queried_tokens = 0
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that `num_tokens` fill, the last one perhaps in part."""
+        return -(-num_tokens // self.block_size)
+
+    def match_prefix(self, seq: Sequence) -> list[int]:
+        """Cached blocks that hold the beginning of `seq`; at least one token is left to compute.
+
+        A request for prompt log-probabilities must see every position, so it matches nothing.
+        """
+        if not self.enable_prefix_caching or seq.params.prompt_logprobs is not None:
+            return []
+        size, blocks, parent = self.block_size, [], _ROOT
+        for start in range(0, (len(seq.token_ids) - 1) // size * size, size):
+            block = self.cached.get((parent, tuple(seq.token_ids[start : start + size])))
+            if block is None:
+                break
+            blocks.append(block)
+            parent = self.contents[block][0]
+        return blocks
+
+    def start(self, seq: Sequence, shared: list[int], *, keep_free: int = 0) -> None:
+        """Give a sequence blocks for all its tokens.
+
+        Args:
+            seq: it has no blocks yet.
+            shared: what `match_prefix` found for it just now.
+            keep_free: blocks that must be left over for others.
+
+        Raises:
+            NoFreeBlocks: nothing was taken.
+        """
+        assert not seq.block_table, f"request {seq.request_id} already has blocks"
+        num_new = self.blocks_for(len(seq.token_ids)) - len(shared)
+        num_unused_shared = sum(not self.num_users[block] for block in shared)
+        available = len(self.free) - num_unused_shared
+        if num_new + keep_free > available:
+            raise NoFreeBlocks(f"need {num_new} blocks and {keep_free} spare, have {available}")
+        for block in shared:
+            self.free.pop(block, None)
+            self.num_users[block] += 1
+        seq.block_table = shared + [self._take() for _ in range(num_new)]
+        seq.num_committed_blocks = len(shared)
+        seq.content_id = self.contents[shared[-1]][0] if shared else _ROOT
+        seq.num_computed_tokens = len(shared) * self.block_size
+        self.num_hit_tokens += seq.num_computed_tokens
+        self.num_queried_tokens += len(seq.token_ids)
+
+    def grow(self, seq: Sequence) -> None:
+        """Give a sequence the block its newest token needs, if it needs one.
+
+        Raises:
+            NoFreeBlocks: nothing was taken.
+        """
+        if len(seq.token_ids) <= len(seq.block_table) * self.block_size:
+            return
+        if not self.free:
+            raise NoFreeBlocks("need 1 block, have 0")
+        seq.block_table.append(self._take())
+
+    def commit(self, seq: Sequence) -> None:
+        """Make the blocks of `seq` that are full and computed available to others."""
+        num_full = seq.num_computed_tokens // self.block_size
+        if not self.enable_prefix_caching or num_full == seq.num_committed_blocks:
+            return
+        for i in range(seq.num_committed_blocks, num_full):
+            tokens = tuple(seq.token_ids[i * self.block_size : (i + 1) * self.block_size])
+            key = (seq.content_id, tokens)
+            if key not in self.cached:
+                block = seq.block_table[i]
+                self.cached[key] = block
+                self.contents[block] = (next(self._content_ids), key)
+            # Otherwise another block holds the same content; the chain goes on from that one.
+            seq.content_id = self.contents[self.cached[key]][0]
+        seq.num_committed_blocks = num_full
+
+    def release(self, seq: Sequence) -> None:
+        """Take all blocks back; the deepest ones are evicted first, so prefixes live longer."""
+        for block in reversed(seq.block_table):
+            self.num_users[block] -= 1
+            assert self.num_users[block] >= 0, f"block {block} released twice"
+            if self.num_users[block]:
+                continue
+            self.free[block] = None
+            if block not in self.contents:
+                self.free.move_to_end(block, last=False)  # nothing to keep: first to be taken
+        seq.block_table = []
+        seq.num_computed_tokens = seq.num_committed_blocks = seq.content_id = 0
+
+    def check(self, sequences: list[Sequence]) -> None:
+        """Assert that the books balance; `sequences` are all that hold blocks."""
+        users = [0] * self.num_blocks
+        for seq in sequences:
+            assert len(set(seq.block_table)) == len(seq.block_table), "a block twice in one table"
+            for block in seq.block_table:
+                users[block] += 1
+        assert users == self.num_users, "num_users differs from the block tables"
+        assert {b for b, n in enumerate(users) if not n} == set(self.free), "free list is wrong"
+        assert len(self.cached) == len(self.contents), "a block is cached twice"
+        for block, (_, key) in self.contents.items():
+            assert self.cached[key] == block, f"block {block} is not where its content points"
+
+    def _take(self) -> int:
+        """The next block to be used; what it held is forgotten."""
+        block, _ = self.free.popitem(last=False)
+        if content := self.contents.pop(block, None):
+            del self.cached[content[1]]
+        self.num_users[block] = 1
+        return block

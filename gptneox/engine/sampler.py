@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From logits to the next token ids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from gptneox.engine.sequence import SamplingParams, Sequence, TokenLogprobs
+
+
+class NonFiniteLogits(RuntimeError):
+    """The model's output is NaN or infinite: nothing sensible can be sampled from it."""
+
+
+class Sampler:
+    """Greedy or random choice per sequence, independent of what else is in the batch.
+
+    Order of the filters as in transformers' `generate`: repetition penalty, temperature, top_k,
+    top_p. Each sequence with a temperature has its own generator, so a seed gives the same text
+    whatever its batch mates are.
+    """
+
+    def __init__(self) -> None:
+        self._generators: dict[int, torch.Generator] = {}
+
+    def __call__(self, logits: Tensor, seqs: Seq[Sequence]) -> list[int]:
+        """Choose one token for each row.
+
+        Args:
+            logits: [S, V], any float dtype.
+            seqs: the S sequences the rows belong to.
+
+        Raises:
+            NonFiniteLogits: a logit is NaN or infinite; the message names the requests.
+        """
+        logits = logits.float()
+        if not math.isfinite(logits.sum().item()):
+            finite = torch.isfinite(logits).all(-1).tolist()
+            bad = [seq.request_id for seq, ok in zip(seqs, finite, strict=True) if not ok]
+            raise NonFiniteLogits(
+                f"the logits of request {', '.join(map(str, bad))} are not finite: the weights "
+                "hold NaN or Inf, or the dtype overflows; try --dtype float32 and check the "
+                "checkpoint"
+            )
+        plain = [s.params.temperature == 0 and s.params.repetition_penalty == 1 for s in seqs]
+        token_ids = logits.argmax(-1).tolist()
+        for i, seq in enumerate(seqs):
+            if not plain[i]:
+                token_ids[i] = self._choose(logits[i], seq)
+        return token_ids
+
+    def forget(self, seq: Sequence) -> None:
+        """Drop the generator of a finished sequence."""
+        self._generators.pop(seq.request_id, None)
+
+    def _choose(self, logits: Tensor, seq: Sequence) -> int:
+        params = seq.params
+        if params.repetition_penalty != 1:
+            logits = penalize_repetition(logits, seq.token_ids, params.repetition_penalty)
+        if params.temperature == 0:
+            return int(logits.argmax())
+        probs = filtered_probs(logits, params)
+        return int(torch.multinomial(probs.cpu(), 1, generator=self._generator(seq)))
+
+    def _generator(self, seq: Sequence) -> torch.Generator:
+        if seq.request_id not in self._generators:
+            generator = torch.Generator()
+            if seq.params.seed is None:
+                generator.seed()
+            else:
+                generator.manual_seed(seq.params.seed)
+            self._generators[seq.request_id] = generator
+        return self._generators[seq.request_id]
+
+
+def penalize_repetition(logits: Tensor, token_ids: list[int], penalty: float) -> Tensor:
+    """Divide positive and multiply negative logits [V] of tokens already present.
+
+    Source: CTRL, arXiv:1909.05858; HF RepetitionPenaltyLogitsProcessor.
+    """
+    seen = torch.tensor(sorted(set(token_ids)), device=logits.device)
+    values = logits[seen]
+    return logits.index_copy(0, seen, torch.where(values < 0, values * penalty, values / penalty))
+
+
+def filtered_probs(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Probabilities [V] after temperature, top_k and top_p; excluded tokens have 0."""
+    logits = logits / params.temperature
+    if 0 < params.top_k < logits.shape[-1]:
+        smallest = logits.topk(params.top_k).values[-1]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    if params.top_p < 1:
+        values, order = logits.sort(descending=True)
+        probs = values.softmax(-1)
+        outside = probs.cumsum(-1) - probs >= params.top_p  # what comes before already suffices
+        logits = logits.index_fill(0, order[outside], -math.inf)
+    return logits.softmax(-1)
+
+
+def token_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprobs]:
+    """Log-probabilities of `token_ids` and of the `num_top` likeliest tokens of each row.
+
+    Args:
+        logits: [S, V]; the softmax is fp32 and over the raw logits, before any filter.
+        token_ids: S ids.
+        num_top: 0 gives empty `top`.
+    """
+    logprobs = logits.float().log_softmax(-1)
+    ids = torch.tensor(token_ids, device=logits.device).unsqueeze(-1)
+    chosen = logprobs.gather(-1, ids).squeeze(-1).tolist()
+    tops: list[dict[int, float]] = [{} for _ in token_ids]
+    if num_top:
+        values, indices = logprobs.topk(min(num_top, logprobs.shape[-1]))
+        rows = zip(indices.tolist(), values.tolist(), strict=True)
+        tops = [dict(zip(i, v, strict=True)) for i, v in rows]
+    return [TokenLogprobs(t, p, top) for t, p, top in zip(token_ids, chosen, tops, strict=True)]

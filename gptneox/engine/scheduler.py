@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which sequences run in the next step, and how many of their tokens.
+
+Deterministic by construction (no clock, no randomness, no set iteration): every rank of a
+tensor-parallel run makes the same decisions from the same requests, without a message.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from gptneox.engine.block_manager import BlockManager, NoFreeBlocks
+from gptneox.engine.sequence import Sequence, Status
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """`num_tokens` tokens of a sequence, from its first one that is not computed."""
+
+    seq: Sequence
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step reaches the sequence's newest token, so that the next one follows."""
+        return self.seq.num_computed_tokens + self.num_tokens == len(self.seq.token_ids)
+
+
+class Scheduler:
+    """First come, first served, with continuous batching, chunked prefill and preemption."""
+
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        *,
+        max_batch_size: int,
+        prefill_budget: int,
+        max_prefill_batch_size: int = 0,
+        enable_chunked_prefill: bool = True,
+    ) -> None:
+        """See `config.EngineSection` for the meaning of the limits."""
+        self.block_manager = block_manager
+        self.max_batch_size, self.prefill_budget = max_batch_size, prefill_budget
+        self.max_prefill_batch_size = max_prefill_batch_size or max_batch_size
+        self.enable_chunked_prefill = enable_chunked_prefill
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of admission
+        self.num_preemptions = 0
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence; the caller has checked that it fits an empty cache."""
+        self.waiting.append(seq)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step is due."""
+        return bool(self.waiting or self.running)
+
+    def schedule(self) -> list[Scheduled]:
+        """The next step: sequences with one token first, then longer chunks.
+
+        Running sequences come before waiting ones. One that needs a block when none is free
+        sends the youngest back to the queue, where it is computed anew later. The oldest can
+        always go on, because each request fits an empty cache: no state is ever stuck.
+        """
+        budget = self.prefill_budget
+        scheduled: list[Scheduled] = []
+        position = 0
+        while position < len(self.running):
+            seq = self.running[position]
+            num_left = len(seq.token_ids) - seq.num_computed_tokens
+            if num_left > 1:
+                num_left = min(num_left, budget) if self.enable_chunked_prefill else num_left
+                budget -= num_left
+            elif not self._grow(seq):
+                break  # it was itself the youngest
+            position += 1
+            if num_left > 0:
+                scheduled.append(Scheduled(seq, num_left))
+        scheduled += self._admit(budget, has_prefill=budget < self.prefill_budget)
+        return sorted(scheduled, key=lambda s: s.num_tokens > 1)  # stable
+
+    def _grow(self, seq: Sequence) -> bool:
+        """Get room for the newest token of `seq`; False when it had to be preempted itself."""
+        while True:
+            try:
+                self.block_manager.grow(seq)
+            except NoFreeBlocks:
+                victim = self.running.pop()
+                self._preempt(victim)
+                if victim is seq:
+                    return False
+            else:
+                return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.block_manager.release(seq)
+        seq.status = Status.WAITING
+        self.waiting.appendleft(seq)
+        self.num_preemptions += 1
+
+    def _admit(self, budget: int, *, has_prefill: bool) -> list[Scheduled]:
+        """Start waiting sequences while batch, budget and blocks allow; never out of order."""
+        admitted: list[Scheduled] = []
+        while self.waiting and len(self.running) < self.max_batch_size:
+            seq = self.waiting[0]
+            if len(admitted) == self.max_prefill_batch_size:
+                break
+            if budget <= 0 and (has_prefill or admitted):
+                break
+            shared = self.block_manager.match_prefix(seq)
+            num_left = len(seq.token_ids) - len(shared) * self.block_manager.block_size
+            if self.enable_chunked_prefill:
+                num_left = min(num_left, budget)
+            elif num_left > budget and (has_prefill or admitted):
+                break  # a prompt above the budget runs whole, in a step without other prompts
+            try:
+                # One spare block for each running sequence, lest they preempt it at once.
+                self.block_manager.start(seq, shared, keep_free=len(self.running))
+            except NoFreeBlocks:
+                break
+            self.waiting.popleft()
+            seq.status = Status.RUNNING
+            self.running.append(seq)
+            admitted.append(Scheduled(seq, num_left))
+            budget -= num_left
+        return admitted
+
+    def computed(self, scheduled: list[Scheduled]) -> None:
+        """Note that a step is done: its tokens are in the cache."""
+        for item in scheduled:
+            item.seq.num_computed_tokens += item.num_tokens
+            self.block_manager.commit(item.seq)
+
+    def finish(self, seq: Sequence, reason: str) -> None:
+        """End a sequence at any point between two steps and free its blocks."""
+        if seq.status is Status.RUNNING:
+            self.running.remove(seq)
+        elif seq.status is Status.WAITING:
+            self.waiting.remove(seq)
+        self.block_manager.release(seq)
+        seq.status, seq.finish_reason = Status.FINISHED, reason

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was asked (SamplingParams) and how far it is (Sequence)."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+MAX_STOP_STRINGS = 16
+MAX_LOGPROBS = 100
+
+
+class InvalidParameter(ValueError):
+    """A request field is out of range; `param` names it."""
+
+    def __init__(self, param: str, value: object, expected: str) -> None:
+        super().__init__(f"{param} is {value!r}; {expected} is expected")
+        self.param = param
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a request generates. Temperature 0 is greedy; top_k 0 and top_p 1 are off.
+
+    Raises:
+        InvalidParameter: a field is out of range or of the wrong type.
+    """
+
+    max_new_tokens: int = 20
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # alternatives returned beside each new token's log-probability
+    prompt_logprobs: int | None = None  # the same for each prompt token but the first
+
+    def __post_init__(self) -> None:
+        lowest = 0 if self.prompt_logprobs is not None else 1  # 0: score the prompt, no new token
+        _integer("max_new_tokens", self.max_new_tokens, lowest)
+        _real("temperature", self.temperature, 0.0, math.inf)
+        _integer("top_k", self.top_k, -1)
+        _real("top_p", self.top_p, 0.0, 1.0, above=True)
+        _real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, above=True)
+        if self.seed is not None:
+            _integer("seed", self.seed, 0, 2**63 - 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidParameter("stop", len(self.stop), f"at most {MAX_STOP_STRINGS} strings")
+        if any(not isinstance(s, str) or not s for s in self.stop):
+            raise InvalidParameter("stop", list(self.stop), "a list of non-empty strings")
+
+
+def _integer(name: str, value: object, lowest: int, highest: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+        limit = f"from {lowest}" + ("" if highest == math.inf else f" to {highest}")
+        raise InvalidParameter(name, value, f"an integer {limit}")
+
+
+def _real(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if (
+        not number
+        or not math.isfinite(value)
+        or not low <= value <= high
+        or (above and value == low)
+    ):  # type: ignore[arg-type,operator]
+        first = f"above {low:g}" if above else f"from {low:g}"
+        upto = "" if high == math.inf else f" up to {high:g}"
+        raise InvalidParameter(name, value, f"a finite number {first}{upto}")
+
+
+class Status(enum.Enum):
+    """Where a sequence is."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass
+class TokenLogprobs:
+    """Log-probability of one token, and of the most likely alternatives (id -> value)."""
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One request on its way: its tokens, the blocks they are cached in, and how many are."""
+
+    request_id: int
+    token_ids: list[int]  # prompt, then what was generated
+    params: SamplingParams
+    num_prompt_tokens: int
+    status: Status = Status.WAITING
+    block_table: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0  # leading tokens whose K and V are in the cache
+    num_committed_blocks: int = 0  # leading blocks known to the prefix cache,
+    content_id: int = 0  # and the identity of what they hold
+    num_scored_tokens: int = 0  # prompt tokens whose log-probability is known
+    finish_reason: str = ""  # "stop" | "length" | "abort"
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @classmethod
+    def create(cls, request_id: int, prompt_ids: Iterable[int], params: SamplingParams) -> Sequence:
+        """A new, waiting sequence."""
+        token_ids = list(prompt_ids)
+        return cls(request_id, token_ids, params, len(token_ids))
+
+    @property
+    def output_ids(self) -> list[int]:
+        """Generated tokens."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Number of generated tokens."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that the sequence can grow to."""
+        return self.num_prompt_tokens + self.params.max_new_tokens

@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--task inference` on the paged path: prompts in, answers and a short summary out."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from gptneox.backends import select
+from gptneox.backends.base import Backend
+from gptneox.cli import DEFAULT_PROMPT, Settings
+from gptneox.config import ConfigError
+from gptneox.engine.llm_engine import EngineStats, LLMEngine, RequestOutput
+from gptneox.engine.sequence import SamplingParams
+from gptneox.parallel import TensorParallelGroup, init_group
+
+logger = logging.getLogger(__name__)
+
+BENCHMARK_COLUMNS = (
+    "batch_size",
+    "input_seq_len",
+    "output_seq_len",
+    "e2e_time(ms)",
+    "prefill_time(ms)",
+    "decoder_token_time(ms)",
+    "prefill_count",
+    "prefill_token_times",
+    "decode_token_times",
+    "max_generate_batch_size",
+    "prefill_average_time(ms)",
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One input: its ids, and how it is shown."""
+
+    ids: list[int]
+    shown: str
+
+
+def run(settings: Settings) -> None:
+    """Load the model, answer every prompt, print the summary.
+
+    Raises:
+        ValueError, OSError, RuntimeError: with a message for the user.
+    """
+    backend = select(settings.model.device)
+    environment = settings.environment
+    backend.setup(environment.local_rank, environment.world_size, environment.omp_num_threads)
+    group = init_group(environment.rank, environment.world_size, backend.dist_backend)
+    if group.rank == 0:
+        for line in settings.describe():
+            logger.info(line)
+    engine = load_engine(settings, backend, group)
+    if settings.args.interactive:
+        interact(engine, settings.sampling)
+        return
+    prompts = read_prompts(settings, engine.tokenizer)
+    params = [fit_output_length(settings, engine, p) for p in prompts]
+    if environment.benchmark_enabled:
+        engine.generate([p.ids for p in prompts], [replace(q, max_new_tokens=2) for q in params])
+    engine.reset_stats(keep_steps=environment.benchmark_enabled)
+    printer = Printer(prompts, settings.args.stream, sys.stdout if group.rank == 0 else None)
+    outputs = answer(engine, prompts, params, printer)
+    if group.rank > 0:
+        return
+    if settings.args.output_file:
+        write_output_file(settings.args.output_file, prompts, outputs)
+    if environment.benchmark_enabled:
+        path = write_benchmark(environment.benchmark_path, engine, prompts, outputs)
+        logger.info("benchmark written to %s", path)
+    print_summary(engine)
+
+
+def load_engine(settings: Settings, backend: Backend, group: TensorParallelGroup) -> LLMEngine:
+    """The engine of this rank, with its model loaded."""
+    start = time.perf_counter()
+    engine = LLMEngine.from_pretrained(
+        settings.model_path,
+        settings.engine,
+        backend,
+        dtype=settings.model.dtype,
+        group=group,
+        with_tokenizer=settings.args.load_tokenizer,
+        trust_remote_code=settings.args.trust_remote_code,
+        show_progress=True,
+    )
+    logger.info(
+        "loaded %s in %.1f s: %s on %s, %d KV-cache blocks of %d tokens",
+        settings.model_path,
+        time.perf_counter() - start,
+        str(engine.dtype).removeprefix("torch."),
+        backend.describe(),
+        engine.block_manager.num_blocks,
+        engine.settings.block_size,
+    )
+    return engine
+
+
+def read_prompts(settings: Settings, tokenizer: Any) -> list[Prompt]:
+    """--input_ids if given, else --input_texts; a text that names a file stands for its content.
+
+    Raises:
+        ConfigError: a text is empty or not valid Unicode.
+    """
+    args = settings.args
+    if args.input_ids:
+        return [Prompt(ids, ",".join(map(str, ids))) for ids in args.input_ids]
+    prompts = []
+    for i, text in enumerate(args.input_texts or [DEFAULT_PROMPT]):
+        is_file = text and len(text) < 4096 and "\0" not in text and Path(text).is_file()
+        content = Path(text).read_text(encoding="utf-8") if is_file else text
+        prompts.append(Prompt(encode(tokenizer, content, f"prompt {i}"), content))
+    return prompts
+
+
+def encode(tokenizer: Any, text: str, what: str) -> list[int]:
+    """Token ids of a prompt, without added special tokens.
+
+    Raises:
+        ConfigError: empty, or not valid Unicode.
+    """
+    if not text:
+        raise ConfigError(f"{what} is empty; give a text, or --input_ids 0 to start from nothing")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{what} is not valid Unicode: {error.reason} at {error.start}"
+        ) from error
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def fit_output_length(settings: Settings, engine: LLMEngine, prompt: Prompt) -> SamplingParams:
+    """The request's parameters; a length nobody asked for is capped to the positions left."""
+    params = settings.sampling
+    left = engine.max_positions - len(prompt.ids)
+    if settings.sources["engine"]["max_output_length"] == "default" and left > 0:
+        return replace(params, max_new_tokens=min(params.max_new_tokens, left))
+    return params
+
+
+class Printer:
+    """Writes answers in the order of the prompts, whole or while they grow."""
+
+    def __init__(self, prompts: Seq[Prompt], stream: bool, out: TextIO | None) -> None:
+        """`out` is None on ranks that print nothing."""
+        self.prompts, self.stream, self.out = prompts, stream, out
+        self._texts = [""] * len(prompts)
+        self._finished: dict[int, RequestOutput] = {}
+        self._current, self._num_shown = 0, -1  # -1: the question is not printed yet
+
+    def add(self, index: int, output: RequestOutput, has_text: bool) -> None:
+        """Take a step's output of prompt `index` and print what is due."""
+        if has_text:
+            self._texts[index] += output.new_text
+        else:
+            new = ",".join(map(str, output.new_token_ids))
+            self._texts[index] += ("," if self._texts[index] and new else "") + new
+        if output.finished:
+            self._finished[index] = output
+        while self.out and self._current < len(self.prompts) and self._print_current():
+            self._current, self._num_shown = self._current + 1, -1
+
+    def _print_current(self) -> bool:
+        """Print the answer whose turn it is as far as possible; True when it is complete."""
+        i = self._current
+        done = self._finished.get(i)
+        if not (self.stream or done) or self.out is None:
+            return False
+        if self._num_shown < 0:
+            print(f"Question[{i}]: {self.prompts[i].shown}", file=self.out)
+            print(f"Answer[{i}]: ", end="", file=self.out)
+            self._num_shown = 0
+        print(self._texts[i][self._num_shown :], end="", file=self.out, flush=True)
+        self._num_shown = len(self._texts[i])
+        if done:
+            print(f"\nGenerate[{i}] token num: ({i}, {len(done.token_ids)})", file=self.out)
+        return done is not None
+
+
+def answer(
+    engine: LLMEngine, prompts: Seq[Prompt], params: Seq[SamplingParams], printer: Printer
+) -> list[RequestOutput]:
+    """Run all prompts; the printer shows them, a progress bar counts them on a terminal."""
+    ids = [engine.add_request(p.ids, q) for p, q in zip(prompts, params, strict=True)]
+    index = {request_id: i for i, request_id in enumerate(ids)}
+    outputs: dict[int, RequestOutput] = {}
+    hide = len(prompts) < 4 or printer.out is None or printer.stream or not sys.stderr.isatty()
+    with tqdm(total=len(prompts), desc="prompts", leave=False, disable=hide) as bar:
+        for output in engine.stream():
+            i = index[output.request_id]
+            printer.add(i, output, engine.tokenizer is not None)
+            if output.finished:
+                outputs[i] = output
+                bar.update()
+    return [outputs[i] for i in range(len(prompts))]
+
+
+# -- the prompt loop -----------------------------------------------------------------------------
+
+
+def interact(engine: LLMEngine, params: SamplingParams) -> None:
+    """Read a prompt, stream its continuation, again; every prompt stands alone.
+
+    Ctrl-C stops the answer, not the program; /exit or Ctrl-D ends it.
+    """
+    group = engine.model.group
+    if group.rank == 0:
+        print("Each line is continued by the model. Ctrl-C stops an answer, /exit ends.")
+    while True:
+        text = group.broadcast_object(_read_line() if group.rank == 0 else None)
+        if text is None or text.strip() in ("/exit", "/quit"):
+            return
+        if not text:
+            continue
+        try:
+            request_id = engine.add_request(encode(engine.tokenizer, text, "the prompt"), params)
+        except ValueError as error:
+            if group.rank == 0:
+                print(f"error: {error}")
+            continue
+        _stream_answer(engine, request_id)
+
+
+def _read_line() -> str | None:
+    """One line from the user; None at the end of the input."""
+    while True:
+        try:
+            return input("> ")
+        except EOFError:
+            print()
+            return None
+        except KeyboardInterrupt:
+            print("\n(/exit or Ctrl-D ends)")
+
+
+def _stream_answer(engine: LLMEngine, request_id: int) -> None:
+    show = engine.model.group.rank == 0
+    with _interrupt_noted() as interrupted:
+        for output in engine.stream():
+            if show:
+                print(output.new_text, end="", flush=True)
+            # Every rank must stop at the same step, so rank 0's finger decides.
+            if engine.model.group.broadcast_object(bool(interrupted)):
+                engine.abort(request_id)
+    if show:
+        print(" [stopped]" if interrupted else "")
+
+
+@contextmanager
+def _interrupt_noted() -> Iterator[list[int]]:
+    """Within, Ctrl-C only appends to the list: a step is never torn in the middle."""
+    noted: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# -- results -------------------------------------------------------------------------------------
+
+
+def write_output_file(path: Path, prompts: Seq[Prompt], outputs: Seq[RequestOutput]) -> None:
+    """JSON lines, complete or not there at all."""
+    lines = []
+    for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        record = {
+            "index": i,
+            "prompt": prompt.shown,
+            "prompt_ids": prompt.ids,
+            "text": output.text,
+            "token_ids": output.token_ids,
+            "finish_reason": output.finish_reason,
+        }
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    replace_file(path, "".join(lines))
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write through a temporary sibling, so that a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def benchmark_row(
+    stats: EngineStats, batch_size: int, prompts: Seq[Prompt], outputs: Seq[RequestOutput]
+) -> dict[str, str]:
+    """Times in ms with two decimals; lengths are those of the longest request."""
+    assert stats.steps is not None, "step times were not kept"
+    prefill = [s.seconds for s in stats.steps if s.num_prefill_tokens]
+    decode = [s.seconds for s in stats.steps if not s.num_prefill_tokens]
+    output_len = max(len(o.token_ids) for o in outputs)
+    per_token = sum(decode) / (output_len - 1) if output_len > 1 else 0.0
+    values = (
+        str(len(prompts)),
+        str(max(len(p.ids) for p in prompts)),
+        str(output_len),
+        f"{(sum(prefill) + sum(decode)) * 1e3:.2f}",
+        f"{sum(prefill) * 1e3:.2f}",
+        f"{per_token * 1e3:.2f}",
+        str(len(prefill)),
+        ",".join(f"{s:.6f}" for s in prefill),
+        ",".join(f"{s:.6f}" for s in decode),
+        str(batch_size),
+        f"{sum(prefill) / len(prompts) * 1e3:.2f}",
+    )
+    return dict(zip(BENCHMARK_COLUMNS, values, strict=True))
+
+
+def write_benchmark(
+    path: str, engine: LLMEngine, prompts: Seq[Prompt], outputs: Seq[RequestOutput]
+) -> Path:
+    """Write ATB_LLM_BENCHMARK_FILEPATH anew, or add a row to ./benchmark_result/benchmark.csv.
+
+    The default file is shared by all runs in a directory: rows are added under a lock, so that
+    runs side by side lose nothing.
+    """
+    row = benchmark_row(engine.stats, engine.settings.max_batch_size, prompts, outputs)
+    target = Path(path or "benchmark_result/benchmark.csv")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("a+", encoding="utf-8", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if path:
+            file.truncate(0)
+        writer = csv.DictWriter(file, BENCHMARK_COLUMNS)
+        if file.seek(0, os.SEEK_END) == 0:
+            writer.writeheader()
+        writer.writerow(row)
+    return target
+
+
+def print_summary(engine: LLMEngine) -> None:
+    """Prefill and decode speed, and the share of the memory bandwidth that decoding reached."""
+    stats, config = engine.stats, engine.model.config
+    if stats.prefill_s:
+        rate = stats.num_prefill_tokens / stats.prefill_s
+        print(
+            f"prefill: {stats.num_prefill_tokens} tokens, {rate:.1f} tokens/s, "
+            f"{stats.prefill_s * 1e3:.1f} ms"
+        )
+    if not stats.decode_s:
+        return
+    # Bytes one rank reads: its part of the weights once per step, and the cached K and V.
+    ranks, itemsize = engine.model.group.world_size, engine.dtype.itemsize
+    read = stats.num_decode_steps * config.num_decode_parameters * itemsize / ranks
+    read += stats.num_decode_context_tokens * config.kv_bytes_per_token(itemsize, ranks)
+    achieved = read / stats.decode_s
+    limit = engine.model.backend.measure_bandwidth()
+    print(
+        f"decode: {stats.num_decode_tokens} tokens, "
+        f"{stats.num_decode_tokens / stats.decode_s:.1f} tokens/s, "
+        f"{stats.decode_s / stats.num_decode_steps * 1e3:.2f} ms per step, "
+        f"{achieved / 1e9:.1f} GB/s = {achieved / limit:.0%} of the "
+        f"{limit / 1e9:.1f} GB/s measured memory bandwidth"
+    )

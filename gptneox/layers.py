@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers whose weights a backend packs, and the tensor-parallel cut of each.
+
+Every layer is made on the meta device, takes its tensors one by one and hands them to the
+backend as soon as they are complete, so a checkpoint is never in memory twice.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from gptneox.backends.base import Backend, PackedLinear, check_shape
+from gptneox.config import ModelConfig
+from gptneox.parallel import TensorParallelGroup
+
+
+class Linear(nn.Module):
+    """A linear layer, or this rank's part of one; `packed` holds the weight once it is loaded.
+
+    Column-parallel layers hold rows of the weight (each rank computes part of the features),
+    row-parallel layers hold columns (each rank computes a partial sum of all features). A partial
+    sum takes its bias on one rank only, or 1/world_size of it on each: the sum has it once.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, backend: Backend) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.backend = in_features, out_features, backend
+        self.weight = nn.Parameter(_meta(out_features, in_features), requires_grad=False)
+        self.bias = nn.Parameter(_meta(out_features), requires_grad=False) if bias else None
+        self.packed: PackedLinear | None = None
+
+    def pack(self) -> None:
+        """Hand the loaded weight and bias to the backend and let go of them."""
+        assert not self.weight.is_meta, "pack before the weight was loaded"
+        bias = None if self.bias is None else self.bias.data
+        self.packed = self.backend.pack_linear(self.weight.data, bias)
+        self.weight = nn.Parameter(_meta(self.out_features, self.in_features), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, in_features]; returns [T, out_features]."""
+        assert self.packed is not None, "forward before the weights were loaded"
+        return self.backend.linear(x, self.packed)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last dimension."""
+
+    def __init__(self, width: int, eps: float, backend: Backend) -> None:
+        super().__init__()
+        self.eps, self.backend = eps, backend
+        self.weight = nn.Parameter(_meta(width), requires_grad=False)
+        self.bias = nn.Parameter(_meta(width), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, C]; returns [T, C]."""
+        return self.backend.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class Embedding(nn.Module):
+    """Token embedding, whole on every rank."""
+
+    def __init__(self, num_rows: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(_meta(num_rows, width), requires_grad=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [T]; returns [T, C]."""
+        return nn.functional.embedding(ids, self.weight)
+
+
+class Rotary(nn.Module):
+    """cos and sin of every position, computed in fp64 and kept in fp32.
+
+    Half-precision tables are wrong by up to 0.8 at late positions, so their dtype never follows
+    the weights'. Source: RoFormer, arXiv:2104.09864; rotary share and half pairing as GPT-NeoX.
+    """
+
+    def __init__(self, config: ModelConfig, num_positions: int, backend: Backend) -> None:
+        super().__init__()
+        self.backend = backend
+        r = config.rotary_dim
+        exponents = torch.arange(0, r, 2, dtype=torch.float64, device="cpu") / r
+        frequencies = config.rope_theta**-exponents / config.rope_factor  # [R/2]
+        angles = torch.outer(torch.arange(num_positions, dtype=torch.float64), frequencies)
+        self.cos = angles.cos().float().to(backend.device)  # [max_positions, R/2]
+        self.sin = angles.sin().float().to(backend.device)
+
+    def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """q, k [T, H, D]; returns both with their first R dimensions rotated."""
+        return self.backend.rotary(q, k, positions, self.cos, self.sin)
+
+
+class VocabParallelHead(Linear):
+    """The output head; each rank computes the logits of its rows of a padded vocabulary."""
+
+    def __init__(
+        self, vocab_size: int, width: int, backend: Backend, group: TensorParallelGroup
+    ) -> None:
+        rows_per_rank = math.ceil(vocab_size / group.world_size)
+        super().__init__(width, rows_per_rank, bias=False, backend=backend)
+        self.vocab_size, self.group = vocab_size, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, C]; returns logits [T, V] on every rank, V the unpadded vocabulary."""
+        check_shape(x, (None, self.in_features), "hidden")
+        return self.group.all_gather_columns(super().forward(x))[:, : self.vocab_size]
+
+
+def _meta(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta")

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPT-NeoX decoder, once, for every checkpoint, device and attention path.
+
+Shapes: T tokens in the step (ragged sequences, concatenated), H heads on this rank, D head_dim,
+C hidden size, F MLP width on this rank, V vocabulary. Module names are those of the checkpoints,
+so a state dict loads without a map.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from gptneox.backends.base import Backend
+from gptneox.config import ModelConfig
+from gptneox.kv_cache import KVCache
+from gptneox.layers import Embedding, LayerNorm, Linear, Rotary, VocabParallelHead
+from gptneox.parallel import TensorParallelGroup, check_divides
+
+
+class Attention(nn.Module):
+    """Multi-head attention over the cache; returns this rank's partial sum."""
+
+    def __init__(self, config: ModelConfig, layer_id: int, backend: Backend, ranks: int) -> None:
+        super().__init__()
+        self.layer_id, self.head_dim = layer_id, config.head_dim
+        width, bias = config.hidden_size // ranks, config.attention_bias
+        self.query_key_value = Linear(config.hidden_size, 3 * width, bias, backend)
+        self.dense = Linear(width, config.hidden_size, bias, backend)
+
+    def forward(self, x: Tensor, positions: Tensor, rotary: Rotary, kv: KVCache) -> Tensor:
+        """x [T, C], positions [T]; returns [T, C]."""
+        qkv = self.query_key_value(x).view(x.shape[0], -1, 3, self.head_dim)  # per head: q, k, v
+        q, k, v = qkv.unbind(2)  # each [T, H, D]
+        q, k = rotary(q, k, positions)
+        return self.dense(kv.attend(self.layer_id, q, k, v).flatten(1))
+
+
+class MLP(nn.Module):
+    """Two products around an activation; returns this rank's partial sum."""
+
+    def __init__(self, config: ModelConfig, backend: Backend, ranks: int) -> None:
+        super().__init__()
+        width = config.intermediate_size // ranks
+        self.dense_h_to_4h = Linear(config.hidden_size, width, True, backend)
+        self.dense_4h_to_h = Linear(width, config.hidden_size, True, backend)
+        self.act = backend.activation(config.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, C]; returns [T, C]."""
+        return self.dense_4h_to_h(self.act(self.dense_h_to_4h(x)))
+
+
+class Layer(nn.Module):
+    """One decoder layer, parallel residual (GPT-NeoX-20B, Pythia) or serial (RedPajama, rinna).
+
+    Parallel: x + attn(LN1(x)) + mlp(LN2(x)), one all-reduce for both partial sums.
+    Serial: y = x + attn(LN1(x)); y + mlp(LN2(y)). Source: arXiv:2204.06745, section 2.1.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layer_id: int, backend: Backend, group: TensorParallelGroup
+    ) -> None:
+        super().__init__()
+        self.parallel_residual, self.group = config.use_parallel_residual, group
+        eps = config.layer_norm_eps
+        self.input_layernorm = LayerNorm(config.hidden_size, eps, backend)
+        self.post_attention_layernorm = LayerNorm(config.hidden_size, eps, backend)
+        self.attention = Attention(config, layer_id, backend, group.world_size)
+        self.mlp = MLP(config, backend, group.world_size)
+
+    def forward(self, x: Tensor, positions: Tensor, rotary: Rotary, kv: KVCache) -> Tensor:
+        """x [T, C]; returns [T, C], equal on every rank."""
+        partial = self.attention(self.input_layernorm(x), positions, rotary, kv)
+        if self.parallel_residual:
+            partial = partial + self.mlp(self.post_attention_layernorm(x))
+            return x + self.group.all_reduce(partial)
+        x = x + self.group.all_reduce(partial)
+        return x + self.group.all_reduce(self.mlp(self.post_attention_layernorm(x)))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final normalisation."""
+
+    def __init__(
+        self, config: ModelConfig, num_positions: int, backend: Backend, group: TensorParallelGroup
+    ) -> None:
+        super().__init__()
+        self.embed_in = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Layer(config, i, backend, group) for i in range(config.num_layers)
+        )
+        self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, backend)
+        self.rotary = Rotary(config, num_positions, backend)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, kv: KVCache) -> Tensor:
+        """input_ids, positions [T]; returns hidden states before the final norm, [T, C]."""
+        x = self.embed_in(input_ids)
+        for layer in self.layers:
+            x = layer(x, positions, self.rotary, kv)
+        return x
+
+
+class GPTNeoX(nn.Module):
+    """The language model of one rank."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        backend: Backend,
+        group: TensorParallelGroup | None = None,
+        num_positions: int = 0,
+    ) -> None:
+        """Build on the meta device; `checkpoint.load_model` fills it.
+
+        Args:
+            config: the architecture.
+            backend: the device.
+            group: ranks that share the model; one process by default.
+            num_positions: rows of the rotary table; config.max_position_embeddings by default.
+
+        Raises:
+            ConfigError: the heads cannot be shared evenly.
+        """
+        super().__init__()
+        group = group or TensorParallelGroup()
+        check_divides(group.world_size, config.num_heads, config.intermediate_size)
+        self.config, self.backend, self.group = config, backend, group
+        self.num_positions = num_positions or config.max_position_embeddings
+        self.gpt_neox = Decoder(config, self.num_positions, backend, group)
+        self.embed_out = VocabParallelHead(config.vocab_size, config.hidden_size, backend, group)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, kv: KVCache) -> Tensor:
+        """input_ids, positions [T]; returns hidden states [T, C] for `compute_logits`."""
+        hidden = self.gpt_neox(input_ids, positions, kv)
+        assert isinstance(hidden, Tensor)
+        return hidden
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [S, V] of selected rows of the hidden states, [S, C]."""
+        logits = self.embed_out(self.gpt_neox.final_layer_norm(hidden))
+        assert isinstance(logits, Tensor)
+        return logits

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensor-parallel group: who am I, and the three collectives the model needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gptneox.config import ConfigError
+
+
+@dataclass
+class TensorParallelGroup:
+    """All processes of a run; one process alone makes every collective a no-op."""
+
+    rank: int = 0
+    world_size: int = 1
+    num_all_reduces: int = 0  # counted, so that a test can hold the model to one per layer
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over ranks, in place; returns x."""
+        if self.world_size > 1:
+            dist.all_reduce(x)
+            self.num_all_reduces += 1
+        return x
+
+    def all_gather_columns(self, x: Tensor) -> Tensor:
+        """x [T, F] on each rank; returns [T, world_size * F] on every rank, in rank order."""
+        if self.world_size == 1:
+            return x
+        parts = torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
+        dist.all_gather(list(parts.unbind(0)), x.contiguous())
+        return parts.permute(1, 0, 2).flatten(1)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's x, in place on the others; returns x."""
+        if self.world_size > 1:
+            dist.broadcast(x, src=0)
+        return x
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's picklable value on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def check_divides(world_size: int, num_heads: int, intermediate_size: int) -> None:
+    """Raise ConfigError unless whole heads and equal MLP parts fall to each rank."""
+    valid = [
+        n for n in range(1, num_heads + 1) if num_heads % n == 0 and intermediate_size % n == 0
+    ]
+    if world_size not in valid:
+        raise ConfigError(
+            f"world_size {world_size} does not divide {num_heads} attention heads and "
+            f"intermediate_size {intermediate_size}; use {', '.join(map(str, valid))}"
+        )
+
+
+def init_group(rank: int, world_size: int, dist_backend: str) -> TensorParallelGroup:
+    """Join the processes that torchrun started; one process alone needs nothing."""
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group(dist_backend, rank=rank, world_size=world_size)
+    return TensorParallelGroup(rank, world_size)

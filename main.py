@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""GPT-NeoX on Ascend NPU, CUDA and CPU: `python main.py --task inference --help`.
+
+Exit status: 0 done, 1 failed, 2 wrong usage or settings, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from gptneox.cli import Settings, read_settings, setup_logging
+from gptneox.config import ConfigError
+
+CONFIG = Path(__file__).resolve().parent / "config.ini"
+
+
+class NotBuiltYet(Exception):
+    """A documented part that this version does not have."""
+
+
+def run(settings: Settings) -> None:
+    """Hand over to the task."""
+    task, attention = settings.args.task, settings.model.attention
+    if attention == "flash":
+        raise NotBuiltYet("--attention flash is not built yet; use --attention paged")
+    if task != "inference":
+        raise NotBuiltYet(f"--task {task} is not built yet; use --task inference")
+    if settings.environment.is_quant:
+        raise ConfigError(
+            "IS_QUANT=1, but quantization is not built yet; unset IS_QUANT or set it to 0"
+        )
+    from gptneox import inference  # torch and the tokenizer load only now
+
+    inference.run(settings)
+
+
+def main(argv: list[str]) -> int:
+    """Run one task; returns the exit status."""
+    debug = "--debug" in argv
+    try:
+        settings = read_settings(argv, CONFIG)
+    except (ValueError, OSError) as error:
+        return _fail(error, 2, debug=debug)
+    setup_logging(settings)
+    try:
+        run(settings)
+    except NotBuiltYet as error:
+        return _fail(error, 2, debug=debug)
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        sys.stdout = None
+        return 1
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        return _fail(error, 1, debug=debug)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _fail(error: BaseException, status: int, *, debug: bool) -> int:
+    """Say in one line what went wrong."""
+    if debug:
+        logging.getLogger("gptneox").error("traceback", exc_info=error)
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"error: {text}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
