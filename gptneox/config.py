@@ -447,7 +447,7 @@ def read_ini(path: Path) -> dict[str, dict[str, str]]:
 
 def _convert(setting: Field[Any], text: str, origin: str) -> Any:
     """`text` as the type of the field's default."""
-    kind = type(setting.default)
+    kind: Any = type(setting.default)
     try:
         if kind is bool:
             value: Any = configparser.ConfigParser.BOOLEAN_STATES[text.strip().lower()]
@@ -482,6 +482,7 @@ def layer(
     sources: dict[str, str] = {}
     for setting in fields(cls):
         key, variable = setting.name, setting.metadata["env"]
+        default: Any = setting.default
         if flags.get(key) is not None:
             value, source = flags[key], "flag"
         elif variable and environ.get(variable, "") != "":
@@ -489,8 +490,8 @@ def layer(
         elif given.get(key, "") != "":
             value, source = _convert(setting, given[key], f"[{name}] {key}"), "config.ini"
         else:
-            value, source = setting.default, "default"
-        if value == setting.default:
+            value, source = default, "default"
+        if value == default:
             source = "default"  # a shipped config.ini repeats the defaults
         minimum = setting.metadata["minimum"]
         if minimum is not None and value < minimum:

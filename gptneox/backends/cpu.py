@@ -25,7 +25,8 @@ class CpuBackend(Backend):
     def __init__(self) -> None:
         super().__init__()
         ops = torch.ops.mkldnn
-        self.has_onednn = torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")
+        available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        self.has_onednn = available and hasattr(ops, "_linear_pointwise")
         self.fast_bf16 = self.has_onednn and bool(ops._is_mkldnn_bf16_supported())
         self.fast_fp16 = self.has_onednn and bool(ops._is_mkldnn_fp16_supported())
 

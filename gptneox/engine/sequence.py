@@ -7,6 +7,7 @@ import enum
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 100
@@ -58,23 +59,20 @@ class SamplingParams:
             raise InvalidParameter("stop", list(self.stop), "a list of non-empty strings")
 
 
-def _integer(name: str, value: object, lowest: int, highest: float = math.inf) -> None:
+def _integer(name: str, value: Any, lowest: int, highest: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
         limit = f"from {lowest}" + ("" if highest == math.inf else f" to {highest}")
         raise InvalidParameter(name, value, f"an integer {limit}")
 
 
-def _real(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if (
-        not number
-        or not math.isfinite(value)
-        or not low <= value <= high
-        or (above and value == low)
-    ):  # type: ignore[arg-type,operator]
-        first = f"above {low:g}" if above else f"from {low:g}"
-        upto = "" if high == math.inf else f" up to {high:g}"
-        raise InvalidParameter(name, value, f"a finite number {first}{upto}")
+def _real(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool)
+    valid = valid and math.isfinite(value) and low <= value <= high
+    if not valid or (above and value == low):
+        limit = (f"above {low:g}" if above else f"from {low:g}") + (
+            "" if high == math.inf else f" up to {high:g}"
+        )
+        raise InvalidParameter(name, value, f"a finite number {limit}")
 
 
 class Status(enum.Enum):
