@@ -37,7 +37,7 @@ HEAD_NAMES = ("embed_out.weight", "lm_head.weight")
 EMBEDDING_NAME = "gpt_neox.embed_in.weight"
 
 # A mapped file keeps the pages that were read resident; it is mapped anew after this many bytes.
-_REMAP_BYTES = 256 << 20
+_REMAP_BYTES = 64 << 20
 
 
 class CheckpointError(ValueError):
@@ -259,8 +259,9 @@ def load_model(
         for key, parameter in list(module.named_parameters(recurse=False)):
             name = f"{owner[id(module)]}.{key}"
             value = _read_part(checkpoint, name, names[name], parameter, model.group)
-            # Always a copy: what was read may alias the mapped file.
-            value = value.to(device=model.backend.device, dtype=dtype, copy=True)
+            # What was read may alias the mapped file: copy it, unless `pack` copies it at once.
+            copy = not isinstance(module, Linear) or key != "weight"
+            value = value.to(device=model.backend.device, dtype=dtype, copy=copy)
             module.register_parameter(key, nn.Parameter(value, requires_grad=False))
         if isinstance(module, Linear):
             module.pack()

@@ -120,8 +120,11 @@ class Backend:
     # -- dense operators -------------------------------------------------------------------------
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        """Take ownership of weight [F, K] and bias [F] in the layout `linear` wants."""
-        return PackedLinear(weight, bias, weight.shape[1], weight.shape[0])
+        """Copy weight [F, K] into the layout `linear` wants, and keep bias [F].
+
+        The weight may alias a mapped file, so the result must not share its memory.
+        """
+        return PackedLinear(weight.clone(), bias, weight.shape[1], weight.shape[0])
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         """x [T, K]; returns x @ weight.T + bias, [T, F]."""

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Text generation with paged attention.
+#
+# Usage, from any folder:
+#   bash run_pa.sh                                  the small checkpoint in weights/neox-mini
+#   bash run_pa.sh WEIGHT_DIR [main.py options]
+#   bash run_pa.sh [main.py options]                the first word starts with "-"
+#   bash run_pa.sh --help                           the options of main.py
+#
+# Environment; whatever is exported wins:
+#   ASCEND_RT_VISIBLE_DEVICES  devices, like 0,1: one rank on each     (unset: one rank)
+#   TP_WORLD_SIZE              ranks on this host, 1: without torchrun (unset: one per device)
+#   MASTER_PORT                rendezvous port                         (20014, or the next free one)
+#   NNODES, NODE_RANK, MASTER_ADDR   a run over several hosts          (one host)
+#   BIND_CPU, IS_QUANT         1 binds each rank to cores; quantized weights   (1, 0)
+#   INF_NAN_MODE_ENABLE        0: fp16 overflow saturates              (0 on 310P, else unset)
+#   OMP_NUM_THREADS            CPU threads of a rank                   (cores / ranks)
+#   PYTHON, TORCHRUN           interpreter and launcher to use         (see scripts/env.sh)
+# Exit status: main.py's; 1 something is missing, 2 wrong usage.
+set -euo pipefail
+
+repo=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
+# shellcheck source=scripts/launch.sh disable=SC1091
+source "$repo/scripts/launch.sh"
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  # shellcheck source=scripts/env.sh disable=SC1091
+  source "$repo/scripts/env.sh" runtime
+  exec "$PYTHON" "$repo/main.py" --help
+fi
+
+weight_dir=$repo/weights/neox-mini
+remedy="it belongs to the repository: check out the whole of it"
+if (($# > 0)) && [[ $1 != -* ]]; then
+  weight_dir=$1
+  remedy="give the folder with config.json and *.safetensors: bash run_pa.sh WEIGHT_DIR"
+  shift
+fi
+weight_dir=$(require_dir "$weight_dir" "weight path" "$remedy")
+read_launch_settings 20014
+
+# shellcheck source=scripts/env.sh disable=SC1091
+source "$repo/scripts/env.sh" runtime
+exec_main --task inference --attention paged --model_path "$weight_dir" "$@"

@@ -1,0 +1,241 @@
+# shellcheck shell=bash
+# Finds, or makes, the Python environment. Sourced by every launcher, never run.
+#
+#   source scripts/env.sh runtime    what the toolkit needs to run
+#   source scripts/env.sh dev        that, and what tests/run_tests.sh needs
+#
+# Always give the word: `source` without one passes on the caller's own $1.
+#
+# Sets PYTHON (absolute path) and TORCHRUN_COMMAND (array). Takes, in this order:
+#   1. PYTHON, when the user set it: this interpreter or none
+#   2. python3 or python on PATH, when it has the packages: it is used untouched, for an Ascend
+#      container brings its own torch and torch_npu
+#   3. .venv in the repository, when it is complete; else .venv is made, or brought up to date
+# .venv/.gptneox-ascend says what was installed there. It reads "incomplete" until the last step is
+# done, so an interrupted installation is done again by the next launcher, never taken for whole.
+#
+# On failure: one line on stderr that names the remedy, and status 1.
+
+# Exits 0 when the interpreter meets every requirement given as an argument ("torch>=2.7"); else
+# prints what it lacks and exits 3. Reads metadata only: importing torch would cost 1.5 s.
+ENV_CHECK_CODE='
+import sys
+sys.path[:] = [folder for folder in sys.path if folder]  # a folder ./torch is not torch
+if sys.version_info < (3, 10):
+    print("Python >= 3.10 (it is %d.%d)" % sys.version_info[:2])
+    sys.exit(3)
+import re
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+def release(text):
+    numbers = [int(n) for n in re.match(r"[0-9.]*[0-9]", text).group().split(".")]
+    return tuple(numbers + [0] * (6 - len(numbers)))
+
+compare = {"==": tuple.__eq__, ">=": tuple.__ge__, "<": tuple.__lt__}
+
+def is_met(name, limits):
+    try:
+        if name.isidentifier() and find_spec(name) is None:
+            return False
+        found = release(version(name))
+    except (PackageNotFoundError, AttributeError, TypeError):
+        return False
+    pairs = re.findall(r"(==|>=|<)([0-9.]+)", limits)
+    return all(compare[operator](found, release(limit)) for operator, limit in pairs)
+
+lacking = [r for r in sys.argv[1:] if not is_met(*re.match(r"([\w.-]+)(.*)", r).groups())]
+print(" ".join(lacking))
+sys.exit(3 if lacking else 0)
+'
+
+env_say() {
+  printf 'scripts/env.sh: %s\n' "$1" >&2
+}
+
+# env_requirements KEY: the requirement strings of one list in pyproject.toml, one per line.
+env_requirements() {
+  sed -n "/^$1 = \\[\$/,/^]/s/^ *\"\\(.*\\)\",\$/\\1/p" "$ENV_ROOT/pyproject.toml"
+}
+
+# env_lacks INTERPRETER REQUIREMENT…: true when something is missing; ENV_LACKING then names it.
+env_lacks() {
+  local status=0
+  ENV_LACKING=$("$1" -c "$ENV_CHECK_CODE" "${@:2}" 2>/dev/null) || status=$?
+  case $status in
+    0) return 1 ;;
+    3) ;;
+    *) ENV_LACKING="a working interpreter" ;;
+  esac
+}
+
+# env_venv_is_ready NEED CHECKSUM REQUIREMENT…: .venv can be used as it is. One without our note
+# was made by the user and is judged by its packages alone, as the active interpreter is.
+env_venv_is_ready() {
+  local need=$1 checksum=$2 note
+  note=$(env_note)
+  [[ -z $note || $note == "dev $checksum" || $note == "$need $checksum" ]] || return 1
+  [[ -x $ENV_VENV/bin/python ]] && ! env_lacks "$ENV_VENV/bin/python" "${@:3}"
+}
+
+# Prints the first interpreter that is new enough to make .venv with.
+env_base_python() {
+  local name
+  for name in python3 python3.13 python3.12 python3.11 python3.10 python; do
+    if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+      type -P "$name"
+      return 0
+    fi
+  done
+  env_say "no Python >= 3.10 on PATH; install one, or set PYTHON to one that has the packages"
+  return 1
+}
+
+# Prints what .venv/.gptneox-ascend says; nothing for an environment that the user made.
+env_note() {
+  [[ ! -e $ENV_NOTE ]] || cat -- "$ENV_NOTE"
+}
+
+# env_make_venv NEED CHECKSUM: makes .venv, or brings the one that is there up to date. An
+# interrupted one is made anew: pip takes a package it was killed in the middle of for installed.
+env_make_venv() {
+  local need=$1 checksum=$2 base log="$ENV_VENV/pip.log" reason wanted=() clear=()
+  mapfile -t wanted < <(
+    env_requirements dependencies
+    [[ $need == runtime ]] || env_requirements dev
+  )
+  if [[ $(env_note) == incomplete ]] || {
+    ! "$ENV_VENV/bin/python" -m pip --version >/dev/null 2>&1 &&
+      ! "$ENV_VENV/bin/python" -m ensurepip >/dev/null 2>&1
+  }; then
+    base=$(env_base_python) || return 1
+    [[ ! -e $ENV_VENV ]] || clear=(--clear)
+    if ! reason=$("$base" -m venv "${clear[@]}" "$ENV_VENV" 2>&1); then
+      env_say "$base could not make .venv (${reason##*$'\n'}); install its venv module (Debian: \
+apt install python3-venv), or set PYTHON to an interpreter that has the packages"
+      return 1
+    fi
+  fi
+  printf 'incomplete\n' >"$ENV_NOTE" || return 1
+  if ! PIP_USER=0 "$ENV_VENV/bin/python" -m pip install --disable-pip-version-check \
+    -c "$ENV_ROOT/constraints.txt" "${wanted[@]}" >"$log" 2>&1; then
+    reason=$(grep -m 1 '^ERROR' "$log" || tail -n 1 "$log")
+    env_say "pip could not fill .venv: ${reason#ERROR: } (all of it: .venv/pip.log). Check the \
+network or pip's index and start again, or set PYTHON to an interpreter that has the packages"
+    return 1
+  fi
+  printf '%s %s\n' "$need" "$checksum" >"$ENV_NOTE"
+}
+
+# env_use_venv NEED CHECKSUM REQUIREMENT…: sets PYTHON to a complete .venv. Two launchers started
+# at once take turns: the second finds the work done.
+env_use_venv() {
+  if ! env_venv_is_ready "$@"; then
+    if [[ ! -w $ENV_ROOT ]]; then
+      env_say "$ENV_REASON, and $ENV_ROOT is not writable, so no .venv can be made there; set \
+PYTHON to an interpreter that has the packages"
+      return 1
+    fi
+    (
+      if command -v flock >/dev/null && ! flock -n 9; then
+        env_say "another launcher is setting up .venv; waiting for it"
+        flock 9
+      fi
+      env_venv_is_ready "$@" && exit 0
+      env_say "$ENV_REASON: setting up $ENV_VENV with pip."
+      env_say "Once only, about a minute (longer on a slow network); progress in .venv/pip.log"
+      env_make_venv "$1" "$2" || exit 1
+      env_venv_is_ready "$@" && exit 0
+      env_say "pip is content with .venv, yet it lacks $ENV_LACKING; remove .venv and start again"
+      exit 1
+    ) 9>"$ENV_ROOT/.venv.lock" || return 1
+  fi
+  PYTHON=$ENV_VENV/bin/python
+}
+
+# Sets TORCHRUN_COMMAND (for launch.sh): TORCHRUN when the user set it, else the torchrun on PATH unless it
+# belongs to another Python, else the module, which always belongs to $PYTHON.
+# shellcheck disable=SC2034
+env_find_torchrun() {
+  local found folder head="" of_pip=$'^#![^\n]*/python[^/\n]*\n'
+  TORCHRUN_COMMAND=("$PYTHON" -m torch.distributed.run)
+  if [[ -n ${TORCHRUN:-} ]]; then
+    TORCHRUN_COMMAND=("$TORCHRUN")
+    return 0
+  fi
+  found=$(type -P torchrun) || return 0
+  folder=$(dirname -- "$found")
+  if [[ ! $folder -ef $(dirname -- "$PYTHON") ]]; then
+    [[ ! -x $folder/python && ! -x $folder/python3 ]] || return 0 # another environment's folder
+    head=$(head -n 2 -- "$found" | tr -d '\0')
+    # A console script of pip names its interpreter; "#!/usr/bin/env …" is a wrapper of the user's.
+    [[ ! $head =~ $of_pip && $head != *"'''exec'"* ]] || return 0
+  fi
+  TORCHRUN_COMMAND=("$found")
+}
+
+# env_setup NEED: the whole of the above.
+env_setup() {
+  local need=$1 checksum needed=() name active="" container_python="" lacking=()
+  ENV_ROOT=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/..") || return 1
+  ENV_VENV=$ENV_ROOT/.venv
+  ENV_NOTE=$ENV_VENV/.gptneox-ascend
+  # sentencepiece serves old tokenizers alone; an environment without it is used all the same
+  mapfile -t needed < <(
+    env_requirements dependencies | grep -v '^sentencepiece'
+    [[ $need == runtime ]] || env_requirements dev
+  )
+
+  if [[ -n ${PYTHON:-} ]]; then
+    active=$(type -P -- "$PYTHON") || active=$PYTHON
+    if env_lacks "$active" "${needed[@]}"; then
+      env_say "PYTHON=$PYTHON lacks $ENV_LACKING; install that there, or unset PYTHON"
+      return 1
+    fi
+    # absolute, but not resolved: the python of a virtual environment is a link
+    PYTHON=$(realpath -s -- "$active") || return 1
+    env_find_torchrun
+    return 0
+  fi
+
+  ENV_REASON=""
+  for name in python3 python; do
+    active=$(type -P "$name") || continue
+    if ! env_lacks "$active" "${needed[@]}"; then
+      PYTHON=$active
+      env_find_torchrun
+      return 0
+    fi
+    : "${ENV_REASON:="$active lacks $ENV_LACKING"}"
+    env_lacks "$active" torch_npu || : "${container_python:=$active}"
+  done
+  : "${ENV_REASON:="there is no python3 on PATH"}"
+
+  checksum=$({
+    env_requirements dependencies
+    env_requirements dev
+    cat -- "$ENV_ROOT/constraints.txt"
+  } | sha256sum) || return 1
+  checksum=${checksum%% *}
+  if [[ -n $container_python ]]; then
+    # A fresh .venv would have no torch_npu and run on the CPU without a word.
+    if ! env_venv_is_ready "$need" "$checksum" torch_npu "${needed[@]}"; then
+      env_lacks "$container_python" "${needed[@]}"
+      read -ra lacking <<<"$ENV_LACKING"
+      env_say "$container_python has torch_npu but lacks $ENV_LACKING; add it there: \
+$container_python -m pip install$(printf " '%s'" "${lacking[@]}")"
+      return 1
+    fi
+    PYTHON=$ENV_VENV/bin/python
+  else
+    env_use_venv "$need" "$checksum" "${needed[@]}" || return 1
+  fi
+  env_find_torchrun
+}
+
+# Any other word is the caller's own $1, inherited: see the top.
+if [[ ${1:-} == dev ]]; then
+  env_setup dev || return 1
+else
+  env_setup runtime || return 1
+fi

@@ -1,0 +1,135 @@
+# shellcheck shell=bash
+# What run_pa.sh and cut_model_and_run.sh share. Sourced, never run. A launcher
+#   1. resolves its paths                           require_dir
+#   2. reads and checks the caller's environment    read_launch_settings PORT
+#   3. sources scripts/env.sh
+#   4. hands over to main.py                        exec_main ARGUMENT…
+# Whatever the user exported wins. Exit status: 1 something is missing, 2 wrong usage, else main.py's.
+
+LAUNCH_ROOT=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/..")
+
+# die STATUS MESSAGE
+die() {
+  printf '%s: %s\n' "${0##*/}" "$2" >&2
+  exit "$1"
+}
+
+# require_dir PATH WHAT REMEDY: prints the absolute path of a folder, or ends the launcher. Use it
+# as dir=$(require_dir …) on a line of its own, so that set -e sees the failure.
+require_dir() {
+  [[ -d $1 ]] || die 1 "$2 '$1' is not a folder that exists (seen from $PWD); $3"
+  realpath -- "$1"
+}
+
+# Prints how many devices ASCEND_RT_VISIBLE_DEVICES lists.
+count_devices() {
+  local list=$ASCEND_RT_VISIBLE_DEVICES devices=()
+  [[ $list =~ ^(0|[1-9][0-9]*)(,(0|[1-9][0-9]*))*$ ]] ||
+    die 2 "ASCEND_RT_VISIBLE_DEVICES='$list' is not a list of device numbers; write it like 0,1"
+  IFS=, read -ra devices <<<"$list"
+  [[ -z $(printf '%s\n' "${devices[@]}" | sort | uniq -d) ]] ||
+    die 2 "ASCEND_RT_VISIBLE_DEVICES='$list' names a device twice; name each one once"
+  printf '%s\n' "${#devices[@]}"
+}
+
+# Sets NUM_PROCESSES, the ranks on this host: TP_WORLD_SIZE, else one per device listed, else 1.
+read_world_size() {
+  local num_devices=""
+  if [[ -n ${ASCEND_RT_VISIBLE_DEVICES+set} ]]; then
+    num_devices=$(count_devices)
+  fi
+  NUM_PROCESSES=${TP_WORLD_SIZE-${num_devices:-1}}
+  [[ $NUM_PROCESSES =~ ^[1-9][0-9]{0,3}$ ]] ||
+    die 2 "TP_WORLD_SIZE='$NUM_PROCESSES' is not a whole number from 1 on; unset it or set 1, 2, 4 or 8"
+  if ((NUM_PROCESSES > 1)) && [[ -n $num_devices && $num_devices != "$NUM_PROCESSES" ]]; then
+    die 2 "TP_WORLD_SIZE=$NUM_PROCESSES, but ASCEND_RT_VISIBLE_DEVICES=$ASCEND_RT_VISIBLE_DEVICES \
+lists $num_devices; unset TP_WORLD_SIZE, or make the two agree"
+  fi
+}
+
+# Sets NODE_ARGUMENTS, torchrun's share of a run over several hosts; empty on one host.
+read_nodes() {
+  NODE_ARGUMENTS=()
+  [[ ${NNODES-1} =~ ^[1-9][0-9]{0,3}$ ]] || die 2 "NNODES='$NNODES' is not a whole number from 1 on"
+  ((${NNODES-1} > 1)) || return 0
+  [[ -n ${MASTER_ADDR:-} ]] || die 2 "NNODES=$NNODES needs MASTER_ADDR, the address of host 0"
+  if [[ ! ${NODE_RANK:-} =~ ^(0|[1-9][0-9]{0,3})$ ]] || ((NODE_RANK >= NNODES)); then
+    die 2 "NNODES=$NNODES needs NODE_RANK, this host's number from 0 to $((NNODES - 1)), \
+got '${NODE_RANK:-}'"
+  fi
+  NODE_ARGUMENTS=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
+}
+
+# take_port NUMBER: true when nobody listens there and no other launcher has taken it. The lock is
+# held, through exec, until the job ends: two jobs started at once get two ports.
+take_port() {
+  local locks="${TMPDIR:-/tmp}/gptneox-ascend-$UID" lock_fd
+  if (: <"/dev/tcp/127.0.0.1/$1") 2>/dev/null; then
+    return 1
+  fi
+  # Without a lock folder of our own (or without flock) the look at the port has to do.
+  mkdir -m 700 -- "$locks" 2>/dev/null || [[ -d $locks && -O $locks && ! -L $locks ]] || return 0
+  command -v flock >/dev/null || return 0
+  { exec {lock_fd}>>"$locks/port-$1"; } 2>/dev/null || return 0
+  flock -n "$lock_fd" && return 0
+  exec {lock_fd}>&-
+  return 1
+}
+
+# set_port DEFAULT: exports MASTER_PORT. The user's stays; several hosts have to agree, so they get
+# the default; else it is the first free one from there to 20050.
+set_port() {
+  local port=$1
+  if [[ -n ${MASTER_PORT+set} ]]; then
+    if [[ ! $MASTER_PORT =~ ^[1-9][0-9]{0,4}$ ]] || ((MASTER_PORT > 65535)); then
+      die 2 "MASTER_PORT='$MASTER_PORT' is not a port number from 1 to 65535"
+    fi
+    port=$MASTER_PORT
+  elif ((NUM_PROCESSES > 1 && ${#NODE_ARGUMENTS[@]} == 0)); then
+    until take_port "$port"; do
+      ((++port <= 20050)) || die 1 "no free port from $1 to 20050; set MASTER_PORT to one"
+    done
+  fi
+  export MASTER_PORT=$port
+}
+
+# Sets OMP_NUM_THREADS, where it is unset and several ranks share the cores: torchrun alone would
+# set 1.
+set_threads() {
+  local num_cores num_usable
+  ((NUM_PROCESSES > 1)) && [[ -z ${OMP_NUM_THREADS+set} ]] || return 0
+  num_usable=$(nproc)
+  num_cores=$({ lscpu -p=Core,Socket 2>/dev/null || true; } | sed '/^#/d' | sort -u | wc -l)
+  ((num_cores > 0 && num_cores < num_usable)) || num_cores=$num_usable
+  export OMP_NUM_THREADS=$((num_cores > NUM_PROCESSES ? num_cores / NUM_PROCESSES : 1))
+}
+
+# INF_NAN_MODE_ENABLE=0 (fp16 overflow saturates) belongs to the 310P; on Atlas A2 a current
+# torch_npu refuses it, so elsewhere the device's own default stays.
+set_overflow_mode() {
+  [[ -z ${INF_NAN_MODE_ENABLE+set} ]] && command -v npu-smi >/dev/null || return 0
+  if [[ $(npu-smi info 2>/dev/null || true) == *310P* ]]; then
+    export INF_NAN_MODE_ENABLE=0
+  fi
+}
+
+# read_launch_settings PORT: everything that can be wrong is found here, before the environment is
+# set up or a process starts.
+read_launch_settings() {
+  read_world_size
+  read_nodes
+  set_port "$1"
+  set_threads
+  set_overflow_mode
+  export BIND_CPU="${BIND_CPU-1}" IS_QUANT="${IS_QUANT-0}"
+}
+
+# exec_main ARGUMENT…: becomes main.py, under torchrun when there is more than one rank. The current
+# folder stays the caller's, so that relative paths among the options mean what they say.
+exec_main() {
+  if ((NUM_PROCESSES == 1 && ${#NODE_ARGUMENTS[@]} == 0)); then
+    exec "$PYTHON" "$LAUNCH_ROOT/main.py" "$@"
+  fi
+  exec "${TORCHRUN_COMMAND[@]}" --nproc_per_node "$NUM_PROCESSES" "${NODE_ARGUMENTS[@]}" \
+    --master_port "$MASTER_PORT" "$LAUNCH_ROOT/main.py" "$@"
+}

