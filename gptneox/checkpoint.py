@@ -8,6 +8,7 @@ import math
 import pickle
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ CUT_DIMENSIONS = {
 IGNORED_SUFFIXES = (".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
 HEAD_NAMES = ("embed_out.weight", "lm_head.weight")
 EMBEDDING_NAME = "gpt_neox.embed_in.weight"
+MANIFEST_NAME = "manifest.json"
+PART_FILE = "model.safetensors"
 
 # A mapped file keeps the pages that were read resident; it is mapped anew after this many bytes.
 _REMAP_BYTES = 64 << 20
@@ -89,6 +92,10 @@ class SafetensorsFile(WeightFile):
         """From the header."""
         handle = self._open()
         return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+
+    def metadata(self) -> dict[str, str]:
+        """The free text that the header carries."""
+        return self._open().metadata() or {}
 
     def _slice(self, handle: Any, name: str, index: tuple[slice, ...]) -> Tensor:
         if not index:
@@ -229,6 +236,110 @@ def rank_slice(name: str, shape: tuple[int, ...], rank: int, world_size: int) ->
     return (slice(None),) * dim + (part,)
 
 
+def part_shape(name: str, shape: tuple[int, ...], world_size: int) -> tuple[int, ...]:
+    """Shape of one rank's part; a vocabulary that does not divide is padded."""
+    dim = cut_dimension(name)
+    if dim is None or len(shape) <= dim:
+        return shape
+    return (*shape[:dim], math.ceil(shape[dim] / world_size), *shape[dim + 1 :])
+
+
+def is_partial_bias(name: str, value: Tensor) -> bool:
+    """Whether a tensor is the bias of a row-parallel layer, which only one rank may add."""
+    return value.dim() == 1 and cut_dimension(name) == 1
+
+
+def pad_rows(value: Tensor, num_rows: int) -> Tensor:
+    """Rows of zeros up to `num_rows`: the padded end of a vocabulary."""
+    missing = num_rows - value.shape[0]
+    if value.dim() < 2 or missing <= 0:
+        return value
+    return torch.cat([value, value.new_zeros(missing, *value.shape[1:])])
+
+
+# -- cut checkpoints -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `cut_model_util.py` wrote, sealed when it was complete.
+
+    `cut_id` stands in the manifest and in every rank's file, so parts of two cuts cannot be mixed.
+    `source` maps file names to {"size", "mtime_ns", "sha256"}; `tensors` maps names to
+    {"shape", "dtype"} of the uncut checkpoint; `config` is its config.json.
+    """
+
+    cut_id: str
+    world_size: int
+    source_path: str
+    source: dict[str, dict[str, Any]]
+    tensors: dict[str, dict[str, Any]]
+    config: dict[str, Any]
+
+
+def read_manifest(part_model: Path) -> Manifest:
+    """The manifest of a complete cut.
+
+    Raises:
+        CheckpointError: there is none (a cut that was interrupted, or made by another tool), it
+            is damaged, or a rank's folder is missing or belongs to another cut.
+    """
+    path = part_model / MANIFEST_NAME
+    if not path.is_file():
+        raise CheckpointError(
+            f"{part_model} has no {MANIFEST_NAME}, so it is no complete cut of this toolkit; "
+            "cut the model again with cut_model_util.py --recut"
+        )
+    try:
+        manifest = Manifest(**read_json(path))
+    except TypeError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); cut the model again") from error
+    for rank in range(manifest.world_size):
+        file = part_model / str(rank) / PART_FILE
+        if not file.is_file():
+            raise CheckpointError(
+                f"{part_model} was cut for {manifest.world_size} ranks, but {rank}/{PART_FILE} is "
+                "missing; cut the model again"
+            )
+        if (found := SafetensorsFile(file).metadata().get("cut_id")) != manifest.cut_id:
+            raise CheckpointError(
+                f"{file} is of another cut ({found}) than {path} ({manifest.cut_id}); cut the "
+                "model again"
+            )
+    return manifest
+
+
+def rank_directory(
+    model_path: Path, group: TensorParallelGroup, *, prefer_parts: bool = False
+) -> Path:
+    """Where this rank's weights are: the checkpoint itself, or its folder of a cut one.
+
+    Args:
+        model_path: a checkpoint, a `part_model`, or one rank's folder of a `part_model`.
+        group: this rank's place.
+        prefer_parts: take `model_path/part_model` where it exists and there are several ranks.
+
+    Raises:
+        CheckpointError: see `read_manifest`; or the cut is for another number of ranks.
+    """
+    parts = model_path
+    if prefer_parts and group.world_size > 1 and (model_path / "part_model").is_dir():
+        parts = model_path / "part_model"
+    elif not (model_path / MANIFEST_NAME).is_file():
+        if not (model_path.parent / MANIFEST_NAME).is_file():
+            return model_path
+        parts = model_path.parent
+        if model_path.name != str(group.rank):
+            raise CheckpointError(f"{model_path} is not the part of rank {group.rank}")
+    manifest = read_manifest(parts)
+    if manifest.world_size != group.world_size:
+        raise CheckpointError(
+            f"{parts} was cut for {manifest.world_size} ranks, but {group.world_size} run; start "
+            f"{manifest.world_size}, or cut again for {group.world_size}"
+        )
+    return parts / str(group.rank)
+
+
 # -- loading -------------------------------------------------------------------------------------
 
 
@@ -249,6 +360,12 @@ def load_model(
         FileNotFoundError, CheckpointError: see `Checkpoint`; also missing or misshapen tensors.
         RuntimeError: not enough memory; the message has both numbers.
     """
+    if model.config.part_world_size not in (1, model.group.world_size):
+        raise CheckpointError(
+            f"{model_path} is one part of {model.config.part_world_size}, but "
+            f"{model.group.world_size} ranks run; start {model.config.part_world_size} ranks, or "
+            "give the uncut checkpoint"
+        )
     checkpoint = Checkpoint(model_path)
     names = _map_names(model, checkpoint)
     _check_memory(model, dtype)
@@ -258,7 +375,7 @@ def load_model(
     for module in tqdm(modules, desc="loading", unit="layer", leave=False, disable=disable):
         for key, parameter in list(module.named_parameters(recurse=False)):
             name = f"{owner[id(module)]}.{key}"
-            value = _read_part(checkpoint, name, names[name], parameter, model.group)
+            value = _read_part(checkpoint, name, names[name], parameter, model)
             # What was read may alias the mapped file: copy it, unless `pack` copies it at once.
             copy = not isinstance(module, Linear) or key != "weight"
             value = value.to(device=model.backend.device, dtype=dtype, copy=copy)
@@ -269,17 +386,17 @@ def load_model(
 
 
 def _read_part(
-    checkpoint: Checkpoint, name: str, source: str, parameter: Tensor, group: TensorParallelGroup
+    checkpoint: Checkpoint, name: str, source: str, parameter: Tensor, model: GPTNeoX
 ) -> Tensor:
     """This rank's part of parameter `name`, stored as `source`, in the file's dtype."""
+    group = model.group
+    if model.config.part_world_size > 1 and source != EMBEDDING_NAME:
+        return checkpoint.read(source)  # cut when it was written
     index = rank_slice(name, checkpoint.shapes[source], group.rank, group.world_size)
     value = checkpoint.read(source, index)
-    if parameter.dim() == 1 and cut_dimension(name) == 1 and group.rank > 0:
+    if is_partial_bias(name, value) and group.rank > 0:
         return torch.zeros_like(value)  # a row-parallel bias is added on rank 0 only
-    if parameter.dim() == 2 and value.shape[0] < parameter.shape[0]:
-        padding = parameter.shape[0] - value.shape[0]  # rows of the padded vocabulary
-        return nn.functional.pad(value, (0, 0, 0, padding))
-    return value
+    return pad_rows(value, parameter.shape[0])
 
 
 def _map_names(model: GPTNeoX, checkpoint: Checkpoint) -> dict[str, str]:
@@ -288,14 +405,18 @@ def _map_names(model: GPTNeoX, checkpoint: Checkpoint) -> dict[str, str]:
     Raises:
         CheckpointError: tensors missing (all are listed) or of a wrong shape.
     """
-    expected = full_shapes(model.config)
+    config = model.config
+    expected = full_shapes(config)
     names, missing, wrong = {}, [], []
-    for name, shape in expected.items():
-        found = _find_name(name, checkpoint, model.config)
+    for name, whole in expected.items():
+        found = _find_name(name, checkpoint, config)
         if found is None:
             missing.append(name)
             continue
         names[name] = found
+        # The head of a tied checkpoint is the embedding, which is whole in every part.
+        cut = config.part_world_size > 1 and found != EMBEDDING_NAME
+        shape = part_shape(name, whole, config.part_world_size) if cut else whole
         if checkpoint.shapes[found] != shape:
             wrong.append(f"{found} is {list(checkpoint.shapes[found])}, expected {list(shape)}")
     if missing:

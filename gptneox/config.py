@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -36,6 +37,8 @@ ACTIVATIONS = {
 }
 ROPE_TYPES = ("default", "linear", "dynamic")
 DTYPES = ("float32", "float16", "bfloat16")
+# Above these a config.json is taken for damaged, before anything of that size is built.
+MAX_LAYERS, MAX_POSITIONS = 4096, 2**22
 
 # -- config.json ---------------------------------------------------------------------------------
 
@@ -69,6 +72,7 @@ class ModelConfig:
     dtype: str = "float32"
     eos_token_ids: tuple[int, ...] = ()
     quantize: str = ""
+    part_world_size: int = 1  # above 1: the files are one rank's part of a cut checkpoint
 
     @property
     def head_dim(self) -> int:
@@ -123,7 +127,7 @@ class ModelConfig:
                 f"num_attention_heads {num_heads}"
             )
         act = raw.get("hidden_act", "gelu")
-        if act not in ACTIVATIONS:
+        if not isinstance(act, str) or act not in ACTIVATIONS:
             raise ConfigError(
                 f"{origin}: hidden_act {act!r} is not known; use one of {', '.join(ACTIVATIONS)}"
             )
@@ -131,10 +135,12 @@ class ModelConfig:
         return cls(
             vocab_size=keys.positive_int("vocab_size"),
             hidden_size=hidden_size,
-            num_layers=keys.positive_int("num_hidden_layers"),
+            num_layers=keys.positive_int("num_hidden_layers", most=MAX_LAYERS),
             num_heads=num_heads,
             intermediate_size=keys.positive_int("intermediate_size"),
-            max_position_embeddings=keys.positive_int("max_position_embeddings", 2048),
+            max_position_embeddings=keys.positive_int(
+                "max_position_embeddings", 2048, most=MAX_POSITIONS
+            ),
             activation=ACTIVATIONS[act],
             layer_norm_eps=keys.number("layer_norm_eps", 1e-5),
             use_parallel_residual=keys.boolean("use_parallel_residual", True),
@@ -143,6 +149,7 @@ class ModelConfig:
             dtype=_file_dtype(raw, origin),
             eos_token_ids=token_ids(raw.get("eos_token_id"), f"{origin}: eos_token_id"),
             quantize=str(raw.get("quantize") or ""),
+            part_world_size=keys.positive_int("world_size", 1),
             **rope,
         )
 
@@ -153,12 +160,14 @@ class _Keys:
     def __init__(self, raw: Mapping[str, Any], origin: str) -> None:
         self.raw, self.origin = raw, origin
 
-    def positive_int(self, key: str, default: int | None = None) -> int:
+    def positive_int(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
         value = self.raw.get(key, default)
         if value is None:
             raise ConfigError(f"{self.origin}: key {key!r} is missing")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{self.origin}: {key} is {value!r}; a positive integer is expected")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise ConfigError(
+                f"{self.origin}: {key} is {value!r}; an integer from 1 to {most} is expected"
+            )
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -176,10 +185,9 @@ class _Keys:
 def _number(value: Any, default: float, what: str) -> float:
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ConfigError(f"{what} is {value!r}; a positive number is expected")
-    if math.isinf(value):
-        raise ConfigError(f"{what} is infinite; a finite number is expected")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= sys.float_info.max:
+        raise ConfigError(f"{what} is {value!r}; a positive, finite number is expected")
     return float(value)
 
 
@@ -198,7 +206,7 @@ def _rope(keys: _Keys, head_dim: int) -> dict[str, Any]:
     if share is None:
         logger.debug("%s names no rotary share; 0.25, the class default, is used", origin)
     share = _number(share, 0.25, f"{origin}: rotary_pct")
-    rotary_dim = int(head_dim * share)
+    rotary_dim = int(head_dim * min(share, 1.0))
     if share > 1 or rotary_dim < 2 or rotary_dim % 2:
         raise ConfigError(
             f"{origin}: rotary_pct {share} of head_dim {head_dim} gives {rotary_dim} rotary "
@@ -246,7 +254,7 @@ def read_json(path: Path) -> dict[str, Any]:
         )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too deep, too long numbers
         raise ConfigError(f"{path} is not valid JSON: {error}; download it again") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds {type(raw).__name__}; a JSON object is expected")
@@ -318,6 +326,11 @@ class EngineSection:
                 f"[engine] max_prefill_tokens is {self.max_prefill_tokens}; use -1 or a "
                 "positive number"
             )
+        if self.max_position_embeddings > MAX_POSITIONS:
+            raise ConfigError(
+                f"[engine] max_position_embeddings is {self.max_position_embeddings}; use 0 to "
+                f"{MAX_POSITIONS}"
+            )
         if not 0 < self.memory_fraction <= 1:
             raise ConfigError(
                 f"[engine] memory_fraction is {self.memory_fraction}; use a number above 0, up to 1"
@@ -362,6 +375,11 @@ class PerformanceSection:
     def __post_init__(self) -> None:
         _one_of("performance", "perf_mode", self.perf_mode, ("normal", "detail"))
         _one_of("performance", "skip_decode", self.skip_decode, (0, 1))
+        if not self.min_len_exp <= self.max_len_exp <= 24:
+            raise ConfigError(
+                f"[performance] min_len_exp is {self.min_len_exp} and max_len_exp is "
+                f"{self.max_len_exp}; min_len_exp <= max_len_exp <= 24 is expected"
+            )
         self.cases()
 
     def cases(self) -> list[tuple[int, int]]:
@@ -376,9 +394,10 @@ class PerformanceSection:
             raise ConfigError(
                 f"[performance] case_pair is {self.case_pair!r}; [[in,out],...] is expected"
             ) from error
-        if any(not isinstance(n, int) or n < 1 for case in cases for n in case):
+        if not cases or any(type(n) is not int or n < 1 for case in cases for n in case):
             raise ConfigError(
-                f"[performance] case_pair is {self.case_pair!r}; lengths are positive integers"
+                f"[performance] case_pair is {self.case_pair!r}; at least one pair of positive "
+                "integers is expected"
             )
         return cases
 
@@ -420,7 +439,10 @@ def read_ini(path: Path) -> dict[str, dict[str, str]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no settings file {path}; see config.ini in the repository")
-    parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=(";", "#"))
+    # No default section: [DEFAULT] is unknown like any other that no dataclass stands for.
+    parser = configparser.ConfigParser(
+        interpolation=None, inline_comment_prefixes=(";", "#"), default_section=""
+    )
     try:
         parser.read_string(path.read_text(encoding="utf-8"), source=str(path))
     except (configparser.Error, UnicodeDecodeError) as error:
@@ -439,7 +461,8 @@ def read_ini(path: Path) -> dict[str, dict[str, str]]:
         known = {f.name for f in fields(SECTIONS[target])}
         if unknown := sorted(values.keys() - known):
             raise ConfigError(
-                f"{path} [{name}]: unknown {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+                f"{path} [{name}]: unknown {', '.join(unknown[:20])}; "
+                f"known: {', '.join(sorted(known))}"
             )
         sections[target] = values
     return sections
@@ -491,8 +514,10 @@ def layer(
             value, source = _convert(setting, given[key], f"[{name}] {key}"), "config.ini"
         else:
             value, source = default, "default"
-        if value == default:
+        if value == default and source == "config.ini":
             source = "default"  # a shipped config.ini repeats the defaults
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"[{name}] {key} is {value}; a finite number is expected")
         minimum = setting.metadata["minimum"]
         if minimum is not None and value < minimum:
             raise ConfigError(f"[{name}] {key} is {value}; at least {minimum:g} is expected")
@@ -507,6 +532,7 @@ class Environment:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    local_world_size: int = 1  # ranks on this machine, which share its cores
     is_quant: bool = False
     benchmark_enabled: bool = False
     benchmark_path: str = ""
@@ -544,6 +570,7 @@ class Environment:
             rank=rank,
             local_rank=integer("LOCAL_RANK"),
             world_size=world_size,
+            local_world_size=integer("LOCAL_WORLD_SIZE", world_size),
             is_quant=integer("IS_QUANT") == 1,
             benchmark_enabled=integer("ATB_LLM_BENCHMARK_ENABLE") == 1,
             benchmark_path=environ.get("ATB_LLM_BENCHMARK_FILEPATH", ""),

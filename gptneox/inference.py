@@ -61,7 +61,7 @@ def run(settings: Settings) -> None:
     """
     backend = select(settings.model.device)
     environment = settings.environment
-    backend.setup(environment.local_rank, environment.world_size, environment.omp_num_threads)
+    backend.setup(environment.local_rank, environment.local_world_size, environment.omp_num_threads)
     group = init_group(environment.rank, environment.world_size, backend.dist_backend)
     if group.rank == 0:
         for line in settings.describe():

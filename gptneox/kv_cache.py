@@ -61,3 +61,92 @@ class PagedKVCache:
             return prefilled
         decoded = self.backend.decode_attention(q[:n], k_cache, v_cache, batch, self.scale)
         return torch.cat([decoded, prefilled])
+
+
+class ContiguousKVCache:
+    """K and V of every layer for a padded batch, as Hugging Face's `generate` works with it.
+
+    Tensors are [B, capacity, H, D] and grow by doubling, so a decode step copies nothing.
+    `prepare` opens a step, `attend` serves its layers, `advance` closes it.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        max_positions: int,
+    ) -> None:
+        self.backend, self.dtype, self.max_positions = backend, dtype, max_positions
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.scale = head_dim**-0.5
+        self.length = 0  # cached positions, padding included
+        self.layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+        self.batch_size = self._num_new = self._capacity = 0
+        self._key_mask: Tensor | None = None
+
+    def prepare(self, batch_size: int, num_new: int, key_mask: Tensor | None) -> None:
+        """Make room for `num_new` positions.
+
+        Args:
+            batch_size: B, the same until `reset`.
+            num_new: S of this step.
+            key_mask: bool [B, length + S], False at padding; None when nothing is padded.
+
+        Raises:
+            ValueError: another batch size, or more positions than the model has.
+        """
+        if self.length and batch_size != self.batch_size:
+            raise ValueError(
+                f"the cache holds {self.batch_size} rows, the input has {batch_size}; "
+                "start with a new cache"
+            )
+        end = self.length + num_new
+        if end > self.max_positions:
+            raise ValueError(
+                f"{end} positions are needed, the model has {self.max_positions}; shorten the "
+                "prompt or max_new_tokens"
+            )
+        self.batch_size, self._num_new, self._key_mask = batch_size, num_new, key_mask
+        if end > self._capacity or self.length == 0:
+            self._capacity = min(self.max_positions, max(end, 2 * self._capacity))
+            self.layers = [self._grown(layer) for layer in self.layers]
+
+    def _grown(self, layer: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        shape = (self.batch_size, self._capacity, self.num_heads, self.head_dim)
+        new = [torch.empty(shape, dtype=self.dtype, device=self.backend.device) for _ in "kv"]
+        if layer is not None and self.length:
+            for target, source in zip(new, layer, strict=True):
+                target[:, : self.length] = source[:, : self.length]
+        return new[0], new[1]
+
+    def attend(self, layer_id: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [B * S, H, D]; returns [B * S, H, D]."""
+        shape = (self.batch_size, self._num_new, self.num_heads, self.head_dim)
+        layer = self.layers[layer_id]
+        assert layer is not None, "attend before prepare"
+        end = self.length + self._num_new
+        layer[0][:, self.length : end] = k.view(shape)
+        layer[1][:, self.length : end] = v.view(shape)
+        out = self.backend.dense_attention(
+            q.view(shape), layer[0][:, :end], layer[1][:, :end], self._key_mask, self.scale
+        )
+        return out.reshape(q.shape)
+
+    def advance(self) -> None:
+        """Every layer has attended: the new positions are cached."""
+        self.length += self._num_new
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep, repeat or reorder rows of the batch; rows [B'] are indices (beam search)."""
+        self.batch_size = len(rows)
+        self.layers = [
+            None if kv is None else (kv[0].index_select(0, rows), kv[1].index_select(0, rows))
+            for kv in self.layers
+        ]
+
+    def truncate(self, length: int) -> None:
+        """Forget positions from `length` on."""
+        self.length = min(length, self.length)

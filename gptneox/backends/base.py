@@ -221,11 +221,39 @@ class Backend:
         probs = scores.masked_fill_(~visible, -math.inf).softmax(-1)
         return torch.einsum("hsl,lhd->shd", probs, v.float()).to(q.dtype)
 
+    # -- contiguous attention --------------------------------------------------------------------
+
+    def dense_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
+    ) -> Tensor:
+        """Causal attention of a padded batch over contiguous keys and values.
+
+        q [B, S, H, D] are the last S of the L positions of k, v [B, L, H, D]; key_mask [B, L] is
+        False at padding, or None when there is none. A padding query sees itself, so that its
+        row, which nobody reads, stays finite. Returns [B, S, H, D].
+        """
+        scores = torch.einsum("bshd,blhd->bhsl", q.float() * scale, k.float())
+        visible = dense_visibility(q.shape[1], k.shape[1], key_mask, q.device)
+        probs = scores.masked_fill_(~visible, -math.inf).softmax(-1)
+        return torch.einsum("bhsl,blhd->bshd", probs, v.float()).to(q.dtype)
+
     # -- graphs ----------------------------------------------------------------------------------
 
     def capture(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """A step that replays as one launch where the device has graphs; here the step itself."""
         return step
+
+
+def dense_visibility(
+    num_queries: int, num_keys: int, key_mask: Tensor | None, device: torch.device
+) -> Tensor:
+    """Which key each query sees, bool [B or 1, 1, S, L]."""
+    offset = num_keys - num_queries
+    causal = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(offset)
+    if key_mask is None:
+        return causal[None, None]
+    itself = causal.triu(offset)
+    return (causal & key_mask[:, None, None, :]) | itself
 
 
 def gather_kv(

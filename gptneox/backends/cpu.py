@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptneox.backends.base import Backend, Memory, PackedLinear
+from gptneox.backends.base import Backend, Memory, PackedLinear, dense_visibility
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -99,6 +99,24 @@ class CpuBackend(Backend):
             scale=scale,
         )
         return out[0].transpose(0, 1)
+
+    def dense_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
+    ) -> Tensor:
+        """As `causal_attention`, for a padded batch."""
+        s, length = q.shape[1], k.shape[1]
+        mask = None
+        if key_mask is not None or 1 < s < length:
+            mask = dense_visibility(s, length, key_mask, q.device)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None and s > 1,
+            scale=scale,
+        )
+        return out.transpose(1, 2)
 
 
 def _read(path: str | Path) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -33,6 +34,8 @@ def load_tokenizer(model_path: Path, vocab_size: int, *, trust_remote_code: bool
             f"no tokenizer in {model_path}: none of {', '.join(names)}; copy the tokenizer files "
             "of the checkpoint there, or use --input_ids with --load_tokenizer False"
         )
+    if not any((model_path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        _check_sentence_piece(model_path)
     from transformers import AutoTokenizer  # slow to import, and not needed without text
 
     try:
@@ -55,6 +58,18 @@ def load_tokenizer(model_path: Path, vocab_size: int, *, trust_remote_code: bool
             f"vocab_size {vocab_size}; they are of different models"
         )
     return tokenizer
+
+
+def _check_sentence_piece(model_path: Path) -> None:
+    """Name the package that transformers lacks: its own message speaks of another format."""
+    for package, module in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf")):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(
+                f"the tokenizer in {model_path} is a SentencePiece model; reading it needs the "
+                f"package {package}: pip install {package}"
+            ) from error
 
 
 def decode(tokenizer: Any, token_ids: Seq[int]) -> str:
@@ -94,9 +109,11 @@ class Detokenizer:
         now = decode(self.tokenizer, self._token_ids[self._context :])
         if last or not now.endswith(_REPLACEMENT):
             # Decoding a few earlier tokens along keeps the blanks that a tokenizer drops at the
-            # beginning of a text.
+            # beginning of a text; tokens without a text of their own cannot stand for them.
             self._pending += now[len(before) :]
-            self._context, self._next = self._next, len(self._token_ids)
+            if len(now) > len(before):
+                self._context = self._next
+            self._next = len(self._token_ids)
         return self._show(last=last)
 
     def _show(self, *, last: bool) -> str:

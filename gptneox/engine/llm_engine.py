@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gptneox.backends.base import Backend
-from gptneox.checkpoint import load_model
+from gptneox.checkpoint import load_model, rank_directory
 from gptneox.config import (
     ConfigError,
     EngineSection,
@@ -169,6 +169,7 @@ class LLMEngine:
                 and `load_tokenizer`.
             RuntimeError: not enough memory.
         """
+        model_path = rank_directory(model_path, group or TensorParallelGroup())
         config = ModelConfig.from_pretrained(model_path)
         if config.quantize:
             raise ConfigError(

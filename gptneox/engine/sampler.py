@@ -41,11 +41,12 @@ class Sampler:
         if not math.isfinite(logits.sum().item()):
             finite = torch.isfinite(logits).all(-1).tolist()
             bad = [seq.request_id for seq, ok in zip(seqs, finite, strict=True) if not ok]
-            raise NonFiniteLogits(
-                f"the logits of request {', '.join(map(str, bad))} are not finite: the weights "
-                "hold NaN or Inf, or the dtype overflows; try --dtype float32 and check the "
-                "checkpoint"
-            )
+            if bad:  # otherwise only the sum overflowed
+                raise NonFiniteLogits(
+                    f"the logits of request {', '.join(map(str, bad))} are not finite: the weights "
+                    "hold NaN or Inf, or the dtype overflows; try --dtype float32 and check the "
+                    "checkpoint"
+                )
         plain = [s.params.temperature == 0 and s.params.repetition_penalty == 1 for s in seqs]
         token_ids = logits.argmax(-1).tolist()
         for i, seq in enumerate(seqs):
@@ -84,12 +85,14 @@ def penalize_repetition(logits: Tensor, token_ids: list[int], penalty: float) ->
     """
     seen = torch.tensor(sorted(set(token_ids)), device=logits.device)
     values = logits[seen]
-    return logits.index_copy(0, seen, torch.where(values < 0, values * penalty, values / penalty))
+    values = torch.where(values < 0, values * penalty, values / penalty)
+    return logits.index_copy(0, seen, values.nan_to_num())  # finite for extreme penalties, too
 
 
 def filtered_probs(logits: Tensor, params: SamplingParams) -> Tensor:
     """Probabilities [V] after temperature, top_k and top_p; excluded tokens have 0."""
-    logits = logits / params.temperature
+    # Taking the maximum off and a lower bound keep a tiny temperature finite.
+    logits = (logits - logits.max()) / max(params.temperature, 1e-30)
     if 0 < params.top_k < logits.shape[-1]:
         smallest = logits.topk(params.top_k).values[-1]
         logits = logits.masked_fill(logits < smallest, -math.inf)
