@@ -18,6 +18,8 @@ from pathlib import Path
 def main(argv: list[str]) -> int:
     """Run one command; returns the exit status."""
     args = _parse(argv)
+    if args.print_config:
+        return _print_config(args.print_config)
     from gptneox.cut import cut_checkpoint, describe_mismatch, merge_checkpoint  # imports torch
 
     try:
@@ -40,6 +42,27 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _print_config(path: Path) -> int:
+    """For the launcher: the checkpoint and the number of devices that config.ini names."""
+    from gptneox.config import (
+        EMBEDDED_CHECKPOINT,
+        ModelSection,
+        layer,
+        parse_device_ids,
+        read_ini,
+        resolve_model_path,
+    )
+
+    try:
+        model, _ = layer(ModelSection, {}, read_ini(path) if path.is_file() else {})
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(resolve_model_path(model.model_path, path) or EMBEDDED_CHECKPOINT)
+    print(len(parse_device_ids(model.device_ids)))
+    return 0
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="cut_model_util.py",
@@ -47,14 +70,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--input_path", type=Path, required=True, help="checkpoint; with --merge: part_model")
-    add("--output_path", type=Path, required=True, help="part_model to write; with --merge: result")
+    add("--input_path", type=Path, help="checkpoint; with --merge: part_model")
+    add("--output_path", type=Path, help="part_model to write; with --merge: result")
     add("--world_size", type=int, default=2, help="number of parts; default 2")
     add("--merge", action="store_true", help="join the parts into one checkpoint")
     add("--recut", action="store_true", help="replace what is at --output_path")
     add("--check", action="store_true", help="only say whether --output_path is a complete cut")
     add("--debug", action="store_true", help="show tracebacks")
-    return parser.parse_args(argv)
+    add("--print_config", type=Path, metavar="INI", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if not args.print_config and not (args.input_path and args.output_path):
+        parser.error("--input_path and --output_path are required")
+    return args
 
 
 if __name__ == "__main__":

@@ -23,18 +23,22 @@ class NotBuiltYet(Exception):
 
 def run(settings: Settings) -> None:
     """Hand over to the task."""
-    task, attention = settings.args.task, settings.model.attention
-    if attention == "flash":
-        raise NotBuiltYet("--attention flash is not built yet; use --attention paged")
+    task = settings.args.task
     if task != "inference":
         raise NotBuiltYet(f"--task {task} is not built yet; use --task inference")
     if settings.environment.is_quant:
         raise ConfigError(
             "IS_QUANT=1, but quantization is not built yet; unset IS_QUANT or set it to 0"
         )
-    from gptneox import inference  # torch and the tokenizer load only now
+    # torch and the tokenizer load only now
+    if settings.attention == "paged":
+        from gptneox import inference as task_module
+    else:
+        from gptneox import flash_inference as task_module  # type: ignore[no-redef]
+    from gptneox.parallel import leave_group
 
-    inference.run(settings)
+    task_module.run(settings)
+    leave_group()
 
 
 def main(argv: list[str]) -> int:

@@ -41,4 +41,4 @@ read_launch_settings 20014
 
 # shellcheck source=scripts/env.sh disable=SC1091
 source "$repo/scripts/env.sh" runtime
-exec_main --task inference --attention paged --model_path "$weight_dir" "$@"
+exec_main --task inference --auto_attention paged --model_path "$weight_dir" "$@"

@@ -120,13 +120,13 @@ class PickleFile(WeightFile):
                 f"{self.path} holds more than tensors and was not opened, because unpickling it "
                 "could run code; convert it to safetensors where you trust it"
             ) from error
-        except (EOFError, OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path} is damaged: {error}; download it again") from error
-        except RuntimeError as error:
-            if mmap:
+        except Exception as error:  # a damaged pickle can raise anything
+            if mmap and isinstance(error, RuntimeError):
                 raise
             raise CheckpointError(f"{self.path} is damaged: {error}; download it again") from error
-        if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        if not isinstance(state, dict) or not all(
+            isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()
+        ):
             raise CheckpointError(f"{self.path} is not a state dict (name -> tensor)")
         return state
 
@@ -191,8 +191,10 @@ def _find_files(model_path: Path) -> tuple[list[WeightFile], Mapping[str, str]]:
         index_path = model_path / index_name
         if index_path.is_file():
             weight_map = read_json(index_path).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{index_path} has no weight_map; download it again")
+            if not isinstance(weight_map, dict) or not all(
+                isinstance(n, str) and n for n in weight_map.values()
+            ):
+                raise CheckpointError(f"{index_path} has no valid weight_map; download it again")
             names = sorted(set(weight_map.values()))
             if missing := [n for n in names if not (model_path / n).is_file()]:
                 raise FileNotFoundError(
@@ -394,6 +396,11 @@ def _read_part(
         return checkpoint.read(source)  # cut when it was written
     index = rank_slice(name, checkpoint.shapes[source], group.rank, group.world_size)
     value = checkpoint.read(source, index)
+    if not value.is_floating_point():
+        raise CheckpointError(
+            f"{checkpoint.model_path}: {source} holds {str(value.dtype).removeprefix('torch.')}; "
+            "a checkpoint of floating-point weights is expected"
+        )
     if is_partial_bias(name, value) and group.rank > 0:
         return torch.zeros_like(value)  # a row-parallel bias is added on rank 0 only
     return pad_rows(value, parameter.shape[0])

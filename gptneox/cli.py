@@ -9,7 +9,7 @@ import logging.handlers
 import sys
 import time
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from gptneox.config import (
     PrecisionSection,
     layer,
     read_ini,
+    resolve_model_path,
 )
 from gptneox.engine.sequence import SamplingParams
 
@@ -44,6 +45,12 @@ class Settings:
     performance: PerformanceSection
     sampling: SamplingParams
     sources: dict[str, dict[str, str]]
+
+    @property
+    def attention(self) -> str:
+        """paged or flash; "auto" is what the launcher stands for."""
+        chosen = self.model.attention
+        return str(self.args.auto_attention) if chosen == "auto" else chosen
 
     @property
     def model_path(self) -> Path:
@@ -113,6 +120,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", metavar="NAME", help="auto, npu, cuda or cpu")
     add("--dtype", metavar="NAME", help="auto, float16, bfloat16 or float32")
     add("--attention", metavar="NAME", help="auto, paged or flash")
+    add("--auto_attention", choices=("paged", "flash"), default="flash", help=argparse.SUPPRESS)
     add("--tp", type=int, metavar="N", help="must equal the number of processes started")
     add("--trust_remote_code", action="store_true", help="run a tokenizer's own code; not needed")
 
@@ -128,10 +136,10 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("generation")
     add("--max_output_length", type=int, metavar="N", help="new tokens per request; default 20")
     add("--ignore_eos", action="store_true", help="go on after the end-of-text token")
-    add("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
-    add("--top_k", type=int, default=0, help="keep the k likeliest tokens; 0: all")
-    add("--top_p", type=float, default=1.0, help="keep the likeliest tokens up to this probability")
-    add("--repetition_penalty", type=float, default=1.0, help="above 1: avoid repeating")
+    add("--temperature", type=float, help="0 (default): always the likeliest token")
+    add("--top_k", type=int, help="keep the k likeliest tokens; 0: all")
+    add("--top_p", type=float, help="keep the likeliest tokens up to this probability")
+    add("--repetition_penalty", type=float, help="above 1: avoid repeating")
     add("--seed", type=int, help="same seed, same text")
     add("--stop", nargs="+", default=[], metavar="TEXT", help="end before any of these strings")
 
@@ -173,17 +181,14 @@ def read_settings(argv: Seq[str], default_config: Path) -> Settings:
     precision, _ = layer(PrecisionSection, {}, ini)
     performance, _ = layer(PerformanceSection, {}, ini)
     if model.model_path and model_sources["model_path"] == "config.ini":
-        base = (args.config or default_config).resolve().parent
-        model = ModelSection(**{**asdict(model), "model_path": str(base / model.model_path)})
+        path = resolve_model_path(model.model_path, args.config or default_config)
+        model = replace(model, model_path=path)
+    given = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
     sampling = SamplingParams(
         max_new_tokens=engine.max_output_length,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
         stop=tuple(args.stop),
         ignore_eos=args.ignore_eos,
+        **{name: flags[name] for name in given if flags[name] is not None},
     )
     if args.tp is not None and args.tp != environment.world_size:
         raise ConfigError(

@@ -428,6 +428,11 @@ def parse_device_ids(text: str) -> list[int]:
     return [int(item) for item in items]
 
 
+def resolve_model_path(text: str, ini: Path) -> str:
+    """config.ini's model_path, which is relative to the file; empty stays empty."""
+    return str(ini.resolve().parent / Path(text).expanduser()) if text else ""
+
+
 def read_ini(path: Path) -> dict[str, dict[str, str]]:
     """Sections and keys of config.ini as text.
 

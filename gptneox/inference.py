@@ -24,6 +24,7 @@ from gptneox.backends import select
 from gptneox.backends.base import Backend
 from gptneox.cli import DEFAULT_PROMPT, Settings
 from gptneox.config import ConfigError
+from gptneox.engine.flash_engine import FlashOutput
 from gptneox.engine.llm_engine import EngineStats, LLMEngine, RequestOutput
 from gptneox.engine.sequence import SamplingParams
 from gptneox.parallel import TensorParallelGroup, init_group
@@ -53,19 +54,25 @@ class Prompt:
     shown: str
 
 
-def run(settings: Settings) -> None:
-    """Load the model, answer every prompt, print the summary.
-
-    Raises:
-        ValueError, OSError, RuntimeError: with a message for the user.
-    """
+def start(settings: Settings) -> tuple[Backend, TensorParallelGroup]:
+    """Choose the device, join the other ranks, say the settings once."""
     backend = select(settings.model.device)
     environment = settings.environment
     backend.setup(environment.local_rank, environment.local_world_size, environment.omp_num_threads)
     group = init_group(environment.rank, environment.world_size, backend.dist_backend)
-    if group.rank == 0:
-        for line in settings.describe():
-            logger.info(line)
+    for line in settings.describe():
+        logger.info(line)
+    return backend, group
+
+
+def run(settings: Settings) -> None:
+    """Load the model on the paged path, answer every prompt, print the summary.
+
+    Raises:
+        ValueError, OSError, RuntimeError: with a message for the user.
+    """
+    environment = settings.environment
+    backend, group = start(settings)
     engine = load_engine(settings, backend, group)
     if settings.args.interactive:
         interact(engine, settings.sampling)
@@ -277,7 +284,9 @@ def _interrupt_noted() -> Iterator[list[int]]:
 # -- results -------------------------------------------------------------------------------------
 
 
-def write_output_file(path: Path, prompts: Seq[Prompt], outputs: Seq[RequestOutput]) -> None:
+def write_output_file(
+    path: Path, prompts: Seq[Prompt], outputs: Seq[RequestOutput | FlashOutput]
+) -> None:
     """JSON lines, complete or not there at all."""
     lines = []
     for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):

@@ -68,6 +68,12 @@ def check_divides(world_size: int, num_heads: int, intermediate_size: int) -> No
         )
 
 
+def leave_group() -> None:
+    """Part from the other ranks at the end of a run."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def init_group(rank: int, world_size: int, dist_backend: str) -> TensorParallelGroup:
     """Join the processes that torchrun started; one process alone needs nothing."""
     if world_size > 1 and not dist.is_initialized():

@@ -133,3 +133,28 @@ exec_main() {
   exec "${TORCHRUN_COMMAND[@]}" --nproc_per_node "$NUM_PROCESSES" "${NODE_ARGUMENTS[@]}" \
     --master_port "$MASTER_PORT" "$LAUNCH_ROOT/main.py" "$@"
 }
+
+# set_npu_switches: what the flash path wants of CANN and ATB. Nothing here matters off an NPU.
+#   Atlas 300I DUO (310P): tiling copies on a stream of their own; no lccl
+#   Atlas 800I A2 (910B):  tiling copies stay where they are
+#   in a container:        operators are launched synchronously, which is safe there
+set_npu_switches() {
+  local chips="" queue=1
+  if command -v npu-smi >/dev/null; then
+    chips=$(npu-smi info 2>/dev/null || true)
+  fi
+  [[ ! -e /.dockerenv && ! -e /run/.containerenv ]] || queue=0
+  export PYTORCH_NPU_ALLOC_CONF="${PYTORCH_NPU_ALLOC_CONF-max_split_size_mb:2048}"
+  export ATB_LAUNCH_KERNEL_WITH_TILING="${ATB_LAUNCH_KERNEL_WITH_TILING-1}"
+  export ATB_LAYER_INTERNAL_TENSOR_REUSE="${ATB_LAYER_INTERNAL_TENSOR_REUSE-1}"
+  export ATB_OPERATION_EXECUTE_ASYNC="${ATB_OPERATION_EXECUTE_ASYNC-$queue}"
+  export TASK_QUEUE_ENABLE="${TASK_QUEUE_ENABLE-$queue}"
+  export HCCL_OP_BASE_FFTS_MODE_ENABLE="${HCCL_OP_BASE_FFTS_MODE_ENABLE-1}"
+  export HCCL_BUFFSIZE="${HCCL_BUFFSIZE-110}"
+  if [[ $chips == *310P* ]]; then
+    export ATB_USE_TILING_COPY_STREAM="${ATB_USE_TILING_COPY_STREAM-1}"
+    [[ ${BACKEND:-} != lccl ]] || die 2 "BACKEND=lccl does not work on 300I DUO; unset BACKEND"
+  else
+    export ATB_USE_TILING_COPY_STREAM="${ATB_USE_TILING_COPY_STREAM-0}"
+  fi
+}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-PAGED = ["--task", "inference", "--attention", "paged", "--model_path"]
+PAGED = ["--task", "inference", "--auto_attention", "paged", "--model_path"]
 STUB_STATUS = 7
 
 # Writes what it was called with to $RECORD, and ends with a status of its own.

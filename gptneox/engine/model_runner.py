@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gptneox.backends.base import ForwardBatch
-from gptneox.engine.sampler import Sampler, token_logprobs
+from gptneox.engine.sampler import Sampler, check_finite, token_logprobs
 from gptneox.engine.scheduler import Scheduled
 from gptneox.engine.sequence import Sequence
 from gptneox.kv_cache import PagedKVCache
@@ -119,6 +119,7 @@ class ModelRunner:
                     rows = hidden[row + p - start : row + p - start + len(targets)]
                     logits = self.model.compute_logits(rows)
                     if self.group.rank == 0:
+                        check_finite(logits, [seq.request_id] * len(targets))
                         seq.prompt_logprobs += token_logprobs(logits, targets, num_top)
                     seq.num_scored_tokens = p + len(targets)
             row += item.num_tokens

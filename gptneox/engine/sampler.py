@@ -38,15 +38,7 @@ class Sampler:
             NonFiniteLogits: a logit is NaN or infinite; the message names the requests.
         """
         logits = logits.float()
-        if not math.isfinite(logits.sum().item()):
-            finite = torch.isfinite(logits).all(-1).tolist()
-            bad = [seq.request_id for seq, ok in zip(seqs, finite, strict=True) if not ok]
-            if bad:  # otherwise only the sum overflowed
-                raise NonFiniteLogits(
-                    f"the logits of request {', '.join(map(str, bad))} are not finite: the weights "
-                    "hold NaN or Inf, or the dtype overflows; try --dtype float32 and check the "
-                    "checkpoint"
-                )
+        check_finite(logits, [seq.request_id for seq in seqs])
         plain = [s.params.temperature == 0 and s.params.repetition_penalty == 1 for s in seqs]
         token_ids = logits.argmax(-1).tolist()
         for i, seq in enumerate(seqs):
@@ -76,6 +68,24 @@ class Sampler:
                 generator.manual_seed(seq.params.seed)
             self._generators[seq.request_id] = generator
         return self._generators[seq.request_id]
+
+
+def check_finite(logits: Tensor, request_ids: Seq[int]) -> None:
+    """Raise NonFiniteLogits if a logit is NaN or infinite.
+
+    Args:
+        logits: [S, V].
+        request_ids: whose request each of the S rows is.
+    """
+    if math.isfinite(logits.sum(dtype=torch.float32).item()):
+        return
+    finite = torch.isfinite(logits).all(-1).tolist()
+    bad = dict.fromkeys(i for i, ok in zip(request_ids, finite, strict=True) if not ok)
+    if bad:  # otherwise only the sum overflowed
+        raise NonFiniteLogits(
+            f"the logits of request {', '.join(map(str, bad))} are not finite: the weights hold "
+            "NaN or Inf, or the dtype overflows; try --dtype float32 and check the checkpoint"
+        )
 
 
 def penalize_repetition(logits: Tensor, token_ids: list[int], penalty: float) -> Tensor:
