@@ -70,6 +70,10 @@ def _fail(error: BaseException, status: int, *, debug: bool) -> int:
         logging.getLogger("gptneox").error("traceback", exc_info=error)
     text = " ".join(str(error).split()) or type(error).__name__
     print(f"error: {text}", file=sys.stderr)
+    if "torch.distributed" in sys.modules:
+        from gptneox.parallel import report_failure
+
+        report_failure(error if debug else error.with_traceback(None))
     return status
 
 

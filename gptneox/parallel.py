@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from gptneox.config import ConfigError
 
@@ -66,6 +67,13 @@ def check_divides(world_size: int, num_heads: int, intermediate_size: int) -> No
             f"world_size {world_size} does not divide {num_heads} attention heads and "
             f"intermediate_size {intermediate_size}; use {', '.join(map(str, valid))}"
         )
+
+
+def report_failure(error: BaseException) -> None:
+    """Tell torchrun why this rank ends, so that its closing report names the first cause."""
+    handler = get_error_handler()
+    handler.initialize()
+    handler.record_exception(error)
 
 
 def leave_group() -> None:
