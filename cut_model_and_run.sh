@@ -51,19 +51,19 @@ input_dir=$(require_dir "$input_dir" "input_dir" "set input_dir, or [model] mode
 [[ $(basename -- "$input_dir") != part_model ]] || input_dir=$(dirname -- "$input_dir")
 : "${output_dir:=$input_dir/part_model}"
 
-cut() {
+cut_model() {
   "$PYTHON" "$repo/cut_model_util.py" --input_path "$input_dir" --output_path "$output_dir" \
     --world_size "$world_size_" "$@"
 }
 
 if [[ ! -e $output_dir || ${#recut[@]} -gt 0 ]]; then
   printf 'The gpt-neox-20b part model is not exists, Now begin to cut ...\n'
-  cut "${recut[@]}"
+  cut_model "${recut[@]}"
   if [[ -z $task ]]; then
     printf 'Next: bash %s inference\n' "${BASH_SOURCE[0]}"
     exit 0
   fi
-elif ! reason=$(cut --check); then
+elif ! reason=$(cut_model --check); then
   die 1 "${reason:-"$output_dir cannot be checked"}; to replace it: bash ${BASH_SOURCE[0]} --recut $task"
 fi
 printf '**********************The gpt-neox-20b part model exists, Now begin to run ...**********************\n'

@@ -46,12 +46,15 @@ class BlockManager:
     def match_prefix(self, seq: Sequence) -> list[int]:
         """Cached blocks that hold the beginning of `seq`; at least one token is left to compute.
 
-        A request for prompt log-probabilities must see every position, so it matches nothing.
+        The positions whose log-probabilities are still wanted are computed, not matched.
         """
-        if not self.enable_prefix_caching or seq.params.prompt_logprobs is not None:
+        if not self.enable_prefix_caching:
             return []
         size, blocks, parent = self.block_size, [], _ROOT
-        for start in range(0, (len(seq.token_ids) - 1) // size * size, size):
+        last = len(seq.token_ids) - 1
+        if seq.params.prompt_logprobs is not None:
+            last = min(last, seq.num_scored_tokens)
+        for start in range(0, last // size * size, size):
             block = self.cached.get((parent, tuple(seq.token_ids[start : start + size])))
             if block is None:
                 break

@@ -105,6 +105,20 @@ class FlashEngine:
         backend.synchronize()
         return outputs, time.perf_counter() - start
 
+    def next_logits(self, prompts: Seq[Seq[int]]) -> Tensor:
+        """Logits [B, V] of the token after each prompt, in one padded batch.
+
+        Raises:
+            InvalidParameter: as `generate`.
+        """
+        for prompt in prompts:
+            self._check(prompt, 0)
+        input_ids, mask = self._pad(prompts)
+        out = self.model(input_ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+        logits = out.logits[:, -1]
+        assert isinstance(logits, Tensor)
+        return logits
+
     def _check(self, prompt: Seq[int], max_new_tokens: int) -> None:
         if not prompt:
             raise InvalidParameter("prompt", "", "at least one token")

@@ -59,6 +59,8 @@ class StepStats:
     num_prefill_tokens: int
     num_decode_tokens: int
     num_context_tokens: int  # cached tokens that attention read
+    prepare_s: float = 0.0  # of `seconds`: before the model; 0 unless the runner measures
+    forward_s: float = 0.0  # of `seconds`: the model, logits included; 0 likewise
 
 
 @dataclass
@@ -215,11 +217,15 @@ class LLMEngine:
                 "prompt", "", "at least one token (--input_ids 0 starts from nothing)"
             )
         vocab_size = self.model.config.vocab_size
-        for token_id in prompt_ids:
-            if not 0 <= token_id < vocab_size:
-                raise InvalidParameter(
-                    "prompt", token_id, f"an id of the vocabulary (0 to {vocab_size - 1})"
-                )
+        for field_name, ids in (
+            ("prompt", prompt_ids),
+            ("logprob_token_ids", params.logprob_token_ids),
+        ):
+            for token_id in ids:
+                if not 0 <= token_id < vocab_size:
+                    raise InvalidParameter(
+                        field_name, token_id, f"an id of the vocabulary (0 to {vocab_size - 1})"
+                    )
         num_tokens = len(prompt_ids) + params.max_new_tokens
         if num_tokens > self.max_positions:
             raise InvalidParameter(
@@ -332,6 +338,8 @@ class LLMEngine:
         num_tokens = sum(s.num_tokens for s in scheduled)
         context = sum(s.seq.num_computed_tokens + s.num_tokens for s in scheduled)
         step = StepStats(seconds, num_prefill, num_tokens - num_prefill, context)
+        if self.runner.measure:
+            step.prepare_s, step.forward_s = self.runner.prepare_s, self.runner.forward_s
         self.stats.add(step, num_sampled)
 
     def _fit_blocks(self) -> int:

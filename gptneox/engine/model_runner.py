@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,8 @@ class ModelRunner:
         self.group, self.device = model.group, model.backend.device
         self.sampler = Sampler()
         self.step = model.backend.capture(self._forward)
+        self.measure = False  # wait for the device after the model, to time it by itself
+        self.prepare_s = self.forward_s = 0.0  # of the last step that sampled, when measured
 
     @torch.inference_mode()
     def run(self, scheduled: list[Scheduled]) -> list[int]:
@@ -32,7 +36,9 @@ class ModelRunner:
 
         Log-probabilities are appended to the sequences that asked for them (on rank 0).
         """
+        started = time.perf_counter()
         batch = self.prepare(scheduled)
+        prepared = time.perf_counter()
         hidden = self.step(batch)  # [T, C]
         self._score_prompts(scheduled, hidden)
         rows, seqs, row = [], [], 0
@@ -45,7 +51,12 @@ class ModelRunner:
             return []
         if len(rows) < hidden.shape[0]:
             hidden = hidden[torch.tensor(rows, device=self.device)]
-        return self._sample(self.model.compute_logits(hidden), seqs)
+        logits = self.model.compute_logits(hidden)
+        if self.measure:
+            self.model.backend.synchronize()
+            self.prepare_s = prepared - started
+            self.forward_s = time.perf_counter() - prepared
+        return self._sample(logits, seqs)
 
     def prepare(self, scheduled: list[Scheduled]) -> ForwardBatch:
         """The step's tensors; sequences with one token come first, as the scheduler sorted them."""
@@ -95,8 +106,12 @@ class ModelRunner:
             token_ids = self.sampler(logits, seqs)
             for i, seq in enumerate(seqs):
                 if seq.params.logprobs is not None:
-                    row = token_logprobs(logits[i : i + 1], [token_ids[i]], seq.params.logprobs)
-                    seq.logprobs += row
+                    seq.logprobs += token_logprobs(
+                        logits[i : i + 1],
+                        [token_ids[i]],
+                        seq.params.logprobs,
+                        seq.params.logprob_token_ids,
+                    )
         else:
             token_ids = [0] * len(seqs)
         if self.group.world_size > 1:

@@ -114,13 +114,16 @@ def filtered_probs(logits: Tensor, params: SamplingParams) -> Tensor:
     return logits.softmax(-1)
 
 
-def token_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprobs]:
-    """Log-probabilities of `token_ids` and of the `num_top` likeliest tokens of each row.
+def token_logprobs(
+    logits: Tensor, token_ids: list[int], num_top: int, extra_ids: Seq[int] = ()
+) -> list[TokenLogprobs]:
+    """Log-probabilities of `token_ids`, of the `num_top` likeliest tokens and of `extra_ids`.
 
     Args:
         logits: [S, V]; the softmax is fp32 and over the raw logits, before any filter.
         token_ids: S ids.
-        num_top: 0 gives empty `top`.
+        num_top: 0: only `extra_ids` are in `top`.
+        extra_ids: tokens whose value is wanted however unlikely they are.
     """
     logprobs = logits.float().log_softmax(-1)
     ids = torch.tensor(token_ids, device=logits.device).unsqueeze(-1)
@@ -130,4 +133,7 @@ def token_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> list[T
         values, indices = logprobs.topk(min(num_top, logprobs.shape[-1]))
         rows = zip(indices.tolist(), values.tolist(), strict=True)
         tops = [dict(zip(i, v, strict=True)) for i, v in rows]
+    if extra_ids:
+        for top, values in zip(tops, logprobs[:, list(extra_ids)].tolist(), strict=True):
+            top.update(zip(extra_ids, values, strict=True))
     return [TokenLogprobs(t, p, top) for t, p, top in zip(token_ids, chosen, tops, strict=True)]

@@ -39,7 +39,9 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # alternatives returned beside each new token's log-probability
-    prompt_logprobs: int | None = None  # the same for each prompt token but the first
+    prompt_logprobs: int | None = None  # the same for each prompt token but the first,
+    prompt_logprobs_start: int = 1  # from this one on
+    logprob_token_ids: tuple[int, ...] = ()  # with logprobs: also in `top`, however unlikely
 
     def __post_init__(self) -> None:
         lowest = 0 if self.prompt_logprobs is not None else 1  # 0: score the prompt, no new token
@@ -50,6 +52,7 @@ class SamplingParams:
         _real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, above=True)
         if self.seed is not None:
             _integer("seed", self.seed, 0, 2**63 - 1)
+        _integer("prompt_logprobs_start", self.prompt_logprobs_start, 1)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
@@ -105,7 +108,7 @@ class Sequence:
     num_computed_tokens: int = 0  # leading tokens whose K and V are in the cache
     num_committed_blocks: int = 0  # leading blocks known to the prefix cache,
     content_id: int = 0  # and the identity of what they hold
-    num_scored_tokens: int = 0  # prompt tokens whose log-probability is known
+    num_scored_tokens: int = 0  # prompt tokens after the first that need no log-probability more
     finish_reason: str = ""  # "stop" | "length" | "abort"
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -114,7 +117,8 @@ class Sequence:
     def create(cls, request_id: int, prompt_ids: Iterable[int], params: SamplingParams) -> Sequence:
         """A new, waiting sequence."""
         token_ids = list(prompt_ids)
-        return cls(request_id, token_ids, params, len(token_ids))
+        num_unscored = params.prompt_logprobs_start - 1
+        return cls(request_id, token_ids, params, len(token_ids), num_scored_tokens=num_unscored)
 
     @property
     def output_ids(self) -> list[int]:
