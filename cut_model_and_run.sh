@@ -29,7 +29,7 @@ task=${1:-}
 case $task in
   "" | inference | precision | performance) shift $(($# > 0)) ;;
   -h | --help)
-    sed -n '2,/^set -e/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,/^set -e/{s/^# \{0,1\}//p;s/^\([a-z_]*\)=[^ ]* *# /  \1: /p}' "${BASH_SOURCE[0]}"
     exit 0
     ;;
   *) die 2 "'$task' is no task; use inference, precision or performance, or none to cut only" ;;
@@ -56,7 +56,24 @@ cut_model() {
     --world_size "$world_size_" "$@"
 }
 
+needs_cut=0
 if [[ ! -e $output_dir || ${#recut[@]} -gt 0 ]]; then
+  needs_cut=1
+fi
+if [[ $needs_cut == 0 || -n $task ]]; then
+  # It will run: settings that are wrong are found before the long cut, not after it.
+  # One rank per part; the list of devices, where there is one, has to agree.
+  read_nodes
+  if [[ -z ${TP_WORLD_SIZE:-} ]]; then
+    export TP_WORLD_SIZE=$((world_size_ / ${NNODES:-1}))
+  fi
+  read_launch_settings 20001
+  ((NUM_PROCESSES * ${NNODES:-1} == world_size_)) ||
+    die 2 "world_size_ is $world_size_, but $((NUM_PROCESSES * ${NNODES:-1})) ranks would start"
+  set_npu_switches
+fi
+
+if [[ $needs_cut == 1 ]]; then
   printf 'The gpt-neox-20b part model is not exists, Now begin to cut ...\n'
   cut_model "${recut[@]}"
   if [[ -z $task ]]; then
@@ -68,12 +85,7 @@ elif ! reason=$(cut_model --check); then
 fi
 printf '**********************The gpt-neox-20b part model exists, Now begin to run ...**********************\n'
 
-# One rank per part; the list of devices, where there is one, has to agree.
-if [[ -z ${TP_WORLD_SIZE:-} ]]; then
-  export TP_WORLD_SIZE=$((world_size_ / ${NNODES:-1}))
-fi
-read_launch_settings 20001
-((NUM_PROCESSES * ${NNODES:-1} == world_size_)) ||
-  die 2 "$output_dir has $world_size_ parts, but $((NUM_PROCESSES * ${NNODES:-1})) ranks would start"
-set_npu_switches
-exec_main --task "${task:-inference}" --auto_attention flash --model_path "$input_dir" "$@"
+# The flash path finds part_model beside the weights; parts elsewhere have to be named.
+model_dir=$input_dir
+[[ $output_dir -ef $input_dir/part_model ]] || model_dir=$(realpath -- "$output_dir")
+exec_main --task "${task:-inference}" --auto_attention flash --model_path "$model_dir" "$@"

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from gptneox.cli import Settings, read_settings, setup_logging
-from gptneox.config import ConfigError
+from gptneox.config import ConfigError, load_devices_by_hand
 
 CONFIG = Path(__file__).resolve().parent / "config.ini"
 
@@ -24,15 +24,24 @@ class NotBuiltYet(Exception):
 def run(settings: Settings) -> None:
     """Hand over to the task."""
     task = settings.args.task
-    if task != "inference":
-        raise NotBuiltYet(f"--task {task} is not built yet; use --task inference")
+    if task == "compare":
+        from gptneox.evaluation.report import run_compare
+
+        run_compare(settings)
+        return
     if settings.environment.is_quant:
         raise ConfigError(
             "IS_QUANT=1, but quantization is not built yet; unset IS_QUANT or set it to 0"
         )
     # torch and the tokenizer load only now
-    if settings.attention == "paged":
-        from gptneox import inference as task_module
+    if task == "performance":
+        from gptneox.evaluation import performance as task_module
+    elif task == "modeltest":
+        from gptneox.evaluation import modeltest as task_module  # type: ignore[no-redef]
+    elif task == "precision":
+        from gptneox.evaluation import precision as task_module  # type: ignore[no-redef]
+    elif settings.attention == "paged":
+        from gptneox import inference as task_module  # type: ignore[no-redef]
     else:
         from gptneox import flash_inference as task_module  # type: ignore[no-redef]
     from gptneox.parallel import leave_group
@@ -43,14 +52,22 @@ def run(settings: Settings) -> None:
 
 def main(argv: list[str]) -> int:
     """Run one task; returns the exit status."""
+    load_devices_by_hand()
     debug = "--debug" in argv
+    if argv[:1] == ["doctor"]:
+        argv = ["--task", *argv]
     try:
         settings = read_settings(argv, CONFIG)
     except (ValueError, OSError) as error:
         return _fail(error, 2, debug=debug)
     setup_logging(settings)
     try:
+        if settings.args.task == "doctor":
+            from gptneox import doctor  # it looks at torch, which may be what is missing
+
+            return doctor.run(settings)
         run(settings)
+        sys.stdout.flush()
     except NotBuiltYet as error:
         return _fail(error, 2, debug=debug)
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
@@ -73,6 +90,8 @@ def _fail(error: BaseException, status: int, *, debug: bool) -> int:
     if "torch.distributed" in sys.modules:
         from gptneox.parallel import report_failure
 
+        if not debug:  # torchrun shows all that it is told
+            error.__cause__ = error.__context__ = None
         report_failure(error if debug else error.with_traceback(None))
     return status
 

@@ -146,7 +146,9 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         config = config or GPTNeoXConfig.from_pretrained(path)
         backend = select(device_map or "auto")
         if environment.world_size > 1:
-            backend.setup(environment.local_rank, environment.local_world_size)
+            backend.setup(
+                environment.local_rank, environment.local_world_size, environment.omp_num_threads
+            )
         group = init_group(environment.rank, environment.world_size, backend.dist_backend)
         path = rank_directory(path, group)
         model_config = ModelConfig.from_pretrained(path)
@@ -180,11 +182,7 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
     ) -> None:
         """Give `generate` our cache unless it has one or wants none."""
         given = model_kwargs.get("past_key_values")
-        if given is not None and not isinstance(given, NeoXCache):
-            raise ValueError(
-                f"past_key_values is a {type(given).__name__}; leave it out, or pass the one that "
-                "an earlier call returned"
-            )
+        _check_cache(given)
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation {generation_config.cache_implementation!r} is not served; "
@@ -192,6 +190,11 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             )
         if given is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache()
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Inputs of `forward`, less what `generate` needs for stop strings and hands on."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        return {k: v for k, v in inputs.items() if k not in ("tokenizer", "assistant_tokenizer")}
 
     def new_cache(self) -> NeoXCache:
         """An empty cache for one batch."""
@@ -208,7 +211,7 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             )
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -241,6 +244,7 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             raise ValueError(f"forward does not take {', '.join(wrong)}")
         if input_ids is None or input_ids.dim() != 2 or return_dict is False:
             raise ValueError("input_ids [B, S] is expected, and return_dict not False")
+        _check_cache(past_key_values)
         b, s = input_ids.shape
         cache = self.new_cache() if past_key_values is None else past_key_values
         key_mask = None
@@ -253,13 +257,14 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
                 )
         if position_ids is None:
             position_ids = self._positions(key_mask, b, s, cache.kv.length)
-        cache.kv.prepare(b, s, key_mask)
-        hidden = self.model(input_ids.flatten(), position_ids.expand(b, s).flatten(), cache.kv)
-        cache.kv.advance()
-        hidden = hidden.view(b, s, -1)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden = hidden[:, keep]
-        logits = self.model.compute_logits(hidden.flatten(0, 1)).view(b, hidden.shape[1], -1)
+        with torch.inference_mode():
+            cache.kv.prepare(b, s, key_mask)
+            hidden = self.model(input_ids.flatten(), position_ids.expand(b, s).flatten(), cache.kv)
+            cache.kv.advance()
+            hidden = hidden.view(b, s, -1)[:, keep]
+            logits = self.model.compute_logits(hidden.flatten(0, 1)).view(b, hidden.shape[1], -1)
+        logits = logits.clone()  # out here: logits processors of `generate` change it in place
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1])
@@ -272,3 +277,11 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             device = self.model.backend.device
             return torch.arange(length, length + s, device=device).expand(b, s)
         return (key_mask.long().cumsum(-1) - 1).clamp(min=0)[:, length:]
+
+
+def _check_cache(cache: Any) -> None:
+    if cache is not None and not isinstance(cache, NeoXCache):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}; leave it out, or pass the one that an "
+            "earlier call returned"
+        )

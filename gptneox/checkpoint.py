@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gptneox.config import ModelConfig, read_json
+from gptneox.config import ConfigError, ModelConfig, read_json
 from gptneox.layers import Linear
 from gptneox.model import GPTNeoX
 from gptneox.parallel import TensorParallelGroup
@@ -40,7 +40,7 @@ MANIFEST_NAME = "manifest.json"
 PART_FILE = "model.safetensors"
 
 # A mapped file keeps the pages that were read resident; it is mapped anew after this many bytes.
-_REMAP_BYTES = 64 << 20
+REMAP_BYTES = 64 << 20
 
 
 class CheckpointError(ValueError):
@@ -67,7 +67,7 @@ class WeightFile:
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
         """A tensor, or a slice of it; it may alias the file, so copy it before `close`."""
-        if self._handle is None or self._bytes_read > _REMAP_BYTES:
+        if self._handle is None or self._bytes_read > REMAP_BYTES:
             self.close()
             self._handle = self._open()
         tensor = self._slice(self._handle, name, index)
@@ -153,6 +153,7 @@ class Checkpoint:
         self.model_path = model_path
         self.files, index = _find_files(model_path)
         self.where: dict[str, WeightFile] = {}
+        self._last: WeightFile | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in self.files:
             for name, shape in file.shapes().items():
@@ -169,8 +170,12 @@ class Checkpoint:
             )
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
-        """A tensor or a slice of it, in the file's dtype."""
-        return self.where[name].read(name, index)
+        """A tensor or a slice of it, in the file's dtype; only the file read last stays mapped."""
+        file = self.where[name]
+        if self._last is not None and self._last is not file:
+            self._last.close()
+        self._last = file
+        return file.read(name, index)
 
     def close(self) -> None:
         """Unmap all files."""
@@ -219,7 +224,7 @@ def _listed(names: list[str], most: int = 20) -> str:
 
 def cut_dimension(name: str) -> int | None:
     """Dimension along which tensor parallelism cuts a tensor's weight; None: whole on each rank."""
-    return CUT_DIMENSIONS.get(name.rsplit(".", 2)[-2])
+    return CUT_DIMENSIONS.get(name.split(".")[-2:][0])
 
 
 def rank_slice(name: str, shape: tuple[int, ...], rank: int, world_size: int) -> tuple[slice, ...]:
@@ -244,6 +249,14 @@ def part_shape(name: str, shape: tuple[int, ...], world_size: int) -> tuple[int,
     if dim is None or len(shape) <= dim:
         return shape
     return (*shape[:dim], math.ceil(shape[dim] / world_size), *shape[dim + 1 :])
+
+
+def is_embedding(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor is the token embedding, which every rank needs whole.
+
+    In a tied checkpoint it may be stored under the head's name.
+    """
+    return name == EMBEDDING_NAME or (config.tie_word_embeddings and name in HEAD_NAMES)
 
 
 def is_partial_bias(name: str, value: Tensor) -> bool:
@@ -294,7 +307,7 @@ def read_manifest(part_model: Path) -> Manifest:
         )
     try:
         manifest = Manifest(**read_json(path))
-    except TypeError as error:
+    except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); cut the model again") from error
     for rank in range(manifest.world_size):
         file = part_model / str(rank) / PART_FILE
@@ -392,7 +405,7 @@ def _read_part(
 ) -> Tensor:
     """This rank's part of parameter `name`, stored as `source`, in the file's dtype."""
     group = model.group
-    if model.config.part_world_size > 1 and source != EMBEDDING_NAME:
+    if model.config.part_world_size > 1 and not is_embedding(source, model.config):
         return checkpoint.read(source)  # cut when it was written
     index = rank_slice(name, checkpoint.shapes[source], group.rank, group.world_size)
     value = checkpoint.read(source, index)
@@ -422,7 +435,7 @@ def _map_names(model: GPTNeoX, checkpoint: Checkpoint) -> dict[str, str]:
             continue
         names[name] = found
         # The head of a tied checkpoint is the embedding, which is whole in every part.
-        cut = config.part_world_size > 1 and found != EMBEDDING_NAME
+        cut = config.part_world_size > 1 and not is_embedding(found, config)
         shape = part_shape(name, whole, config.part_world_size) if cut else whole
         if checkpoint.shapes[found] != shape:
             wrong.append(f"{found} is {list(checkpoint.shapes[found])}, expected {list(shape)}")

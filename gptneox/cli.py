@@ -72,8 +72,9 @@ class Settings:
                 text = value if value != "" else "-"
                 shown.append(f"{key}={text}" + ("" if source == "default" else f" ({source})"))
             lines.append(f"[{name}] " + ", ".join(shown))
-        sampling = ", ".join(f"{k}={v}" for k, v in asdict(self.sampling).items() if v is not None)
-        return [*lines, f"[sampling] {sampling}"]
+        asked = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+        sampling = [f"{k}={getattr(self.sampling, k)}" for k in (*asked, "stop", "ignore_eos")]
+        return [*lines, "[sampling] " + ", ".join(sampling)]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -110,7 +111,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.flag
     add("--version", action="version", version=f"gptneox-ascend {__version__}")
-    add("--task", choices=("inference", "precision", "performance"), default="inference")
+    tasks = ("inference", "precision", "performance", "compare", "modeltest", "doctor")
+    add("--task", choices=tasks, default="inference",
+        help="default: inference; modeltest is started by tests/modeltest/run.sh")  # fmt: skip
     add("--config", type=Path, help="settings file; default: config.ini beside main.py")
     add("--debug", action="store_true", help="log more, and show tracebacks")
 
@@ -132,6 +135,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--interactive", action="store_true", help="read prompts from the terminal")
     add("--stream", action="store_true", help="print answers while they grow")
     add("--output_file", type=Path, metavar="FILE", help="also write the answers as JSON lines")
+
+    group = parser.add_argument_group("comparison of two performance results (--task compare)")
+    add("--against", type=Path, metavar="PATH", help="the earlier result: CSV, JSON or a directory")
+    add("--with", type=Path, dest="with_result", metavar="PATH",
+        help="the later one; default: the newest in the current directory")  # fmt: skip
+    add("--modeltest_arguments", nargs=argparse.REMAINDER, default=[], help=argparse.SUPPRESS)
 
     group = parser.add_argument_group("generation")
     add("--max_output_length", type=int, metavar="N", help="new tokens per request; default 20")

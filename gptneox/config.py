@@ -279,7 +279,9 @@ class ModelSection:
     device_ids: str = _setting("0", "device numbers, comma-separated")
     dtype: str = _setting("auto", "auto (as config.json says) | float16 | bfloat16 | float32")
     attention: str = _setting("auto", "auto | paged | flash; auto: what the launcher stands for")
-    parallel_backend: str = _setting("hccl", "hccl | nccl | lccl | gloo; on a CPU always gloo")
+    parallel_backend: str = _setting(
+        "hccl", "hccl | nccl | lccl | gloo; on a CPU always gloo", env="BACKEND"
+    )
     log_dir: str = _setting("", "directory for log files; empty: none are written")
     bind_cpu: int = _setting(1, "1: bind each process to the cores near its device", env="BIND_CPU")
 
@@ -353,10 +355,12 @@ class PrecisionSection:
     work_dir: str = _setting("", "holds data/, receives test_result/; empty: the shipped sets")
     batch: int = _setting(1, "questions per batch", minimum=1)
     shot: int = _setting(5, "examples before each question", minimum=0)
-    seq_len_out: int = _setting(32, "new tokens per question", minimum=1)
+    seq_len_out: int = _setting(32, "new tokens per question, for first_letter", minimum=1)
+    scoring: str = _setting("logits", "logits | first_letter (as the original); mmlu and ceval")
 
     def __post_init__(self) -> None:
         _one_of("precision", "mode", self.mode, ("boolq", "mmlu", "ceval"))
+        _one_of("precision", "scoring", self.scoring, ("logits", "first_letter"))
 
 
 @dataclass(frozen=True)
@@ -371,6 +375,7 @@ class PerformanceSection:
     save_file_name: str = _setting("", "result file; empty: a name is made")
     perf_mode: str = _setting("normal", "normal | detail")
     skip_decode: int = _setting(0, "1: leave detokenising out of the measured run")
+    repeat: int = _setting(1, "measured runs per case; the times are their means", minimum=1)
 
     def __post_init__(self) -> None:
         _one_of("performance", "perf_mode", self.perf_mode, ("normal", "detail"))
@@ -543,6 +548,14 @@ class Environment:
     benchmark_path: str = ""
     log_level: str = "INFO"
     omp_num_threads: int = 0
+    cpu_binding_num: int = 0  # CPU_BINDING_NUM: cores per device; 0: an even share of the node
+    visible_devices: str = ""  # ASCEND_RT_VISIBLE_DEVICES
+    ascend_home: str = ""  # ASCEND_HOME_PATH, which CANN's set_env.sh sets
+    master_port: int = 0  # MASTER_PORT; 0: the launcher's own
+    timeit: bool = False  # TIMEIT: `perf_mode = detail` splits each step into its parts
+    modeltest_data_dir: str = ""  # MODELTEST_DATA_DIR; empty: tests/modeltest/data
+    modeltest_output_dir: str = ""  # MODELTEST_OUTPUT_DIR; empty: tests/modeltest/outputs
+    modeltest_log_to_file: bool = False  # MODELTEST_LOG_TO_FILE: also log under outputs/logs
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None) -> Environment:
@@ -581,4 +594,20 @@ class Environment:
             benchmark_path=environ.get("ATB_LLM_BENCHMARK_FILEPATH", ""),
             log_level=level,
             omp_num_threads=integer("OMP_NUM_THREADS"),
+            cpu_binding_num=integer("CPU_BINDING_NUM"),
+            visible_devices=environ.get("ASCEND_RT_VISIBLE_DEVICES", ""),
+            ascend_home=environ.get("ASCEND_HOME_PATH", ""),
+            master_port=integer("MASTER_PORT"),
+            timeit=integer("TIMEIT") == 1,
+            modeltest_data_dir=environ.get("MODELTEST_DATA_DIR", ""),
+            modeltest_output_dir=environ.get("MODELTEST_OUTPUT_DIR", ""),
+            modeltest_log_to_file=integer("MODELTEST_LOG_TO_FILE") == 1,
         )
+
+
+def load_devices_by_hand() -> None:
+    """Keep `import torch` from importing device packages, whose failure would end the program.
+
+    Each backend imports its own and can say what is missing.
+    """
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")

@@ -32,12 +32,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gptneox.checkpoint import (
+    EMBEDDING_NAME,
+    HEAD_NAMES,
     MANIFEST_NAME,
     PART_FILE,
+    REMAP_BYTES,
     Checkpoint,
     CheckpointError,
     Manifest,
     cut_dimension,
+    is_embedding,
     is_partial_bias,
     pad_rows,
     part_shape,
@@ -146,7 +150,7 @@ def cut_checkpoint(
     checkpoint = Checkpoint(input_path)
     tensors = {n: (checkpoint.read(n).dtype, s) for n, s in checkpoint.shapes.items()}
     checkpoint.close()
-    parts = {n: (d, part_shape(_rule(n), s, world_size)) for n, (d, s) in tensors.items()}
+    parts = {n: (d, part_shape(_rule(n, config), s, world_size)) for n, (d, s) in tensors.items()}
     with _temporary(output_path) as folder:
         _check_space(folder, world_size * sum(_num_bytes(d, s) for d, s in parts.values()))
         manifest = Manifest(
@@ -154,7 +158,9 @@ def cut_checkpoint(
             world_size=world_size,
             source_path=str(input_path.resolve()),
             source={f.path.name: _fingerprint(f.path) for f in checkpoint.files},
-            tensors={n: {"shape": s, "dtype": _DTYPE_NAMES[d]} for n, (d, s) in tensors.items()},
+            tensors={
+                n: {"shape": list(s), "dtype": _DTYPE_NAMES[d]} for n, (d, s) in tensors.items()
+            },
             config=read_json(input_path / "config.json"),
         )
         _write_parts(checkpoint, parts, folder, manifest)
@@ -168,9 +174,11 @@ def cut_checkpoint(
     return manifest
 
 
-def _rule(name: str) -> str:
-    """Cut both names of the output head alike."""
-    return "embed_out.weight" if name == "lm_head.weight" else name
+def _rule(name: str, config: ModelConfig) -> str:
+    """The name whose rule a tensor follows: the output head and the embedding have several."""
+    if is_embedding(name, config):
+        return EMBEDDING_NAME
+    return "embed_out.weight" if name in HEAD_NAMES else name
 
 
 def _write_parts(
@@ -185,21 +193,23 @@ def _write_parts(
         (folder / str(rank)).mkdir()
         metadata = {"format": "pt", "cut_id": manifest.cut_id, "rank": str(rank)}
         writers.append(SafetensorsWriter(folder / str(rank) / PART_FILE, parts, metadata))
+    config = ModelConfig.from_dict(manifest.config)
     for name in tqdm(parts, desc="cutting", unit="tensor", disable=not sys.stderr.isatty()):
+        rule = _rule(name, config)
         for rank, writer in enumerate(writers):
-            writer.write(name, _cut(checkpoint, name, rank, world_size))
+            writer.write(name, _cut(checkpoint, name, rule, rank, world_size))
     checkpoint.close()
     for writer in writers:
         writer.close()
 
 
-def _cut(checkpoint: Checkpoint, name: str, rank: int, world_size: int) -> Tensor:
-    """Rank's part of a tensor of the checkpoint."""
+def _cut(checkpoint: Checkpoint, name: str, rule: str, rank: int, world_size: int) -> Tensor:
+    """Rank's part of tensor `name`, which is cut like `rule`."""
     shape = checkpoint.shapes[name]
-    value = checkpoint.read(name, rank_slice(_rule(name), shape, rank, world_size))
+    value = checkpoint.read(name, rank_slice(rule, shape, rank, world_size))
     if is_partial_bias(name, value) and rank > 0:
         return torch.zeros_like(value)
-    expected = part_shape(_rule(name), shape, world_size)
+    expected = part_shape(rule, shape, world_size)
     return pad_rows(value, expected[0]) if expected else value
 
 
@@ -216,6 +226,7 @@ def merge_checkpoint(part_model: Path, output_path: Path, *, recut: bool = False
     manifest = read_manifest(part_model)
     if output_path.exists() and not recut:
         raise FileExistsError(f"{output_path} exists; --recut replaces it")
+    config = ModelConfig.from_dict(manifest.config)
     parts = [Checkpoint(part_model / str(rank)) for rank in range(manifest.world_size)]
     tensors = {
         name: (_DTYPES[entry["dtype"]], tuple(entry["shape"]))
@@ -224,10 +235,17 @@ def merge_checkpoint(part_model: Path, output_path: Path, *, recut: bool = False
     with _temporary(output_path) as folder:
         _check_space(folder, sum(_num_bytes(d, s) for d, s in tensors.values()))
         writer = SafetensorsWriter(folder / PART_FILE, tensors, {"format": "pt"})
+        num_mapped = 0
         for name, (_, shape) in tqdm(
             tensors.items(), desc="joining", unit="tensor", disable=not sys.stderr.isatty()
         ):
-            writer.write(name, _join(parts, name, shape))
+            dim = cut_dimension(_rule(name, config))
+            writer.write(name, _join(parts, name, shape, dim))
+            num_mapped += _num_bytes(*tensors[name])
+            if num_mapped > REMAP_BYTES:  # of all parts together
+                for part in parts:
+                    part.close()
+                num_mapped = 0
         writer.close()
         _copy_side_files(part_model / "0", folder)
         (folder / MODELING_FILE.name).unlink(missing_ok=True)
@@ -235,9 +253,8 @@ def merge_checkpoint(part_model: Path, output_path: Path, *, recut: bool = False
         _replace_directory(folder, output_path)
 
 
-def _join(parts: list[Checkpoint], name: str, shape: tuple[int, ...]) -> Tensor:
-    """The whole tensor from its parts; what is not cut is the same in each."""
-    dim = cut_dimension(_rule(name))
+def _join(parts: list[Checkpoint], name: str, shape: tuple[int, ...], dim: int | None) -> Tensor:
+    """The whole tensor from its parts along `dim`; what is not cut is the same in each."""
     if dim is None or len(shape) <= dim:
         return parts[0].read(name)
     whole = torch.cat([part.read(name) for part in parts], dim)
@@ -258,6 +275,8 @@ def describe_mismatch(part_model: Path, input_path: Path, world_size: int) -> st
         return str(error)
     if manifest.world_size != world_size:
         return f"{part_model} was cut for {manifest.world_size} ranks, not {world_size}"
+    if read_json(input_path / "config.json") != manifest.config:
+        return f"{part_model} was cut with another config.json than the one in {input_path}"
     files = {f.path.name: f.path for f in Checkpoint(input_path).files}
     if files.keys() != manifest.source.keys():
         return f"{part_model} was cut from other files than those in {input_path}"

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from gptneox.backends import select
 from gptneox.backends.base import Backend
+from gptneox.backends.binding import bind
 from gptneox.cli import DEFAULT_PROMPT, Settings
 from gptneox.config import ConfigError
 from gptneox.engine.flash_engine import FlashOutput
@@ -59,7 +60,10 @@ def start(settings: Settings) -> tuple[Backend, TensorParallelGroup]:
     backend = select(settings.model.device)
     environment = settings.environment
     backend.setup(environment.local_rank, environment.local_world_size, environment.omp_num_threads)
-    group = init_group(environment.rank, environment.world_size, backend.dist_backend)
+    if settings.model.bind_cpu:
+        bind(backend.pci_addresses(), environment.local_rank, environment.cpu_binding_num)
+    collectives = backend.collectives(settings.model.parallel_backend)
+    group = init_group(environment.rank, environment.world_size, collectives)
     for line in settings.describe():
         logger.info(line)
     return backend, group
@@ -130,10 +134,25 @@ def read_prompts(settings: Settings, tokenizer: Any) -> list[Prompt]:
         return [Prompt(ids, ",".join(map(str, ids))) for ids in args.input_ids]
     prompts = []
     for i, text in enumerate(args.input_texts or [DEFAULT_PROMPT]):
-        is_file = text and len(text) < 4096 and "\0" not in text and Path(text).is_file()
-        content = Path(text).read_text(encoding="utf-8") if is_file else text
+        content = _file_content(text)
+        content = text if content is None else content
         prompts.append(Prompt(encode(tokenizer, content, f"prompt {i}"), content))
     return prompts
+
+
+def _file_content(text: str) -> str | None:
+    """What the file called `text` holds, None when there is none."""
+    try:
+        if not Path(text).is_file():
+            return None
+    except (OSError, ValueError):  # too long for a name, a NUL byte: an ordinary text
+        return None
+    try:
+        return Path(text).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"file {text} is not UTF-8: {error.reason} at byte {error.start}; convert it first"
+        ) from error
 
 
 def encode(tokenizer: Any, text: str, what: str) -> list[int]:
@@ -248,8 +267,11 @@ def interact(engine: LLMEngine, params: SamplingParams) -> None:
 def _read_line() -> str | None:
     """One line from the user; None at the end of the input."""
     while True:
+        print("> ", end="", flush=True)  # input() itself would ask on stderr, among the log lines
         try:
-            return input("> ")
+            return input()
+        except UnicodeDecodeError as error:
+            print(f"error: the line is not UTF-8: {error.reason} at byte {error.start}")
         except EOFError:
             print()
             return None

@@ -52,15 +52,7 @@ class PagedKVCache:
         assert batch is not None, "attend without a batch"
         check_shape(q, (None, self.num_heads, self.head_dim), "q")
         k_cache, v_cache = self.layers[layer_id]
-        self.backend.store_kv(k, v, k_cache, v_cache, batch.slot_mapping)
-        n = batch.num_decodes
-        if n == len(batch.q_lens_list):
-            return self.backend.decode_attention(q, k_cache, v_cache, batch, self.scale)
-        prefilled = self.backend.prefill_attention(q[n:], k_cache, v_cache, batch, self.scale)
-        if n == 0:
-            return prefilled
-        decoded = self.backend.decode_attention(q[:n], k_cache, v_cache, batch, self.scale)
-        return torch.cat([decoded, prefilled])
+        return self.backend.paged_attention(q, k, v, k_cache, v_cache, batch, self.scale)
 
 
 class ContiguousKVCache:
@@ -130,8 +122,8 @@ class ContiguousKVCache:
         end = self.length + self._num_new
         layer[0][:, self.length : end] = k.view(shape)
         layer[1][:, self.length : end] = v.view(shape)
-        out = self.backend.dense_attention(
-            q.view(shape), layer[0][:, :end], layer[1][:, :end], self._key_mask, self.scale
+        out = self.backend.cached_attention(
+            q.view(shape), layer[0], layer[1], end, self._key_mask, self.scale
         )
         return out.reshape(q.shape)
 

@@ -124,6 +124,7 @@ class GPTNeoX(nn.Module):
         super().__init__()
         group = group or TensorParallelGroup()
         check_divides(group.world_size, config.num_heads, config.intermediate_size)
+        backend.prepare(config.head_dim, config.rotary_dim)
         self.config, self.backend, self.group = config, backend, group
         self.num_positions = num_positions or config.max_position_embeddings
         self.gpt_neox = Decoder(config, self.num_positions, backend, group)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,8 +70,18 @@ def check_divides(world_size: int, num_heads: int, intermediate_size: int) -> No
         )
 
 
+# Longer than torchrun takes to notice that a rank has ended, and to end the others.
+_WAIT_FOR_THE_CAUSE_S = 3.0
+
+
 def report_failure(error: BaseException) -> None:
-    """Tell torchrun why this rank ends, so that its closing report names the first cause."""
+    """Tell torchrun why this rank ends, so that its closing report names the first cause.
+
+    A collective fails when another rank has died, whose end torchrun may see later than ours, and
+    it compares whole seconds; so this rank waits, and is ended with the rest.
+    """
+    if isinstance(error, RuntimeError) and dist.is_initialized() and dist.get_world_size() > 1:
+        time.sleep(_WAIT_FOR_THE_CAUSE_S)
     handler = get_error_handler()
     handler.initialize()
     handler.record_exception(error)

@@ -124,9 +124,24 @@ read_launch_settings() {
   export BIND_CPU="${BIND_CPU-1}" IS_QUANT="${IS_QUANT-0}"
 }
 
+# preload_libgomp: on aarch64 a libgomp that is loaded late finds no room in static TLS ("cannot
+# allocate memory in static TLS block"), so torch's own is loaded first.
+preload_libgomp() {
+  local library
+  [[ $(uname -m) == aarch64 && ${LD_PRELOAD:-} != *libgomp* ]] || return 0
+  library=$("$PYTHON" -c '
+import glob, importlib.util, os
+root = os.path.dirname(importlib.util.find_spec("torch").origin)
+found = glob.glob(root + ".libs/libgomp*") + glob.glob(root + "/lib/libgomp*")
+print(sorted(found)[0] if found else "")' 2>/dev/null) || return 0
+  [[ -n $library ]] || library=$(ldconfig -p 2>/dev/null | sed -n 's/.*libgomp\.so\.1 .*=> //p' | head -n 1)
+  [[ -z $library ]] || export LD_PRELOAD="$library${LD_PRELOAD:+:$LD_PRELOAD}"
+}
+
 # exec_main ARGUMENT…: becomes main.py, under torchrun when there is more than one rank. The current
 # folder stays the caller's, so that relative paths among the options mean what they say.
 exec_main() {
+  preload_libgomp
   if ((NUM_PROCESSES == 1 && ${#NODE_ARGUMENTS[@]} == 0)); then
     exec "$PYTHON" "$LAUNCH_ROOT/main.py" "$@"
   fi

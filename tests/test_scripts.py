@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The launchers, run with stubs in place of Python and torchrun: no model is loaded here."""
 
 import json

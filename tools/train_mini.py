@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train the small GPT-NeoX model of ``weights/neox-mini`` from a generated corpus.
 
 The corpus (see ``mini_corpus``) is made on the fly, the tokenizer is trained on a sample of it,
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,7 +23,10 @@ import torch
 from mini_corpus import (
     ANSWER_WEIGHT,
     END,
+    FIND_WEIGHT,
+    LATER_WEIGHT,
     LETTER_WEIGHT,
+    NEXT_WEIGHT,
     TEXT_WEIGHT,
     VALUE_WEIGHT,
     Document,
@@ -45,10 +50,12 @@ from transformers import (
 VOCABULARY = 1024
 POSITIONS = 2048
 END_ID = 0
-END_WEIGHT = 1.0
+END_WEIGHT = 0.5
+YES_NO_QUESTIONS = 2000
 SHORT_ROW, LONG_ROW, LAST_ROW = 256, 512, 1024
 LAST_PHASE = 0.6
-WARM_UP = 100
+WARM_UP = 50
+DECAY = 0.4  # share of the training, at its end, over which the rate falls
 
 DEMO_PROMPTS = (
     "How to learn a new language?",
@@ -271,23 +278,24 @@ def _collate(rows: list[list[Encoded]], length: int) -> Batch:
 
 
 def learning_rate(step: int, progress: float, peak: float) -> float:
-    """Return the rate of a step: short warm-up, constant, linear decay over the last 60 %."""
-    return peak * min(1.0, (step + 1) / WARM_UP, (1.0 - progress) / 0.6)
+    """Return the rate of a step: short warm-up, constant, linear decay to zero."""
+    return peak * min(1.0, (step + 1) / WARM_UP, (1.0 - progress) / DECAY)
 
 
-@dataclass(frozen=True)
-class Losses:
-    """Losses of one batch: the weighted one, and the plain ones per sort of token."""
+SORTS = {
+    "text": TEXT_WEIGHT,
+    "value": VALUE_WEIGHT,
+    "yes/no": ANSWER_WEIGHT,
+    "letter": LETTER_WEIGHT,
+    "next": NEXT_WEIGHT,
+    "later": LATER_WEIGHT,
+    "find": FIND_WEIGHT,
+}
+"""Sorts of tokens, told apart by their weight, for the report of the training."""
 
-    total: Tensor
-    text: float
-    value: float
-    yes_no: float
-    letter: float
 
-
-def batch_losses(model: nn.Module, batch: Batch) -> Losses:
-    """Run the model on a batch and return its losses."""
+def batch_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run the model on a batch; return the weighted loss, and the losses of the tokens by sort."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(
             batch.ids,
@@ -301,12 +309,8 @@ def batch_losses(model: nn.Module, batch: Batch) -> Losses:
         logits[:, :-1].float().reshape(-1, VOCABULARY), target, reduction="none"
     )
 
-    def mean(of: float) -> float:
-        return each.detach()[weight == of].mean().item()
-
     total = (each * weight).sum() / weight.sum()
-    weights = (TEXT_WEIGHT, VALUE_WEIGHT, ANSWER_WEIGHT, LETTER_WEIGHT)
-    return Losses(total, *(mean(of) for of in weights))
+    return total, {name: each.detach()[weight == of] for name, of in SORTS.items()}
 
 
 @dataclass(frozen=True)
@@ -321,6 +325,7 @@ class Plan:
         seed: Seed of weights and corpus.
         save_every: Steps between two checkpoints.
         begin: Share of the schedule to skip, for a model that was trained before.
+        end: Share of the schedule at which to stop.
     """
 
     steps: int
@@ -330,6 +335,7 @@ class Plan:
     seed: int
     save_every: int
     begin: float
+    end: float
 
 
 def train(model: GPTNeoXForCausalLM, tokenizer: Tokenizer, plan: Plan, output: Path) -> None:
@@ -349,28 +355,29 @@ def train(model: GPTNeoXForCausalLM, tokenizer: Tokenizer, plan: Plan, output: P
         model.parameters(), lr=plan.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     started, tokens = time.monotonic(), 0
+    recent: dict[str, list[Tensor]] = {name: [] for name in SORTS}
     model.train()
     for step in range(plan.steps):
         done = max(step / plan.steps, (time.monotonic() - started) / 60 / plan.minutes)
-        progress = plan.begin + (1.0 - plan.begin) * done
-        if progress >= 1:
+        progress = plan.begin + (plan.end - plan.begin) * done
+        if done >= 1:
             break
         batch = packer.batch(progress)
-        losses = batch_losses(model, batch)
-        losses.total.backward()
+        loss, by_sort = batch_losses(model, batch)
+        loss.backward()
+        for name, each in by_sort.items():
+            recent[name].append(each)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, progress, plan.rate)
         optimizer.step()
         optimizer.zero_grad()
         tokens += batch.ids.numel()
-        if step % 50 == 0:
-            print(
-                f"step {step} loss {losses.total.item():.3f} text {losses.text:.3f} "
-                f"value {losses.value:.3f} yes/no {losses.yes_no:.3f} letter {losses.letter:.3f} "
-                f"tokens {tokens} seconds {time.monotonic() - started:.0f}",
-                flush=True,
-            )
+        if (step + 1) % 50 == 0:
+            means = " ".join(f"{k} {torch.cat(each).mean():.3f}" for k, each in recent.items())
+            seconds = time.monotonic() - started
+            print(f"step {step + 1} {means} tokens {tokens} seconds {seconds:.0f}", flush=True)
+            recent = {name: [] for name in SORTS}
         if (step + 1) % plan.save_every == 0 and step + 1 < plan.steps:
             save(model, tokenizer, output)
             probe(model, tokenizer)
@@ -412,7 +419,6 @@ def save(model: GPTNeoXForCausalLM, tokenizer: Tokenizer, output: Path) -> None:
         model_input_names=["input_ids", "attention_mask"],
     )
     _merge(output / "special_tokens_map.json", bos_token=END, eos_token=END, unk_token=END)
-
 
     for path in output.glob("*.*"):
         path.chmod(0o644)
@@ -460,12 +466,13 @@ def _share(found: Iterable[int], wanted: Iterable[int]) -> float:
     return sum(a == b for a, b in pairs) / len(pairs)
 
 
-def yes_no_accuracy(model: nn.Module, tokenizer: Tokenizer, number: int) -> float:
-    """Return the accuracy on held-out yes/no questions."""
+def yes_no_hits(model: nn.Module, tokenizer: Tokenizer, number: int) -> list[bool]:
+    """Return for each of some held-out yes/no questions whether it is answered right."""
     rows = evaluation.yes_no_rows(number)
     prompts = [tokenizer.encode(evaluation.yes_no_prompt(row)).ids for row in rows]
     words = [tokenizer.encode(word).ids[0] for word in (" no", " yes")]
-    return _share(choose(model, prompts, words), (int(bool(row["answer"])) for row in rows))
+    found = choose(model, prompts, words)
+    return [answer == bool(row["answer"]) for answer, row in zip(found, rows, strict=True)]
 
 
 def _with_shots(subject: str, shots: list[Choice], item: Choice) -> str:
@@ -500,7 +507,7 @@ def choice_accuracy(
 
 def probe(model: nn.Module, tokenizer: Tokenizer) -> None:
     """Print a quick measurement on a part of the held-out questions."""
-    yes_no = yes_no_accuracy(model, tokenizer, 200)
+    yes_no = statistics.mean(yes_no_hits(model, tokenizer, 200))
     choice = {n: choice_accuracy(model, tokenizer, n, 20).values() for n in (0, 5)}
     means = {n: round(sum(values) / len(values), 3) for n, values in choice.items()}
     print(f"held out: yes/no {yes_no:.3f} four-choice by shots {means}", flush=True)
@@ -518,9 +525,10 @@ def evaluate(folder: Path) -> dict[str, object]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     wrapped = AutoTokenizer.from_pretrained(folder)
     tokenizer = wrapped.backend_tokenizer
+    hits = yes_no_hits(model, tokenizer, YES_NO_QUESTIONS)
     result: dict[str, object] = {
-        f"yes_no_{number}": yes_no_accuracy(model, tokenizer, number)
-        for number in (evaluation.YES_NO_FILE_ROWS, 2000)
+        f"yes_no_{number}": statistics.mean(hits[:number])
+        for number in (evaluation.YES_NO_FILE_ROWS, YES_NO_QUESTIONS)
     }
     for shots in (0, 5):
         each = choice_accuracy(model, tokenizer, shots)
@@ -532,7 +540,10 @@ def evaluate(folder: Path) -> dict[str, object]:
     for prompt in DEMO_PROMPTS:
         ids = wrapped(prompt, return_tensors="pt").input_ids
         output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=160, do_sample=False,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=160,
+            do_sample=False,
             pad_token_id=END_ID,
         )
         continuations[prompt] = wrapped.decode(output[0, ids.shape[1] :])
@@ -547,12 +558,13 @@ def main() -> None:
     what.add_argument("--output", type=Path, help="train a model and write it to this directory")
     what.add_argument("--evaluate", type=Path, help="measure the model of this directory")
     what.add_argument("--files", type=Path, help="only write the evaluation files below this")
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="time limit")
     parser.add_argument("--start", type=Path, help="go on from the model of this directory")
     parser.add_argument("--begin", type=float, default=0.0, help="share of the schedule to skip")
+    parser.add_argument("--end", type=float, default=1.0, help="share at which to stop")
     parser.add_argument("--batch-tokens", type=int, default=2048)
-    parser.add_argument("--rate", type=float, default=1.1e-3, help="peak learning rate")
+    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
@@ -573,8 +585,14 @@ def main() -> None:
         size = sum(parameter.numel() for parameter in model.parameters())
         print(f"parameters {size}", flush=True)
         plan = Plan(
-            arguments.steps, arguments.minutes, arguments.batch_tokens, arguments.rate,
-            arguments.seed, arguments.save_every, arguments.begin,
+            arguments.steps,
+            arguments.minutes,
+            arguments.batch_tokens,
+            arguments.rate,
+            arguments.seed,
+            arguments.save_every,
+            arguments.begin,
+            arguments.end,
         )
         train(model, tokenizer, plan, arguments.output)
         evaluation.write_files(arguments.output / "eval")

@@ -11,7 +11,7 @@ from gptneox.backends.base import Backend
 logger = logging.getLogger(__name__)
 
 # In the order that "auto" tries: name -> class in gptneox.backends.<name>.
-BACKENDS = {"cpu": "CpuBackend"}
+BACKENDS = {"npu": "NpuBackend", "cpu": "CpuBackend"}
 
 
 def create(name: str) -> Backend:
@@ -49,4 +49,6 @@ def select(name: str = "auto") -> Backend:
             logger.debug("device auto: %s (%s)", candidate, "; ".join(reasons) or "first choice")
             return backend
         reasons.append(f"{candidate}: {reason}")
+        if backend.is_installed():
+            logger.warning("device %s is passed over: %s", candidate, reason)
     raise RuntimeError(f"no usable device: {'; '.join(reasons)}")

@@ -51,6 +51,15 @@ class Memory:
     peak: int
 
 
+@dataclass(frozen=True)
+class Finding:
+    """One line of a diagnosis; `ok` False: a run would not start, None: it may not go well."""
+
+    ok: bool | None
+    topic: str
+    text: str
+
+
 @dataclass
 class PackedLinear:
     """A linear layer's weight in the layout its backend computes with."""
@@ -89,6 +98,33 @@ class Backend:
     def setup(self, local_rank: int, local_world_size: int = 1, num_threads: int = 0) -> None:
         """Bind this process to its device."""
 
+    def is_installed(self) -> bool:
+        """True where the device's software is present, so that not using it deserves a word."""
+        return False
+
+    def prepare(self, head_dim: int, rotary_dim: int) -> None:
+        """Choose operators for a model's shapes before its weights are loaded."""
+
+    def collectives(self, requested: str) -> str:
+        """The torch.distributed backend to use; `requested` is [model] parallel_backend."""
+        return self.dist_backend
+
+    def pci_addresses(self) -> list[str]:
+        """Where the visible devices sit, as 0000:c1:00.0; empty when unknown."""
+        return []
+
+    def diagnose(self) -> list[Finding]:
+        """Software and devices, also where `why_unusable` has a reason."""
+        if self.why_unusable():
+            return []
+        memory = self.memory()
+        text = f"{self.describe()}, {memory.free / 2**30:.1f} GiB free of "
+        return [Finding(True, "device", f"{text}{memory.total / 2**30:.1f} GiB")]
+
+    def describe_operators(self, head_dim: int, rotary_dim: int, block_size: int) -> list[Finding]:
+        """What was chosen for a model's shapes, where there is a choice."""
+        return []
+
     def synchronize(self) -> None:
         """Wait until everything launched so far is done."""
 
@@ -99,6 +135,11 @@ class Backend:
     def describe(self) -> str:
         """Device name for logs and result files."""
         return self.name
+
+    @property
+    def hardware(self) -> str:
+        """NPU, GPU or CPU: the folder of result files."""
+        return {"cuda": "GPU"}.get(self.name, self.name.upper())
 
     def resolve_dtype(self, file_dtype: str, requested: str) -> tuple[torch.dtype, str]:
         """The dtype to compute in, and a one-line notice when it is not what the file holds."""
@@ -116,6 +157,26 @@ class Backend:
             self.synchronize()
             seconds.append(time.perf_counter() - start)
         return num_bytes / min(seconds)
+
+    def measure_matmul(self, dtype: torch.dtype) -> float:
+        """FLOP per second of a large square product through `linear`; best of a few passes.
+
+        The matrices double in size until one product takes 20 ms, or 8192 rows.
+        """
+        rows = 256
+        while True:
+            x = torch.ones(rows, rows, dtype=dtype, device=self.device)
+            packed = self.pack_linear(x, None)
+            seconds = []
+            for _ in range(4):  # the first one warms up
+                self.synchronize()
+                start = time.perf_counter()
+                self.linear(x, packed)
+                self.synchronize()
+                seconds.append(time.perf_counter() - start)
+            if min(seconds) >= 0.02 or rows >= 8192:
+                return 2 * rows**3 / min(seconds)
+            rows *= 2
 
     # -- dense operators -------------------------------------------------------------------------
 
@@ -182,6 +243,26 @@ class Backend:
         k_cache.flatten(0, 1).index_copy_(0, slot_mapping, k)
         v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v)
 
+    def paged_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: ForwardBatch,
+        scale: float,
+    ) -> Tensor:
+        """Write k, v [T, H, D] to their slots, then attend; returns [T, H, D]."""
+        self.store_kv(k, v, k_cache, v_cache, batch.slot_mapping)
+        n = batch.num_decodes
+        if n == len(batch.q_lens_list):
+            return self.decode_attention(q, k_cache, v_cache, batch, scale)
+        prefilled = self.prefill_attention(q[n:], k_cache, v_cache, batch, scale)
+        if n == 0:
+            return prefilled
+        return torch.cat([self.decode_attention(q[:n], k_cache, v_cache, batch, scale), prefilled])
+
     def prefill_attention(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch, scale: float
     ) -> Tensor:
@@ -236,6 +317,18 @@ class Backend:
         visible = dense_visibility(q.shape[1], k.shape[1], key_mask, q.device)
         probs = scores.masked_fill_(~visible, -math.inf).softmax(-1)
         return torch.einsum("bhsl,blhd->bshd", probs, v.float()).to(q.dtype)
+
+    def cached_attention(
+        self,
+        q: Tensor,
+        k_store: Tensor,
+        v_store: Tensor,
+        length: int,
+        key_mask: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """`dense_attention` over the first `length` positions of stores [B, capacity, H, D]."""
+        return self.dense_attention(q, k_store[:, :length], v_store[:, :length], key_mask, scale)
 
     # -- graphs ----------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptneox.backends.base import Backend, Memory, PackedLinear, dense_visibility
+from gptneox.backends.base import Backend, ForwardBatch, Memory, PackedLinear, dense_visibility
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -99,6 +99,29 @@ class CpuBackend(Backend):
             scale=scale,
         )
         return out[0].transpose(0, 1)
+
+    def decode_attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch, scale: float
+    ) -> Tensor:
+        """Two fp32 products per sequence, over blocks widened as they are gathered.
+
+        For one query torch's fused kernel takes twice as long (measured at 8 x 280 tokens, 16
+        heads of 128, bf16).
+        """
+        num_heads, head_dim = q.shape[1:]
+        out = torch.empty(q.shape, dtype=q.dtype)
+        q = (q.float() * scale).unsqueeze(-1)  # [B, H, D, 1]
+        size = k_cache.shape[1]
+        for b in range(batch.num_decodes):
+            length = batch.context_lens_list[b]
+            blocks = batch.block_tables[b, : -(-length // size)]
+            k, v = (
+                cache.index_select(0, blocks).float().view(-1, num_heads, head_dim)[:length]
+                for cache in (k_cache, v_cache)
+            )
+            probs = torch.matmul(k.transpose(0, 1), q[b]).softmax(1)  # [H, L, 1]
+            out[b] = torch.matmul(probs.transpose(1, 2), v.transpose(0, 1)).squeeze(1)
+        return out
 
     def dense_attention(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float

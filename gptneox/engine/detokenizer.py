@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
 from gptneox.config import ConfigError
+from gptneox.engine.sentencepiece_tokenizer import MODEL_NAMES, SentencePieceTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -28,18 +28,29 @@ def load_tokenizer(model_path: Path, vocab_size: int, *, trust_remote_code: bool
         FileNotFoundError: the directory has no tokenizer files.
         ConfigError: a tokenizer that cannot be loaded, or has more tokens than the embedding.
     """
-    names = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
+    names = ("tokenizer.json", *MODEL_NAMES, "vocab.json")
     if not any((model_path / name).is_file() for name in names):
         raise FileNotFoundError(
             f"no tokenizer in {model_path}: none of {', '.join(names)}; copy the tokenizer files "
             "of the checkpoint there, or use --input_ids with --load_tokenizer False"
         )
-    if not any((model_path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        _check_sentence_piece(model_path)
+    if any((model_path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        tokenizer = _load_with_transformers(model_path, trust_remote_code)
+    else:
+        tokenizer = SentencePieceTokenizer(model_path)
+    if len(tokenizer) > vocab_size:
+        raise ConfigError(
+            f"the tokenizer in {model_path} has {len(tokenizer)} tokens, but config.json says "
+            f"vocab_size {vocab_size}; they are of different models"
+        )
+    return tokenizer
+
+
+def _load_with_transformers(model_path: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer  # slow to import, and not needed without text
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        return AutoTokenizer.from_pretrained(
             str(model_path),
             local_files_only=True,
             trust_remote_code=trust_remote_code,
@@ -52,24 +63,6 @@ def load_tokenizer(model_path: Path, vocab_size: int, *, trust_remote_code: bool
         raise ConfigError(
             f"the tokenizer in {model_path} cannot be loaded: {first_line}"
         ) from error
-    if len(tokenizer) > vocab_size:
-        raise ConfigError(
-            f"the tokenizer in {model_path} has {len(tokenizer)} tokens, but config.json says "
-            f"vocab_size {vocab_size}; they are of different models"
-        )
-    return tokenizer
-
-
-def _check_sentence_piece(model_path: Path) -> None:
-    """Name the package that transformers lacks: its own message speaks of another format."""
-    for package, module in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf")):
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ConfigError(
-                f"the tokenizer in {model_path} is a SentencePiece model; reading it needs the "
-                f"package {package}: pip install {package}"
-            ) from error
 
 
 def decode(tokenizer: Any, token_ids: Seq[int]) -> str:

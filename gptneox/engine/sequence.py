@@ -56,6 +56,10 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+        if not isinstance(self.stop, tuple):  # a plain string would be taken letter by letter
+            raise InvalidParameter("stop", self.stop, "a tuple of strings")
+        for token_id in self.stop_token_ids:
+            _integer("stop_token_ids", token_id, 0)
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidParameter("stop", len(self.stop), f"at most {MAX_STOP_STRINGS} strings")
         if any(not isinstance(s, str) or not s for s in self.stop):

@@ -3,18 +3,25 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from gptneox.backends.base import Backend
+from gptneox.cli import Settings
 from gptneox.engine.flash_engine import FlashEngine
-from gptneox.engine.llm_engine import LLMEngine
+from gptneox.engine.llm_engine import LLMEngine, RequestOutput
+from gptneox.engine.sampler import check_finite
 from gptneox.engine.sequence import SamplingParams
+from gptneox.inference import load_engine
 from gptneox.parallel import TensorParallelGroup
+
+_NUM_BLOCKS, _BLOCK_BYTES = 64, 1 << 20  # what is read of each large weight file
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,17 @@ class Answer:
     token_ids: list[int]
 
 
+@dataclass(frozen=True)
+class NextToken:
+    """The distribution after one prompt: its likeliest token, and log p of the tokens asked for.
+
+    On ranks above 0 of the paged path `logprobs` is empty: rank 0 keeps the books.
+    """
+
+    greedy_id: int
+    logprobs: list[float]
+
+
 class Runner(Protocol):
     """A loaded model with its tokenizer. Every rank calls the same methods in the same order."""
 
@@ -33,10 +51,11 @@ class Runner(Protocol):
     group: TensorParallelGroup
     backend: Backend
 
-    def score_next(self, prompts: Seq[Seq[int]], token_ids: Seq[int]) -> list[list[float]]:
+    def score_next(self, prompts: Seq[Seq[int]], token_ids: Seq[int]) -> list[NextToken]:
         """log p of each of `token_ids` as the token after each prompt; fp32 softmax.
 
-        On ranks above 0 the paged path returns empty rows: rank 0 keeps the books.
+        Raises:
+            NonFiniteLogits: the model's output is NaN or infinite.
         """
         ...
 
@@ -53,18 +72,36 @@ class PagedRunner:
         self.tokenizer, self.max_positions = engine.tokenizer, engine.max_positions
         self.group, self.backend = engine.model.group, engine.model.backend
 
-    def score_next(self, prompts: Seq[Seq[int]], token_ids: Seq[int]) -> list[list[float]]:
+    def score_next(self, prompts: Seq[Seq[int]], token_ids: Seq[int]) -> list[NextToken]:
         """See `Runner`."""
         params = SamplingParams(
             max_new_tokens=1, ignore_eos=True, logprobs=0, logprob_token_ids=tuple(token_ids)
         )
-        outputs = self.engine.generate(prompts, params)
-        return [[o.logprobs[0].top[t] for t in token_ids] if o.logprobs else [] for o in outputs]
+        outputs = self._run(prompts, params)
+        return [
+            NextToken(
+                o.token_ids[0], [o.logprobs[0].top[t] for t in token_ids] if o.logprobs else []
+            )
+            for o in outputs
+        ]
 
     def generate(self, prompts: Seq[Seq[int]], max_new_tokens: int) -> list[Answer]:
         """See `Runner`."""
-        outputs = self.engine.generate(prompts, SamplingParams(max_new_tokens=max_new_tokens))
+        outputs = self._run(prompts, SamplingParams(max_new_tokens=max_new_tokens))
         return [Answer(o.text, o.token_ids) for o in outputs]
+
+    def _run(self, prompts: Seq[Seq[int]], params: SamplingParams) -> list[RequestOutput]:
+        """Finished outputs in order; a failure leaves nothing behind for the next batch."""
+        ids: list[int] = []
+        try:
+            for prompt in prompts:
+                ids.append(self.engine.add_request(prompt, params))
+            finished = {out.request_id: out for out in self.engine.stream() if out.finished}
+        except BaseException:
+            for request_id in ids:
+                self.engine.abort(request_id)
+            raise
+        return [finished[i] for i in ids]
 
 
 class FlashRunner:
@@ -77,13 +114,13 @@ class FlashRunner:
         self.group, self.backend = model.group, model.backend
 
     @torch.inference_mode()
-    def score_next(self, prompts: Seq[Seq[int]], token_ids: Seq[int]) -> list[list[float]]:
+    def score_next(self, prompts: Seq[Seq[int]], token_ids: Seq[int]) -> list[NextToken]:
         """See `Runner`."""
-        logits = self.engine.next_logits(prompts)
-        logprobs = logits.float().log_softmax(-1)
-        rows = logprobs[:, list(token_ids)].tolist()
-        assert isinstance(rows, list)
-        return rows
+        logits = self.engine.next_logits(prompts).float()  # [B, V]
+        check_finite(logits, range(len(prompts)))
+        rows = logits.log_softmax(-1)[:, list(token_ids)].tolist()
+        greedy_ids = logits.argmax(-1).tolist()
+        return [NextToken(i, row) for i, row in zip(greedy_ids, rows, strict=True)]
 
     def generate(self, prompts: Seq[Seq[int]], max_new_tokens: int) -> list[Answer]:
         """See `Runner`."""
@@ -91,7 +128,40 @@ class FlashRunner:
         return [Answer(o.text, o.token_ids) for o in outputs]
 
 
+def load_runner(
+    settings: Settings, backend: Backend, group: TensorParallelGroup, batch_size: int
+) -> Runner:
+    """Load the model on the path that `settings` choose.
+
+    Raises:
+        ValueError, OSError, RuntimeError: see `LLMEngine` and `FlashEngine`.
+    """
+    if settings.attention == "flash":
+        engine = FlashEngine.from_pretrained(
+            settings.model_path, backend, group, dtype=settings.model.dtype
+        )
+        return FlashRunner(engine)
+    section = replace(settings.engine, max_batch_size=batch_size)
+    return PagedRunner(load_engine(replace(settings, engine=section), backend, group))
+
+
 def model_files(model_path: Path) -> list[Path]:
     """config.json and the weight files: what makes a checkpoint the one it is."""
-    patterns = ("config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer.json")
-    return sorted(path for pattern in patterns for path in model_path.glob(pattern))
+    patterns = ("config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*")
+    return sorted({path for pattern in patterns for path in model_path.glob(pattern)})
+
+
+def content_hash(files: Iterable[Path]) -> str:
+    """SHA-256 over names, sizes and contents; of large files over blocks spread evenly."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            if size <= _NUM_BLOCKS * _BLOCK_BYTES:
+                digest.update(file.read())
+                continue
+            for i in range(_NUM_BLOCKS):
+                file.seek(i * (size - _BLOCK_BYTES) // (_NUM_BLOCKS - 1))
+                digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generated training corpus of the small model: facts, prose, yes/no and four-choice questions.
 
 Everything here is written for this project: the tables, the texts and the code that turns them
@@ -12,17 +13,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from . import prose
-from .choice import Choice, arrange, header, make_drill, training_choices
+from .choice import LETTERS, Choice, arrange, header, listing, make_quiz, training_choices
 from .knowledge import BOOKS, RELATIONS, SUBJECTS, Relation, sentence
-from .town import Passage, passage
+from .town import COMMON, Passage, passage
 
 END = "<|endoftext|>"
 
-TEXT_WEIGHT = 1.0
+TEXT_WEIGHT = 3.0
 CONTEXT_WEIGHT = 0.2
 VALUE_WEIGHT = 2.0
 ANSWER_WEIGHT = 5.0
-LETTER_WEIGHT = 4.0
+LETTER_WEIGHT = 16.0  # of a question, of which there are few among many tokens
+NEXT_WEIGHT = 4.2  # a letter right after the option that is asked for
+LATER_WEIGHT = 4.4  # a letter some tokens after it
+FIND_WEIGHT = 4.6  # a letter after a list, where the option was named in front of the list
 
 Pieces = list[tuple[str, float]]
 """Consecutive pieces of text, each with its weight in the loss."""
@@ -46,55 +50,160 @@ class Document:
         stem = "".join(text for text, _ in self.stem)
         return [stem + "".join(text for text, _ in branch) for branch in self.branches or [[]]]
 
+
 _SUBJECT_NAMES = tuple(SUBJECTS)
+_VALUES = [r.values() for r in RELATIONS if len(r.values()) >= len(LETTERS)]
 _LISTED = tuple(r for r in RELATIONS if r.name in {"capital", "author", "opposite", "young"})
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Difficulty of the documents at one point of the training.
+    """Mix and difficulty of the documents at one point of the training.
 
     Attributes:
+        until: Share of the training at which the stage ends.
+        text: Share of documents that are general text.
+        yes_no: Share of documents that are passages with yes/no questions.
+        letters: Share of documents that tie options to their letters, without any question.
+        plain_letters: Share of the above with common words, the rest have values of facts.
         facts: Largest number of statements in a yes/no passage.
         seek: Share of questions for a value among the questions to a passage.
         pick: Share of questions that offer values to choose from, among the same.
-        options: Smallest number of options of a multiple-choice question.
         shots: Largest number of worked examples in front of a multiple-choice question.
-        drill: Share of multiple-choice documents with many short questions on the same options.
         apart: Share of multiple-choice documents whose questions do not see each other.
         hint: Share of multiple-choice questions with a sentence that gives the answer away.
+        spoken: Share of multiple-choice questions that name the answer before its letter.
+        find: Share of the documents on letters that name an option before they list it.
+        quiz: Share of multiple-choice documents with many questions on the same options.
+        bare: Share of multiple-choice documents of a single question without the heading.
         many: Share of multiple-choice documents with far more examples than ``shots``.
     """
 
+    until: float
+    text: float
+    yes_no: float
+    letters: float
+    plain_letters: float
     facts: int
     seek: float
     pick: float
-    options: int
     shots: int
-    drill: float
     apart: float
     hint: float
+    spoken: float
+    find: float = 0.5
+    quiz: float = 0.0
+    bare: float = 0.0
     many: float = 0.0
+
+
+_STAGES = (
+    Stage(
+        until=0.2,
+        text=0.3,
+        yes_no=0.4,
+        letters=0.3,
+        plain_letters=0.5,
+        find=0.0,
+        facts=3,
+        seek=0.3,
+        pick=0.1,
+        shots=0,
+        apart=1.0,
+        hint=1.0,
+        spoken=0.0,
+    ),
+    Stage(
+        until=0.35,
+        text=0.1,
+        yes_no=0.2,
+        letters=0.6,
+        plain_letters=0.4,
+        find=0.2,
+        facts=4,
+        seek=0.15,
+        pick=0.2,
+        shots=0,
+        apart=0.0,
+        hint=0.6,
+        spoken=0.3,
+        quiz=0.5,
+        bare=1.0,
+    ),
+    Stage(
+        until=0.45,
+        text=0.06,
+        yes_no=0.12,
+        letters=0.45,
+        plain_letters=0.5,
+        find=0.75,
+        facts=5,
+        seek=0.1,
+        pick=0.2,
+        shots=0,
+        apart=0.0,
+        hint=0.6,
+        spoken=0.2,
+        quiz=0.25,
+        bare=0.9,
+    ),
+    Stage(
+        until=0.58,
+        text=0.1,
+        yes_no=0.2,
+        letters=0.1,
+        plain_letters=0.2,
+        find=0.6,
+        facts=5,
+        seek=0.1,
+        pick=0.2,
+        shots=3,
+        apart=0.3,
+        hint=0.25,
+        spoken=0.15,
+        quiz=0.25,
+        bare=0.6,
+    ),
+    Stage(
+        until=0.75,
+        text=0.2,
+        yes_no=0.3,
+        letters=0.03,
+        plain_letters=0.2,
+        facts=5,
+        seek=0.1,
+        pick=0.1,
+        shots=5,
+        apart=0.3,
+        hint=0.05,
+        spoken=0.03,
+        quiz=0.15,
+        bare=0.4,
+        many=0.02,
+    ),
+    Stage(
+        until=1.0,
+        text=0.22,
+        yes_no=0.36,
+        letters=0.02,
+        plain_letters=0.2,
+        facts=5,
+        seek=0.1,
+        pick=0.1,
+        shots=5,
+        apart=0.3,
+        hint=0.02,
+        spoken=0.0,
+        quiz=0.05,
+        bare=0.2,
+        many=0.03,
+    ),
+)
 
 
 def stage(progress: float) -> Stage:
     """Return the difficulty after a share ``progress`` (0 to 1) of the training."""
-    if progress < 0.1:
-        return Stage(
-            facts=2, seek=0.4, pick=0.1, options=2, shots=1, drill=0.8, apart=0.8, hint=0.5
-        )
-    if progress < 0.35:
-        return Stage(
-            facts=4, seek=0.15, pick=0.2, options=3, shots=3, drill=0.7, apart=0.6, hint=0.3
-        )
-    if progress < 0.55:
-        return Stage(
-            facts=5, seek=0.1, pick=0.2, options=4, shots=4, drill=0.35, apart=0.5, hint=0.1
-        )
-    many = 0.06 if progress > 0.7 else 0.0
-    return Stage(
-        facts=5, seek=0.1, pick=0.1, options=4, shots=5, drill=0.1, apart=0.3, hint=0.05, many=many
-    )
+    return next((level for level in _STAGES if progress < level.until), _STAGES[-1])
 
 
 def _fact(rng: random.Random, relation: Relation) -> str:
@@ -148,8 +257,8 @@ def _asked(rng: random.Random, level: Stage, item: Passage, index: int) -> Piece
     form = rng.random() if item.seek else 1.0
     if form < level.pick:
         seek = item.seek[index]
-        wrong = seek.wrong[: rng.randint(level.options, 4) - 1]
-        choice = arrange(rng, f"Question: {seek.question}?", seek.value, wrong)
+        wrong = seek.wrong[:3]
+        choice = arrange(rng, f"Question: {seek.question}?", seek.value, "", wrong)
         return [(f"\n{choice.prompt()}", CONTEXT_WEIGHT), (f" {choice.letter()}", LETTER_WEIGHT)]
     if form < level.pick + level.seek:
         question, end, weight = item.seek[index].question, item.seek[index].value, VALUE_WEIGHT
@@ -168,43 +277,107 @@ def yes_no(rng: random.Random, level: Stage) -> Document:
     return Document([(f"{item.title} -- {item.text}", CONTEXT_WEIGHT)], branches)
 
 
-def _solved(rng: random.Random, item: Choice, hint: float) -> Pieces:
-    given = f"{item.hint}\n" if rng.random() < hint else ""
+def _solved(rng: random.Random, item: Choice, level: Stage) -> Pieces:
+    given = f"{item.hint}\n" if rng.random() < level.hint else ""
+    if rng.random() < level.spoken:
+        return [
+            (f"{given}{item.question}\n{item.listed()}\nIt is", CONTEXT_WEIGHT),
+            (f" {item.options[item.answer]}", VALUE_WEIGHT),
+            ("\nAnswer:", CONTEXT_WEIGHT),
+            (f" {item.letter()}", LETTER_WEIGHT),
+        ]
     return [(given + item.prompt(), CONTEXT_WEIGHT), (f" {item.letter()}", LETTER_WEIGHT)]
 
 
-def _drill(rng: random.Random, subject: str, hint: float) -> Document:
-    """Return a list of options with short questions that tie letters, options and facts."""
-    items = make_drill(rng, subject)
+_LATER = ("\n= {v}:", "\n= {v}:", "\nIt is {v}.", "\nOption {v} is", "\nIt is {v}\nAnswer:")
+_FIND = ("= {v}\n", "Find {v}.\n", "It is {v}.\n")
+
+
+def _asking(rng: random.Random, index: int, option: str, near: float) -> Pieces:
+    if rng.random() < near:
+        asked: Pieces = [(f"\n= {option}", 0.0)]
+        return [*asked, (f" {LETTERS[index]}", NEXT_WEIGHT)]
+    return [(rng.choice(_LATER).format(v=option), 0.0), (f" {LETTERS[index]}", LATER_WEIGHT)]
+
+
+def _find(rng: random.Random, pool: list[str]) -> Document:
+    """Return an option to look for, then lists with it and its letter."""
+    wanted = rng.choice(pool)
+    others = [word for word in pool if word != wanted]
+    marked = rng.random() < 0.35
+    ask = "\nAnswer:" if rng.random() < 0.7 else "\n="
+    branches: list[Pieces] = []
+    for _ in range(rng.randint(2, 4)):
+        options = [wanted, *rng.sample(others, len(LETTERS) - 1)]
+        rng.shuffle(options)
+        pieces: Pieces = [(listing(options), 0.0)]
+        if marked:
+            pieces = []
+            for letter, option in zip(LETTERS, options, strict=True):
+                gap = "\n" if pieces else ""
+                pieces.append((f"{gap}{letter}. {option}", 0.0))
+                pieces.append((" yes" if option == wanted else " no", ANSWER_WEIGHT))
+        letter = LETTERS[options.index(wanted)]
+        branches.append([*pieces, (ask, 0.0), (f" {letter}", FIND_WEIGHT)])
+    return Document([(rng.choice(_FIND).format(v=wanted), 0.0)], branches)
+
+
+def letters(rng: random.Random, level: Stage) -> Document:
+    """Return lists of options and places that ask for the letter of one of them.
+
+    An option is asked for after a space, as it stands in the list, so that its tokens are the
+    same at both places.
+    """
+    pool = COMMON if rng.random() < level.plain_letters else rng.choice(_VALUES)
+    if rng.random() < level.find:
+        return _find(rng, pool)
+    near = 0.7 if level.find == 0.0 else 0.3  # at first the letter follows at once
+    options = rng.sample(pool, len(LETTERS))
+    listed: Pieces = [(listing(options), 0.0)]
+    if rng.random() < 0.8:
+        asks = [
+            _asking(rng, index, option, near)
+            for index, option in enumerate(options)
+            for _ in range(2)
+        ]
+        return Document(listed, asks)
+    pieces: Pieces = []
+    for _ in range(rng.randint(1, 3)):
+        options = rng.sample(pool, len(LETTERS))
+        pieces = [*pieces, (("\n\n" if pieces else "") + listing(options), 0.0)]
+        for index in rng.sample(range(len(LETTERS)), len(LETTERS)):
+            pieces = pieces + _asking(rng, index, options[index], near)
+    return Document(pieces)
+
+
+def _quiz(rng: random.Random, subject: str, level: Stage) -> Document:
+    items = make_quiz(rng, subject)
     branches: list[Pieces] = []
     for item in items:
-        letter, option = item.letter(), item.options[item.answer]
-        given = f"\n{item.hint}" if rng.random() < hint else ""
-        forms = (
-            (f"\nOption {letter} is", option, VALUE_WEIGHT),
-            (f"\n{option} is option", letter, LETTER_WEIGHT),
-            (f"{given}\n{item.question}\nAnswer:", letter, LETTER_WEIGHT),
-        )
-        for asking, end, weight in rng.sample(forms, 2):
-            branches.append([(asking, CONTEXT_WEIGHT), (f" {end}", weight)])
-    return Document([(items[0].listed(), CONTEXT_WEIGHT)], branches)
+        given = f"\n{item.hint}" if rng.random() < level.hint else ""
+        asking: Pieces = [(f"{given}\n{item.question}", CONTEXT_WEIGHT)]
+        if rng.random() < level.spoken:
+            asking += [("\nIt is", CONTEXT_WEIGHT), (f" {item.options[item.answer]}", VALUE_WEIGHT)]
+        branches.append([*asking, ("\nAnswer:", 0.0), (f" {item.letter()}", LETTER_WEIGHT)])
+    return Document([(items[0].listed(), 0.0)], branches)
 
 
 def four_choice(rng: random.Random, level: Stage) -> Document:
     """Return multiple-choice questions of one subject, each with its letter."""
     subject = rng.choice(_SUBJECT_NAMES)
-    if rng.random() < level.drill:
-        return _drill(rng, subject, level.hint)
-    options = rng.randint(level.options, 4)
+    if rng.random() < level.quiz:
+        return _quiz(rng, subject, level)
+    if rng.random() < level.bare:
+        return Document(_solved(rng, *training_choices(rng, subject, 1), level))
     head: Pieces = [(header(subject, rng.choice((1, 2))), CONTEXT_WEIGHT)]
     if rng.random() < level.apart:
-        items = training_choices(rng, subject, rng.randint(3, 5), options)
-        return Document(head, [_solved(rng, item, level.hint) for item in items])
+        items = training_choices(rng, subject, rng.randint(3, 5))
+        return Document(head, [_solved(rng, item, level) for item in items])
     shots = rng.randint(8, 16) if rng.random() < level.many else rng.randint(0, level.shots)
     pieces = head if rng.random() < 0.8 else []
-    for index, item in enumerate(training_choices(rng, subject, shots + 1, options)):
+    for index, item in enumerate(training_choices(rng, subject, shots + 1)):
         gap: Pieces = [("\n\n", CONTEXT_WEIGHT)] if index else []
-        pieces = pieces + gap + _solved(rng, item, level.hint)
+        pieces = pieces + gap + _solved(rng, item, level)
     return Document(pieces)
 
 
@@ -220,10 +393,12 @@ def document(rng: random.Random, progress: float) -> Document:
     """
     level = stage(progress)
     form = rng.random()
-    if form < 0.24:
+    if form < level.text:
         return Document([(plain(rng), TEXT_WEIGHT)])
-    if form < 0.58:
+    if form < level.text + level.yes_no:
         return yes_no(rng, level)
+    if form < level.text + level.yes_no + level.letters:
+        return letters(rng, level)
     return four_choice(rng, level)
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Four-choice questions about the known facts, in the form of the MMLU data set."""
 
 from __future__ import annotations
@@ -12,6 +13,13 @@ from .knowledge import RELATIONS, SUBJECTS, Relation, sentence
 LETTERS = "ABCD"
 HELD_OUT_SHARE = 8
 """One set of options out of this many is kept for evaluation and never trained on."""
+
+
+def listing(options: Sequence[str]) -> str:
+    """Return options with their letters, one per line."""
+    pairs = zip(LETTERS, options, strict=False)
+    return "\n".join(f"{letter}. {text}" for letter, text in pairs)
+
 
 _BY_SUBJECT: dict[str, tuple[Relation, ...]] = {
     subject: tuple(
@@ -54,8 +62,7 @@ class Choice:
 
     def listed(self) -> str:
         """Return the options with their letters, one per line."""
-        pairs = zip(LETTERS, self.options, strict=False)
-        return "\n".join(f"{letter}. {text}" for letter, text in pairs)
+        return listing(self.options)
 
     def letter(self) -> str:
         """Return the letter of the right option."""
@@ -67,7 +74,7 @@ class Choice:
 
 
 def arrange(
-    rng: random.Random, question: str, value: str, wrong: Sequence[str], hint: str = ""
+    rng: random.Random, question: str, value: str, hint: str, wrong: Sequence[str]
 ) -> Choice:
     """Return a question with its options in random order."""
     shown = [*wrong, value]
@@ -75,13 +82,18 @@ def arrange(
     return Choice(question, tuple(shown), shown.index(value), hint)
 
 
-def make_choice(rng: random.Random, subject: str, options: int = 4) -> Choice:
+def _ask(rng: random.Random, relation: Relation, key: str, value: str) -> tuple[str, str, str]:
+    """Return question, answer and hint for a fact; in the hint a space precedes the answer."""
+    question = sentence(rng.choice(relation.questions).format(k=key))
+    return question, value, f"Hint: {relation.statements[0].format(k=key, v=value)}"
+
+
+def make_choice(rng: random.Random, subject: str) -> Choice:
     """Make a question of a subject.
 
     Args:
         rng: Source of randomness.
         subject: One of :data:`~mini_corpus.knowledge.SUBJECTS`.
-        options: Number of options; fewer than four occur in early training only.
 
     Returns:
         The question.
@@ -90,10 +102,8 @@ def make_choice(rng: random.Random, subject: str, options: int = 4) -> Choice:
     relation = rng.choices(pool, [len(r.rows) ** 0.5 for r in pool])[0]
     key, value = rng.choice(relation.rows)
     good = {v for k, v in relation.rows if k == key}
-    wrong = rng.sample([v for v in relation.values() if v not in good], options - 1)
-    question = sentence(rng.choice(relation.questions).format(k=key))
-    hint = sentence(relation.statements[0].format(k=key, v=value)).split("? ")[-1]
-    return arrange(rng, question, value, wrong, hint)
+    wrong = rng.sample([v for v in relation.values() if v not in good], len(LETTERS) - 1)
+    return arrange(rng, *_ask(rng, relation, key, value), wrong=wrong)
 
 
 def header(subject: str, blanks: int = 2) -> str:
@@ -105,8 +115,8 @@ def header(subject: str, blanks: int = 2) -> str:
     )
 
 
-def make_drill(rng: random.Random, subject: str) -> list[Choice]:
-    """Return questions that share their options, each with another option as the answer.
+def make_quiz(rng: random.Random, subject: str) -> list[Choice]:
+    """Return questions that share their options, two for each option where there are so many.
 
     Args:
         rng: Source of randomness.
@@ -119,22 +129,21 @@ def make_drill(rng: random.Random, subject: str) -> list[Choice]:
     options = tuple(rng.sample(relation.values(), len(LETTERS)))
     found: list[Choice] = []
     for index, value in enumerate(options):
-        key = rng.choice([k for k, v in relation.rows if v == value])
-        question = sentence(rng.choice(relation.questions).format(k=key))
-        hint = sentence(relation.statements[0].format(k=key, v=value)).split("? ")[-1]
-        item = Choice(question, options, index, hint)
-        if not item.held_out():
-            found.append(item)
-    return found or make_drill(rng, subject)
+        keys = [k for k, v in relation.rows if v == value]
+        for key in rng.sample(keys, min(2, len(keys))):
+            if any((key, other) in relation.rows for other in options if other != value):
+                continue
+            question, _, hint = _ask(rng, relation, key, value)
+            found.append(Choice(question, options, index, hint))
+    kept = [item for item in found if not item.held_out()]
+    return kept or make_quiz(rng, subject)
 
 
-def training_choices(
-    rng: random.Random, subject: str, number: int, options: int = 4
-) -> list[Choice]:
+def training_choices(rng: random.Random, subject: str, number: int) -> list[Choice]:
     """Make questions of which none is held out."""
     found: list[Choice] = []
     while len(found) < number:
-        item = make_choice(rng, subject, options)
+        item = make_choice(rng, subject)
         if not item.held_out():
             found.append(item)
     return found

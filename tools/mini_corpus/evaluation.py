@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Held-out evaluation files of the small model, in the formats of BoolQ and MMLU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plain prose of the small training corpus: questions with short answers, paragraphs, stories."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Invented town stories with yes/no questions, in the form of the BoolQ data set.
 
 A passage states a handful of facts about people of a town; a question asks whether one of them
@@ -30,6 +31,8 @@ _PETS = _words("dog cat horse rabbit parrot turtle goat duck")
 _FOODS = _words("apples bread cheese soup rice fish cake honey")
 _JOBS = _words("teacher doctor baker farmer singer driver nurse painter")
 _DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+COMMON = [*_NAMES, *_THINGS, *_COLORS, *_PLACES, *_PETS, *_FOODS, *_JOBS, *_DAYS]
+"""Common words."""
 _FILLERS = (
     "It is a sunny day.",
     "The town is quiet.",

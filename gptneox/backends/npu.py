@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ascend NPU: Atlas 800I A2 (910B) and Atlas 300I DUO (310P), told apart by their SoC version."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptneox.backends import binding
+from gptneox.backends.base import Backend, Finding, ForwardBatch, Memory, PackedLinear
+from gptneox.backends.npu_attention import ACL_FORMAT_NZ, Choice, PlainAttention, choose
+from gptneox.backends.npu_setup import (
+    NNAL_SCRIPT,
+    cann_findings,
+    explain_import_error,
+    release,
+    version_conflict,
+)
+from gptneox.config import ConfigError, Environment, parse_device_ids
+
+logger = logging.getLogger(__name__)
+
+# Source: NpuVariables.h of Ascend/pytorch.
+SOC_310P, SOC_910B = range(200, 206), range(220, 226)
+
+
+@functools.cache
+def load_torch_npu() -> Any:
+    """torch_npu, set up for inference.
+
+    Raises:
+        ImportError: it is not there or does not work; the message has the remedy.
+    """
+    if importlib.util.find_spec("torch_npu") is None:
+        torch_release = release(torch.__version__)
+        raise ImportError(
+            f"torch_npu is not installed; on an Ascend machine: pip install "
+            f"torch_npu=={torch_release}"
+        )
+    try:
+        conflict = version_conflict(torch.__version__, importlib.metadata.version("torch_npu"))
+    except importlib.metadata.PackageNotFoundError:
+        conflict = ""
+    if conflict:
+        raise ImportError(conflict)
+    try:
+        return importlib.import_module("torch_npu")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ImportError(explain_import_error(error)) from error
+
+
+class NpuBackend(Backend):
+    """The NPU that `setup` bound this process to."""
+
+    name, dist_backend, device_type = "npu", "hccl", "npu"
+
+    def __init__(self) -> None:
+        # The type is known to torch only once torch_npu is there: see `why_unusable`.
+        self._attention: PlainAttention | None = None
+        self._head_dim = self._rotary_dim = 0
+        self._tables: dict[str, Choice] = {}
+        self._angles: tuple[Tensor | None, Tensor, Tensor] = (None, torch.empty(0), torch.empty(0))
+
+    @functools.cached_property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """The process's current NPU."""
+        load_torch_npu()
+        return torch.device("npu")
+
+    @property
+    def ops(self) -> Any:
+        """The package whose functions are the operators."""
+        return load_torch_npu()
+
+    # -- the device's life -----------------------------------------------------------------------
+
+    def is_installed(self) -> bool:
+        """Whether torch_npu is there, working or not."""
+        return importlib.util.find_spec("torch_npu") is not None
+
+    def why_unusable(self) -> str:
+        """Asks nothing that would open a device: rank 3 must not take memory on device 0."""
+        try:
+            load_torch_npu()
+        except ImportError as error:
+            return str(error)
+        if self.ops.npu.device_count() < 1:
+            return (
+                "no NPU is visible; look at `npu-smi info`, at ASCEND_RT_VISIBLE_DEVICES, and "
+                "whether the container was given /dev/davinci*"
+            )
+        return ""
+
+    def setup(self, local_rank: int, local_world_size: int = 1, num_threads: int = 0) -> None:
+        """Take device `local_rank` of the visible ones.
+
+        Raises:
+            RuntimeError: there are fewer devices than ranks, or the chip is not known.
+        """
+        load_torch_npu()
+        count = self.ops.npu.device_count()
+        if local_rank >= count:
+            raise RuntimeError(
+                f"rank {local_rank} has no NPU: {count} visible for {local_world_size} ranks; list "
+                f"{local_world_size} devices of `npu-smi info` in ASCEND_RT_VISIBLE_DEVICES"
+            )
+        self.ops.npu.set_device(local_rank)
+        if num_threads:
+            torch.set_num_threads(num_threads)
+        _ = self.is_310p
+
+    @functools.cached_property
+    def is_310p(self) -> bool:
+        """Atlas 300I DUO rather than A2; asking opens the device."""
+        soc = int(self.ops.npu.get_soc_version())
+        if soc not in SOC_310P and soc not in SOC_910B:
+            raise RuntimeError(
+                f"{self.describe()} (SoC {soc}) is not supported; Atlas 800I A2 (910B) and 300I "
+                "DUO (310P) are. Use --device cpu"
+            )
+        # With the default the 310P compiles basic operators one by one while it runs.
+        self.ops.npu.set_compile_mode(jit_compile=False)
+        return soc in SOC_310P
+
+    @functools.cached_property
+    def has_atb(self) -> bool:
+        """Whether NNAL's ATB operators are there. The functions of torch_npu always are."""
+        return hasattr(torch.ops.atb, "_npu_paged_attention")
+
+    def prepare(self, head_dim: int, rotary_dim: int) -> None:
+        """Choose the operators that do not depend on the cache."""
+        self._head_dim, self._rotary_dim = head_dim, rotary_dim
+        self._tables = {c.step: c for c in self.operator_table(head_dim, rotary_dim)}
+
+    def operator_table(self, head_dim: int, rotary_dim: int, block_size: int = 128) -> list[Choice]:
+        """Every operator of a layer that this chip gives a choice of, with the reason."""
+        paged, paged_reason = choose(self.is_310p, self.has_atb, head_dim, block_size)
+        dense, dense_reason = choose(self.is_310p, self.has_atb, head_dim, 16)
+        rotary = Choice(
+            "rotary", "npu_rotary_mul", f"on the {rotary_dim} rotated of {head_dim} dimensions"
+        )
+        if self.is_310p:
+            reason = "npu_rotary_mul falls apart into six kernels; ATB's keeps its first table"
+            rotary = Choice("rotary", "torch, fp32", reason)
+        weights = Choice("weights", "ND", "NZ is off by default on A2")
+        if self.is_310p:
+            weights = Choice("weights", "NZ", "the chip's own layout for products")
+        return [
+            Choice("paged attention", paged.operator, paged_reason),
+            Choice("flash attention", dense.operator, dense_reason),
+            rotary,
+            Choice("gelu", "npu_gelu", "F.gelu is the tanh form whatever it is asked for"),
+            weights,
+        ]
+
+    def collectives(self, requested: str) -> str:
+        """Hccl; lccl on request, where the chip has the links for it.
+
+        Raises:
+            ConfigError: lccl on a 300I DUO.
+        """
+        if requested != "lccl":
+            return self.dist_backend
+        if self.is_310p:
+            raise ConfigError(
+                "parallel_backend is lccl, which a 300I DUO has not; use hccl (unset BACKEND)"
+            )
+        return "lccl"
+
+    def pci_addresses(self) -> list[str]:
+        """Of the visible devices, in their order."""
+        addresses = binding.npu_addresses()
+        if visible := Environment.read().visible_devices:
+            numbers = parse_device_ids(visible)
+            return [addresses[n] if n < len(addresses) else "" for n in numbers]
+        return addresses
+
+    def synchronize(self) -> None:
+        """Wait for the current stream."""
+        self.ops.npu.synchronize()
+
+    def memory(self) -> Memory:
+        """As the driver counts."""
+        free, total = self.ops.npu.mem_get_info()
+        return Memory(free, total, self.ops.npu.max_memory_allocated())
+
+    def describe(self) -> str:
+        """SoC name."""
+        return str(self.ops.npu.get_device_name(self.ops.npu.current_device()))
+
+    def resolve_dtype(self, file_dtype: str, requested: str) -> tuple[torch.dtype, str]:
+        """Half precision only: the attention operators take no fp32, the 310P no bf16.
+
+        Raises:
+            ConfigError: a dtype was named that the chip cannot compute in.
+        """
+        allowed = ("float16",) if self.is_310p else ("float16", "bfloat16")
+        if requested in allowed:
+            return getattr(torch, requested), ""
+        if requested != "auto":
+            raise ConfigError(
+                f"dtype {requested} is not served on {self.describe()}; use {' or '.join(allowed)}"
+            )
+        if file_dtype in allowed:
+            return getattr(torch, file_dtype), ""
+        return torch.float16, f"{file_dtype} weights run in float16 on {self.describe()}"
+
+    def diagnose(self) -> list[Finding]:
+        """Versions, devices and their memory."""
+        try:
+            npu_version = importlib.metadata.version("torch_npu")
+        except importlib.metadata.PackageNotFoundError:
+            return []
+        environment = Environment.read()
+        findings = cann_findings(npu_version, environment.ascend_home)
+        if self.why_unusable():
+            return findings
+        count = self.ops.npu.device_count()
+        asked = len(parse_device_ids(environment.visible_devices or "0"))
+        if asked > count:
+            text = f"{asked} listed in ASCEND_RT_VISIBLE_DEVICES, {count} found; see `npu-smi info`"
+            findings.append(Finding(False, "devices", text))
+        addresses = self.pci_addresses()
+        for i in range(count):
+            self.ops.npu.set_device(i)
+            memory = self.memory()
+            address = addresses[i] if i < len(addresses) else ""
+            node = binding.numa_node(address) if address else None
+            where = "NUMA node unknown" if node is None else f"NUMA node {node}"
+            text = f"{self.describe()}, {memory.free / 2**30:.1f} GiB free of "
+            text += f"{memory.total / 2**30:.1f} GiB, {where}"
+            findings.append(Finding(True, f"device {i}", text))
+        self.ops.npu.set_device(0)
+        atb = "there" if self.has_atb else "missing"
+        if self.is_310p and not self.has_atb:
+            atb += f": attention takes slower operators; type: source {NNAL_SCRIPT}"
+        return [*findings, Finding(True, "NNAL (ATB)", atb)]
+
+    def describe_operators(self, head_dim: int, rotary_dim: int, block_size: int) -> list[Finding]:
+        """The operator table of a model."""
+        try:
+            table = self.operator_table(head_dim, rotary_dim, block_size)
+        except ConfigError as error:
+            return [Finding(False, "operators", str(error))]
+        return [Finding(True, c.step, f"{c.operator} ({c.reason})") for c in table]
+
+    # -- dense operators -------------------------------------------------------------------------
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        """On a 310P in NZ, the last step after slicing; `weight` is on the device already."""
+        out_features, in_features = weight.shape
+        weight = weight.contiguous()
+        if self.is_310p:
+            weight = self.ops.npu_format_cast(weight, ACL_FORMAT_NZ)
+        return PackedLinear(weight, bias, in_features, out_features)
+
+    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        """With an NZ weight torch_npu would scale the bias by one first, in a kernel of its own."""
+        if not self.is_310p or packed.bias is None:
+            return super().linear(x, packed)
+        return F.linear(x, packed.weight).add_(packed.bias)
+
+    def activation(self, name: str) -> Callable[[Tensor], Tensor]:
+        """F.gelu is always the tanh form on an NPU."""
+        forms = {"gelu_erf": "none", "gelu_tanh": "tanh"}
+        if name not in forms:
+            return super().activation(name)
+        approximate = forms[name]
+        return lambda x: self.ops.npu_gelu(x, approximate=approximate)
+
+    def rotary(
+        self, q: Tensor, k: Tensor, positions: Tensor, cos_table: Tensor, sin_table: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """On the narrow slice of q and k together; cos and sin are looked up once per step."""
+        r = 2 * cos_table.shape[-1]
+        if self._angles[0] is not positions:
+            self._angles = (positions, *self._look_up(positions, cos_table, sin_table, q.dtype))
+        cos, sin = self._angles[1:]
+        x = torch.stack((q[..., :r], k[..., :r]))  # [2, T, H, R]
+        if self.is_310p:
+            first, second = x.float().chunk(2, -1)
+            turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+            turned = turned.to(q.dtype)
+        else:
+            turned = self.ops.npu_rotary_mul(x, cos, sin)
+        if r == q.shape[-1]:
+            return turned[0], turned[1]
+        return torch.cat((turned[0], q[..., r:]), -1), torch.cat((turned[1], k[..., r:]), -1)
+
+    def _look_up(
+        self, positions: Tensor, cos_table: Tensor, sin_table: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """[1, T, 1, R / 2] in fp32 on a 310P; [1, T, 1, R] in the model's dtype elsewhere."""
+        cos, sin = (t[positions][None, :, None] for t in (cos_table, sin_table))
+        if self.is_310p:
+            return cos, sin
+        return torch.cat((cos, cos), -1).to(dtype), torch.cat((sin, sin), -1).to(dtype)
+
+    # -- attention -------------------------------------------------------------------------------
+
+    def allocate_kv_cache(
+        self, num_blocks: int, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """In the layout of the chosen operators.
+
+        Raises:
+            ConfigError: no operator takes the block size.
+            RuntimeError: not enough memory.
+        """
+        kind, reason = choose(self.is_310p, self.has_atb, head_dim, block_size)
+        if type(self._attention) is not kind:
+            self._attention = kind(self.ops, self.device)
+            level = logging.WARNING if "slower" in reason else logging.INFO
+            logger.log(level, "paged attention: %s (%s)", kind.operator, reason)
+        try:
+            return self._attention.allocate(num_blocks, block_size, num_heads, head_dim, dtype)
+        except torch.OutOfMemoryError as error:
+            gib = 2 * num_blocks * block_size * num_heads * head_dim * dtype.itemsize / 2**30
+            raise RuntimeError(
+                f"not enough NPU memory for the KV cache: {gib:.2f} GiB per layer asked, "
+                f"{self.memory().free / 2**30:.2f} GiB free; lower --num_blocks or "
+                "--memory_fraction"
+            ) from error
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: ForwardBatch,
+        scale: float,
+    ) -> Tensor:
+        """Write, then attend: the decoding rows first, then the prompt chunks."""
+        attention = self._attention
+        assert attention is not None, "attention before the cache was made"
+        attention.store(k, v, k_cache, v_cache, batch)
+        n = batch.num_decodes
+        if n == len(batch.q_lens_list):
+            return attention.decode(q, k_cache, v_cache, batch, scale)
+        caches = (k_cache, v_cache)
+        prefilled = attention.prefill(q[n:], (k[n:], v[n:]), caches, batch, scale)
+        if n == 0:
+            return prefilled
+        return torch.cat((attention.decode(q[:n], k_cache, v_cache, batch, scale), prefilled))
+
+    def cached_attention(
+        self,
+        q: Tensor,
+        k_store: Tensor,
+        v_store: Tensor,
+        length: int,
+        key_mask: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """The stores are given whole, because a slice of them is not contiguous."""
+        if self._attention is None:
+            kind, reason = choose(self.is_310p, self.has_atb, q.shape[-1], 16)
+            self._attention = kind(self.ops, self.device)
+            level = logging.WARNING if "slower" in reason else logging.INFO
+            logger.log(level, "flash attention: %s (%s)", kind.operator, reason)
+        return self._attention.dense(q, k_store, v_store, length, key_mask, scale)

@@ -1,0 +1,397 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Question sets on disk: BoolQ, MMLU, C-Eval, CMMLU and GSM8K in their published formats.
+
+Text stays text: "None", "NA", "nan" and "1.0" are answers like any other.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gptneox.config import ConfigError
+from gptneox.evaluation.scoring import (
+    LETTERS,
+    GenerationScorer,
+    NextTokenScorer,
+    Question,
+    Scorer,
+    choice_from_reasoning,
+    first_character,
+    first_letter,
+    last_number,
+    same_number,
+)
+from gptneox.evaluation.subjects import CEVAL_SUBJECTS, MMLU_SUBJECTS, Subject, read_mapping
+
+MAX_PROMPT_TOKENS = 2000  # of the multiple-choice protocol; more examples are left out
+CMMLU_MAX_PROMPT_TOKENS = 2048
+SCORINGS = ("logits", "first_letter")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Questions, how they are answered, and where they come from."""
+
+    name: str
+    questions: list[Question]
+    scorer: Scorer
+    files: list[Path]
+    groups: dict[str, str] = field(default_factory=dict)  # subject -> class
+    num_examples: int = 0  # asked for before each question
+    max_prompt_tokens: int | None = None  # beside the model's own limit
+    missing: list[str] = field(default_factory=list)  # subjects without files
+
+    def content_hash(self) -> str:
+        """SHA-256 over what is asked and what counts as right, in order."""
+        digest = hashlib.sha256()
+        for q in self.questions:
+            row = [q.subject, q.header, list(q.examples), q.body, q.answer]
+            digest.update(json.dumps(row).encode())
+        return digest.hexdigest()
+
+
+# -- BoolQ ---------------------------------------------------------------------------------------
+
+# The first label wins a tie: True only where " yes" is strictly likelier.
+_YES_NO = {
+    "False": "How can we learning machine learning: no",
+    "True": "How can we learning machine learning: yes",
+}
+
+
+def read_boolq(folder: Path) -> Dataset:
+    """Every *.jsonl of a folder, zero-shot; log p of " yes" against " no" after the prompt.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ConfigError: a line is not an object with title, question, passage and answer.
+    """
+    files = _files(folder, "*.jsonl", "BoolQ (such as dev.jsonl)")
+    questions: list[Question] = []
+    for path in files:
+        for where, row in _json_lines(path):
+            title, question, passage = (_text(row, k, where) for k in _BOOLQ_TEXTS)
+            if not isinstance(row.get("answer"), bool):
+                raise ConfigError(
+                    f"{where}: answer is {row.get('answer')!r}; true or false is expected"
+                )
+            body = f"{title} -- {passage}\nQuestion: {question}?\nAnswer:"
+            questions.append(Question(len(questions), path.stem, body, str(row["answer"])))
+    groups = {path.stem: "boolq" for path in files}
+    return Dataset("boolq", questions, NextTokenScorer(_YES_NO), files, groups)
+
+
+_BOOLQ_TEXTS = ("title", "question", "passage")
+
+
+# -- four choices --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ChoiceRow:
+    """One row of a multiple-choice file."""
+
+    question: str
+    options: tuple[str, ...]  # four
+    answer: str  # A, B, C or D
+
+    def text(self, lead: str = "", answer_lead: str = "Answer:") -> str:
+        """Question and options, up to the answer."""
+        lines = [f"{letter}. {o}" for letter, o in zip(LETTERS, self.options, strict=True)]
+        return "\n".join([lead + self.question, *lines, answer_lead])
+
+
+def read_choice_rows(path: Path, *, header: bool) -> list[ChoiceRow]:
+    """Rows of question, A, B, C, D, answer.
+
+    Args:
+        path: a CSV file in UTF-8, with or without a byte-order mark.
+        header: the first row and the first column (an id) are no data, and columns after the
+            answer (explanations) are ignored.
+
+    Raises:
+        ConfigError: a row is malformed; the message names file and line.
+    """
+    rows = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            for i, cells in enumerate(reader):
+                if cells and not (header and i == 0):
+                    where = f"{path}, line {reader.line_num}"
+                    rows.append(_choice_row(cells[1:7] if header else cells, where))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}, after row {len(rows)}: {error}") from error
+    return rows
+
+
+def _choice_row(cells: list[str], where: str) -> ChoiceRow:
+    if len(cells) != 6:
+        raise ConfigError(
+            f"{where}: {len(cells)} columns; question, A, B, C, D and answer are expected"
+        )
+    answer = cells[5].strip()
+    if answer not in LETTERS:
+        raise ConfigError(f"{where}: the answer is {cells[5]!r}; A, B, C or D is expected")
+    return ChoiceRow(cells[0], tuple(cells[1:5]), answer)
+
+
+def choice_header(subject: str) -> str:
+    """The line before the examples; two blanks after "about", as in Hendrycks' code."""
+    words = "".join(f" {part}" for part in subject.split("_"))
+    return f"The following are multiple choice questions (with answers) about {words}.\n\n"
+
+
+def choice_scorer(scoring: str, num_new_tokens: int) -> Scorer:
+    """`logits`: the likeliest of " A" to " D"; `first_letter`: of the generated text."""
+    if scoring == "first_letter":
+        return GenerationScorer("first_letter", num_new_tokens, first_letter)
+    return NextTokenScorer({letter: f"Answer: {letter}" for letter in LETTERS})
+
+
+def read_mmlu(
+    folder: Path,
+    *,
+    split: str = "val",
+    shots: int = 5,
+    scoring: str = "logits",
+    num_new_tokens: int = 32,
+) -> Dataset:
+    """{folder}/dev/{subject}_dev.csv (examples) and {folder}/{split}/{subject}_{split}.csv.
+
+    The mapping is {folder}/subject_mapping.json where there is one, else the 57 subjects.
+
+    Raises:
+        FileNotFoundError: no subject has its files.
+        ConfigError: a file is malformed.
+    """
+    layout = _Layout(folder, split, "{split}/{subject}_{split}.csv", header=False)
+    subjects = layout.mapping("mmlu_all_sets", MMLU_SUBJECTS)
+    scorer = choice_scorer(scoring, num_new_tokens)
+    return layout.read("mmlu", subjects, _few_shot(shots), scorer, shots, MAX_PROMPT_TOKENS)
+
+
+def read_ceval(
+    folder: Path,
+    *,
+    split: str = "val",
+    shots: int = 5,
+    scoring: str = "logits",
+    num_new_tokens: int = 32,
+) -> Dataset:
+    """As `read_mmlu`, for files with a header row and an id column, and 52 subjects."""
+    layout = _Layout(folder, split, "{split}/{subject}_{split}.csv", header=True)
+    subjects = layout.mapping("ceval_all_sets", CEVAL_SUBJECTS)
+    scorer = choice_scorer(scoring, num_new_tokens)
+    return layout.read("ceval", subjects, _few_shot(shots), scorer, shots, MAX_PROMPT_TOKENS)
+
+
+def read_mmlu_generated(folder: Path, *, shots: int = 0) -> Dataset:
+    """MMLU's test split as tests/modeltest asks it.
+
+    Without examples the model reasons for 256 tokens and `choice_from_reasoning` reads its
+    letter; with examples the first character of 20 tokens counts.
+    """
+    layout = _Layout(folder, "test", "{split}/{subject}_{split}.csv", header=False)
+    subjects = layout.mapping("mmlu_all_sets", MMLU_SUBJECTS)
+    form = _few_shot(shots) if shots else _mmlu_zero_shot
+    return layout.read("mmlu", subjects, form, generated_scorer(shots), shots, None)
+
+
+def read_ceval_generated(folder: Path, *, shots: int = 0) -> Dataset:
+    """C-Eval's val split, asked as `read_mmlu_generated` does, in Chinese without examples."""
+    layout = _Layout(folder, "val", "{split}/{subject}_{split}.csv", header=True)
+    subjects = layout.mapping("ceval_all_sets", CEVAL_SUBJECTS)
+    form = _few_shot(shots) if shots else _ceval_zero_shot
+    return layout.read("ceval", subjects, form, generated_scorer(shots), shots, None)
+
+
+def read_cmmlu(folder: Path, *, shots: int = 5) -> Dataset:
+    """{folder}/dev/{subject}.csv and test/{subject}.csv: the likeliest of A to D.
+
+    Too long prompts lose their longest example first. Without a subject_mapping.json the
+    subjects are the files of test/.
+    """
+    layout = _Layout(folder, "test", "{split}/{subject}.csv", header=True)
+    found = {path.stem: Subject("") for path in sorted((folder / "test").glob("*.csv"))}
+    subjects = layout.mapping("cmmlu_all_sets", found)
+    scorer = NextTokenScorer({letter: f"答案是：{letter}" for letter in LETTERS})
+    return layout.read("cmmlu", subjects, _cmmlu(shots), scorer, shots, CMMLU_MAX_PROMPT_TOKENS)
+
+
+def generated_scorer(shots: int) -> Scorer:
+    """How modeltest reads a letter out of generated text."""
+    if shots:
+        return GenerationScorer("first_character", 20, first_character)
+    return GenerationScorer("reasoning", 256, choice_from_reasoning)
+
+
+_Form = Callable[[str, Subject, list[ChoiceRow], ChoiceRow], dict[str, Any]]
+
+
+def _few_shot(shots: int) -> _Form:
+    def form(name: str, subject: Subject, dev: list[ChoiceRow], row: ChoiceRow) -> dict[str, Any]:
+        examples = tuple(f"{r.text()} {r.answer}\n\n" for r in dev[:shots])
+        return {"header": choice_header(name), "examples": examples, "body": row.text()}
+
+    return form
+
+
+def _mmlu_zero_shot(
+    name: str, subject: Subject, dev: list[ChoiceRow], row: ChoiceRow
+) -> dict[str, Any]:
+    lead = (
+        f"\nThere is a single choice question about {name.replace('_', ' ')}. "
+        "Answer the question by replying A, B, C or D.\nQ: "
+    )
+    return {"body": row.text(lead, "Let's think step by step. A: ")}
+
+
+def _ceval_zero_shot(
+    name: str, subject: Subject, dev: list[ChoiceRow], row: ChoiceRow
+) -> dict[str, Any]:
+    lead = f"以下是中国关于{subject.chinese or name}考试的单项选择题，请选出其中的正确答案。\n"
+    return {"body": row.text(lead, "让我们一步一步思考。答案: ")}
+
+
+def _cmmlu(shots: int) -> _Form:
+    def form(name: str, subject: Subject, dev: list[ChoiceRow], row: ChoiceRow) -> dict[str, Any]:
+        def ask(r: ChoiceRow) -> str:
+            return r.text("题目：", "答案是：")
+
+        header = f"以下是关于{subject.chinese or name}的单项选择题，请直接给出正确答案的选项。\n\n"
+        examples = tuple(f"{ask(r)}{r.answer}\n\n" for r in dev[:shots])
+        return {"header": header, "examples": examples, "body": ask(row), "drop_longest": True}
+
+    return form
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the files of a multiple-choice set lie."""
+
+    folder: Path
+    split: str
+    pattern: str
+    header: bool
+
+    def path(self, split: str, subject: str) -> Path:
+        return self.folder / self.pattern.format(split=split, subject=subject)
+
+    def mapping(self, key: str, bundled: Mapping[str, Subject]) -> dict[str, Subject]:
+        path = self.folder / "subject_mapping.json"
+        if not path.is_file():
+            return dict(bundled)
+        found = read_mapping(path, key)
+        return {n: _completed(s, bundled.get(n)) for n, s in found.items()}
+
+    def read(
+        self,
+        name: str,
+        subjects: Mapping[str, Subject],
+        form: _Form,
+        scorer: Scorer,
+        shots: int,
+        max_prompt_tokens: int | None,
+    ) -> Dataset:
+        """All subjects in sorted order."""
+        questions: list[Question] = []
+        files, missing = [], []
+        for subject in sorted(subjects):
+            paths = [self.path(self.split, subject)]
+            paths += [self.path("dev", subject)] if shots else []
+            if not all(path.is_file() for path in paths):
+                missing.append(subject)
+                continue
+            files += paths
+            rows, *dev = (read_choice_rows(path, header=self.header) for path in paths)
+            for row in rows:
+                parts = form(subject, subjects[subject], dev[0] if dev else [], row)
+                questions.append(Question(len(questions), subject, answer=row.answer, **parts))
+        if not questions:
+            splits = [self.split, "dev"] if shots else [self.split]
+            wanted = " and ".join(str(self.path(split, "SUBJECT")) for split in splits)
+            raise FileNotFoundError(
+                f"no questions of {name}: none of its {len(subjects)} subjects has {wanted}"
+            )
+        groups = {s: subjects[s].group or name for s in subjects if s not in missing}
+        return Dataset(name, questions, scorer, files, groups, shots, max_prompt_tokens, missing)
+
+
+def _completed(found: Subject, bundled: Subject | None) -> Subject:
+    """An entry of subject_mapping.json, with what it leaves out from the bundled mapping."""
+    bundled = bundled or Subject("")
+    return Subject(found.group or bundled.group, found.chinese or bundled.chinese)
+
+
+# -- GSM8K ---------------------------------------------------------------------------------------
+
+
+def read_gsm8k(folder: Path) -> Dataset:
+    """Every *.jsonl of a folder: the question alone, 512 new tokens, the last number counts.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ConfigError: a line is not an object with question and answer, or holds no number.
+    """
+    files = _files(folder, "*.jsonl", "GSM8K (GSM8K.jsonl)")
+    questions: list[Question] = []
+    for path in files:
+        for where, row in _json_lines(path):
+            answer = last_number(_text(row, "answer", where))
+            if not answer:
+                raise ConfigError(f"{where}: the answer holds no number")
+            body = _text(row, "question", where)
+            questions.append(Question(len(questions), path.stem, body, answer))
+    scorer = GenerationScorer("last_number", 512, last_number, same_number)
+    return Dataset("gsm8k", questions, scorer, files, {path.stem: "gsm8k" for path in files})
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
+def _files(folder: Path, pattern: str, what: str) -> list[Path]:
+    files = sorted(path for path in folder.glob(pattern) if path.is_file())
+    if not files:
+        state = "holds no such file" if folder.is_dir() else "does not exist"
+        raise FileNotFoundError(f"no {pattern} of {what} in {folder}: the folder {state}")
+    return files
+
+
+def _json_lines(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
+    """(where, object) of each line that is not blank."""
+    try:
+        lines = re.split(r"\r?\n", path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: {error}") from error
+    found = False
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{where}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ConfigError(f"{where}: {type(row).__name__}; a JSON object is expected")
+        found = True
+        yield where, row
+    if not found:
+        raise ConfigError(f"{path} holds no questions")
+
+
+def _text(row: dict[str, Any], key: str, where: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise ConfigError(f"{where}: {key} is {value!r}; a text is expected")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise ConfigError(f"{where}: {key} holds half a surrogate pair, which is no character")
+    return value

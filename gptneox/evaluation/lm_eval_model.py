@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model class `gptneox` of lm-evaluation-harness, over the paged engine.
+
+`python -m gptneox.evaluation.lm_eval_model` takes the command line of `lm_eval` and knows this
+class; lm_eval 0.4 has no hook through which an installed package could make its own command know
+it. In Python, importing this module is enough.
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from gptneox.cli import read_settings
+from gptneox.config import EMBEDDED_CHECKPOINT, ConfigError, ModelConfig
+from gptneox.engine.llm_engine import RequestOutput
+from gptneox.engine.sequence import MAX_STOP_STRINGS, SamplingParams
+from gptneox.inference import load_engine, start
+
+AUTO_BATCH_SIZE = 16
+MAX_GEN_TOKS = 256  # where a task does not say, as the Hugging Face backend
+_LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+# What `_loglikelihood_tokens` is given: texts (unused), context ids, continuation ids.
+TokenRequest = tuple[Any, list[int], list[int]]
+
+
+@register_model("gptneox")
+class GPTNeoXLM(TemplateLM):  # type: ignore[misc]  # lm_eval is optional and has no types
+    """Scores and generates as the Hugging Face backend does; the softmax is always fp32.
+
+    Under torchrun the ranks share one model; all but rank 0 only follow, and leave with it.
+    """
+
+    _rank, _world_size = 0, 1  # of lm_eval's data parallelism, which is not used
+
+    def __init__(
+        self,
+        pretrained: str = "",
+        dtype: str = "auto",
+        device: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        max_length: int | None = None,
+        add_bos_token: bool | None = None,
+        **engine: Any,
+    ) -> None:
+        """Load a checkpoint.
+
+        Args:
+            pretrained: its directory; empty: the one shipped.
+            dtype: auto, float16, bfloat16 or float32.
+            device: as [model] device; a number after a colon is left out. None: auto.
+            batch_size: requests running at once; "auto" is a number that fits.
+            max_batch_size: bounds "auto".
+            max_length: tokens of context and continuation together; None: as config.json says.
+            add_bos_token: None: as the tokenizer does by itself.
+            engine: further keys of [engine], such as block_size and memory_fraction.
+
+        Raises:
+            ValueError, OSError, RuntimeError: with a message for the user.
+        """
+        super().__init__()
+        if str(batch_size).startswith("auto"):
+            batch_size = min(AUTO_BATCH_SIZE, max_batch_size or AUTO_BATCH_SIZE)
+        path = Path(pretrained).expanduser() if pretrained else EMBEDDED_CHECKPOINT
+        self._max_length = max_length or ModelConfig.from_pretrained(path).max_position_embeddings
+        options = {
+            "model_path": path,
+            "dtype": dtype,
+            "device": (device or "auto").split(":")[0],
+            "attention": "paged",
+            "max_batch_size": batch_size,
+            # A text of max_length + 1 tokens is scored whole: the last one is only predicted.
+            "max_position_embeddings": self._max_length + 1,
+            **engine,
+        }
+        argv = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+        try:
+            settings = read_settings(argv, Path())
+        except SystemExit as error:
+            raise ConfigError(f"--model_args: {', '.join(engine)} are not all known") from error
+        backend, self._group = start(settings)
+        self._engine = load_engine(settings, backend, self._group)
+        self.tokenizer = self._engine.tokenizer
+        self._batch_size, self._device = int(batch_size), backend.device
+        self._add_bos_token = add_bos_token
+        if self._group.rank > 0:
+            self._follow()
+        if self._group.world_size > 1:
+            atexit.register(self._group.broadcast_object, None)
+
+    def _follow(self) -> None:
+        """Compute what rank 0 computes until it ends."""
+        while (work := self._group.broadcast_object(None)) is not None:
+            self._engine.generate(*work)
+        sys.exit(0)
+
+    def _generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
+        self._group.broadcast_object((prompts, params))
+        return self._engine.generate(prompts, params)
+
+    def _run(
+        self, work: list[tuple[list[int], SamplingParams]], what: str, hide: bool
+    ) -> list[RequestOutput]:
+        """Finished outputs of all requests in order, with a progress bar."""
+        outputs: list[RequestOutput] = []
+        # A few batches at once, so that the engine is full while the bar moves.
+        chunk_size = 8 * self._batch_size
+        remaining = iter(work)
+        with tqdm(total=len(work), desc=what, disable=hide) as bar:
+            while chunk := list(islice(remaining, chunk_size)):
+                outputs += self._generate([c[0] for c in chunk], [c[1] for c in chunk])
+                bar.update(len(chunk))
+        return outputs
+
+    # -- what lm_eval asks about the model -------------------------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        """End of text."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Stands before a text that has no context."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of context and continuation together."""
+        return self._max_length
+
+    @property
+    def max_gen_toks(self) -> int:
+        """New tokens where a task does not say."""
+        return MAX_GEN_TOKS
+
+    @property
+    def batch_size(self) -> int:
+        """Requests running at once."""
+        return self._batch_size
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Part of the names of lm_eval's caches."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Token ids; special ones as told, else as `add_bos_token` says, but never twice."""
+        if add_special_tokens is None:
+            add_special_tokens = self._add_bos_token
+            if string.startswith(self.tokenizer.decode([self.prefix_token_id])):
+                add_special_tokens = False
+        if add_special_tokens is None:
+            return list(self.tokenizer.encode(string))
+        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+
+    # -- what lm_eval asks of the model ----------------------------------------------------------
+
+    def _loglikelihood_tokens(
+        self, requests: list[TokenRequest], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """(sum of log p over the continuation, whether greedy choice would give it) per request.
+
+        Too long pairs lose tokens on the left. Requests that differ in their last token only,
+        such as the letters of a multiple-choice question, share one forward pass.
+        """
+        groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for i, (_, context, continuation) in enumerate(requests):
+            if not 0 < len(continuation) <= self.max_length:
+                raise ValueError(
+                    f"a continuation has {len(continuation)} tokens; 1 to {self.max_length} "
+                    "can be scored"
+                )
+            tokens = (context + continuation)[-(self.max_length + 1) :]
+            groups.setdefault((tuple(tokens[:-1]), len(continuation)), []).append(i)
+        # Longest first: what does not fit shows at once. Neighbours share their beginnings.
+        keys = sorted(groups, key=lambda key: (-len(key[0]), key))
+        work = []
+        for prefix, num_scored in keys:
+            last_ids = tuple(sorted({requests[i][2][-1] for i in groups[prefix, num_scored]}))
+            params = SamplingParams(
+                max_new_tokens=1,
+                ignore_eos=True,
+                logprobs=0,
+                logprob_token_ids=last_ids,
+                prompt_logprobs=1 if num_scored > 1 else None,
+                prompt_logprobs_start=max(1, len(prefix) - num_scored + 1),
+            )
+            work.append((list(prefix), params))
+        outputs = self._run(work, "log-likelihoods", disable_tqdm)
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for key, output in zip(keys, outputs, strict=True):
+            head = output.prompt_logprobs
+            total = sum(token.logprob for token in head)
+            greedy = all(token.token_id in token.top for token in head)
+            for i in groups[key]:
+                last_id = requests[i][2][-1]
+                likeliest = greedy and output.token_ids[0] == last_id
+                results[i] = (total + output.logprobs[0].top[last_id], likeliest)
+                request_args = requests[i][0]
+                if request_args is not None:
+                    self.cache_hook.add_partial("loglikelihood", request_args, results[i])
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows of `max_length`, each token scored once."""
+        windows: list[TokenRequest] = []
+        counts = []
+        for request in requests:
+            parts = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            before = len(windows)
+            windows += [(None, *make_disjoint_window(part)) for part in parts]
+            counts.append(len(windows) - before)
+        scores = iter(self._loglikelihood_tokens(windows, disable_tqdm))
+        totals = [sum(score for score, _ in islice(scores, count)) for count in counts]
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to a stop string, which is left out."""
+        work, stops = [], []
+        for request in requests:
+            context, options = request.args
+            params, stop = self._sampling(options)
+            room = self.max_length - params.max_new_tokens
+            if room < 1:
+                raise ValueError(
+                    f"max_gen_toks is {params.max_new_tokens}; fewer than the model's "
+                    f"{self.max_length} positions are expected"
+                )
+            work.append((self.tok_encode(context)[-room:], params))
+            stops.append(stop)
+        outputs = self._run(work, "texts", disable_tqdm)
+        texts = []
+        for request, output, stop in zip(requests, outputs, stops, strict=True):
+            text = postprocess_generated_text(output.text, stop, None)
+            self.cache_hook.add_partial("generate_until", request.args, text)
+            texts.append(text)
+        return texts
+
+    def _sampling(self, options: dict[str, Any]) -> tuple[SamplingParams, list[str]]:
+        """The engine's parameters and the stop strings of a task's generation_kwargs.
+
+        Raises:
+            ConfigError: an option that would change the text is not known.
+        """
+        options = dict(options)
+        until = options.pop("until", None) or []
+        stop = [until] if isinstance(until, str) else [text for text in until if text]
+        lengths = [options.pop(name, None) for name in _LENGTH_NAMES]
+        num_new = next((int(n) for n in lengths if n is not None), self.max_gen_toks)
+        temperature = options.pop("temperature", None)
+        do_sample = options.pop("do_sample", None)
+        if not (bool(temperature) if do_sample is None else do_sample):
+            temperature = 0.0
+        chosen: dict[str, Any] = {"temperature": 1.0 if temperature is None else float(temperature)}
+        kinds: dict[str, Callable[[Any], Any]] = {
+            "top_k": int, "top_p": float, "repetition_penalty": float, "seed": int,
+        }  # fmt: skip
+        for name, kind in kinds.items():
+            if options.get(name) is not None:
+                chosen[name] = kind(options[name])
+            options.pop(name, None)
+        if options:
+            raise ConfigError(f"generation option {', '.join(options)} is not served")
+        shown = tuple(stop[:MAX_STOP_STRINGS])  # any further ones only cut the finished text
+        return SamplingParams(max_new_tokens=num_new, stop=shown, **chosen), stop
+
+
+def main() -> None:
+    """The command line of lm_eval, with `--model gptneox` as its default."""
+    from lm_eval.__main__ import cli_evaluate
+
+    arguments: Seq[str] = sys.argv[1:]
+    named = any(text.split("=")[0] in ("--model", "-m") for text in arguments)
+    runs = not arguments or arguments[0] in ("run",) or arguments[0].startswith("-")
+    if runs and not named and not {"-h", "--help"} & set(arguments):
+        sys.argv += ["--model", "gptneox"]
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers for the operators of emulated NPU devices.
+
+The stand-in libraries let the real torch_npu run on host memory, with kernels that compute nothing.
+`EmulatedDevice` sees every operator call on npu tensors and
+  1. computes the result on CPU tensors that share the memory: aten operators by torch itself, npu::
+     and atb:: operators by `operators.REFERENCES`, which also raise the limits of the real device;
+  2. runs the real torch_npu kernel, so that its own checks of arguments, shapes and dtypes fire;
+  3. compares both in shape and dtype and writes the numbers into what the kernel returned.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .operators import REFERENCES
+
+# Memory management: the real implementation is right as it is.
+REAL = {
+    *("aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty"),
+    *("aten::new_empty_strided", "aten::set_", "aten::resize_", "aten::detach"),
+    *("aten::record_stream", "aten::is_pinned", "aten::_pin_memory"),
+    *("npu::empty_with_format", "npu::get_npu_format", "npu::get_storage_size"),
+}
+# The shape of the result depends on values, which a kernel that computes nothing cannot give.
+VALUE_DEPENDENT = {
+    *("aten::nonzero", "aten::masked_select", "aten::index", "aten::index_put_", "aten::index_put"),
+    *("aten::unique_consecutive", "aten::_unique2", "aten::_local_scalar_dense", "aten::equal"),
+    *("aten::multinomial", "aten::is_nonzero", "aten::repeat_interleave", "aten::masked_fill_"),
+}
+# The device returns another float dtype for a by-product: the statistics of layer_norm are fp32.
+BY_PRODUCTS = {"aten::native_layer_norm"}
+
+
+def is_npu(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "npu"
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """A CPU tensor over the memory of an npu tensor."""
+    storage = tensor.untyped_storage()
+    size = storage.nbytes()
+    if size == 0:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    memory = (ctypes.c_char * size).from_address(storage.data_ptr())
+    base = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+    out = torch.empty(0, dtype=tensor.dtype)
+    return out.set_(base, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def concerns_npu(leaves: list[Any]) -> bool:
+    """A call has npu tensors or makes one, and none of its tensors is a FakeTensor."""
+    if any(isinstance(leaf, FakeTensor) for leaf in leaves):
+        return False
+    return any(
+        is_npu(x) or (isinstance(x, (torch.device, str)) and str(x).startswith("npu"))
+        for x in leaves
+    )
+
+
+class Call:
+    """One operator call with its arguments moved to the host."""
+
+    def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.func, self.args, self.kwargs = func, args, kwargs
+        self.schema = func._schema
+        self.name: str = self.schema.name
+        self.is_collective = self.name.startswith("c10d::")
+        self.written: list[tuple[Tensor, Tensor]] = []  # (npu tensor, its new value on the host)
+        written = {a.name for a in self.schema.arguments if a.alias_info and a.alias_info.is_write}
+        names = [a.name for a in self.schema.arguments]
+        self.given = dict(zip(names, args, strict=False)) | kwargs  # by name, as they came
+        self.host = {
+            name: tree_map(lambda x, n=name: self._to_host(x, n in written), value)
+            for name, value in self.given.items()
+        }
+        self.num_positional = len(args)
+
+    def _to_host(self, value: Any, is_written: bool) -> Any:
+        if is_npu(value):
+            host = on_host(value)
+            if self.is_collective:  # works in place on the shared memory
+                self.written.append((value, host))
+            elif is_written:  # into a copy: the kernel still has to see the old content
+                host = host.clone()
+                self.written.append((value, host))
+            return host
+        if isinstance(value, torch.device) and value.type == "npu":
+            return torch.device("cpu")
+        if isinstance(value, torch.Generator) and value.device.type == "npu":
+            return None
+        return value
+
+    def reference(self) -> Any:
+        """The right result, on the host."""
+        if self.name in REFERENCES:
+            return REFERENCES[self.name](self.given, **self.host)
+        if self.name.startswith(("npu::", "atb::")):
+            raise NotImplementedError(f"the emulator has no reference for {self.name}")
+        values = list(self.host.values())
+        n = self.num_positional
+        return self.func(*values[:n], **dict(list(self.host.items())[n:]))
+
+    def store_written(self) -> None:
+        """What the operator changed in place reaches the device."""
+        if not self.is_collective:
+            for tensor, host in self.written:
+                on_host(tensor).copy_(host)
+
+    def to_device(self, want: Any, got: Any) -> Any:
+        """`want` as the caller shall see it, in the memory of the kernel's own result `got`."""
+        if isinstance(want, (list, tuple)):
+            parts = got if isinstance(got, (list, tuple)) else [None] * len(want)
+            made = [self.to_device(w, g) for w, g in zip(want, parts, strict=True)]
+            return made if isinstance(want, list) else tuple(made)
+        if not isinstance(want, Tensor):
+            return want
+        for tensor, host in self.written:
+            if want is host:
+                return tensor
+        if any(isinstance(v, torch.device) and v.type == "cpu" for v in self.kwargs.values()):
+            return want  # a copy to the host
+        if not is_npu(got):
+            got = torch.empty_strided(want.shape, want.stride(), dtype=want.dtype, device="npu")
+        if want.dtype == torch.float64 or self.name in BY_PRODUCTS:  # the device has no double
+            want = want.to(got.dtype)
+        if (want.shape, want.dtype) != (got.shape, got.dtype):
+            raise AssertionError(
+                f"{self.name}: the reference gives {tuple(want.shape)} {want.dtype}, "
+                f"torch_npu {tuple(got.shape)} {got.dtype}"
+            )
+        on_host(got).copy_(want)
+        return got
+
+
+class EmulatedDevice(TorchDispatchMode):
+    """While active, npu tensors of this thread hold real numbers."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        name = func._schema.name
+        if name in REAL or not concerns_npu(leaves):
+            return func(*args, **kwargs)
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        if not has_kernel(func.name(), "PrivateUse1") and has_kernel(
+            func.name(), "CompositeImplicitAutograd"
+        ):
+            with self:
+                return func.decompose(*args, **kwargs)
+        got = None
+        if any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns):
+            got = func(*args, **kwargs)  # a view, or an operator that copies if it must
+            memory = {x.untyped_storage().data_ptr() for x in leaves if isinstance(x, Tensor)}
+            made = [x for x in tree_leaves(got) if isinstance(x, Tensor)]
+            if all(x.untyped_storage().data_ptr() in memory for x in made):
+                return got
+        call = Call(func, args, kwargs)
+        want = call.reference()
+        if got is None and name not in VALUE_DEPENDENT and not call.is_collective:
+            got = func(*args, **kwargs)
+        call.store_written()
+        return call.to_device(want, got)

@@ -1,0 +1,515 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the operators of torch_npu compute, in plain torch, and what the devices refuse.
+
+Each function takes `given`, the arguments as the caller passed them (npu tensors among them), and
+the same arguments on the host. A limit that only the device itself would report is a `DeviceLimit`.
+Sources of the limits: the tiling and shape checks of CANN's public operator repositories
+(ops-transformer, ops-nn, ascend-transformer-boost) and op-plugin's API documents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NZ = 29  # the number of the FRACTAL_NZ storage format
+NO_LIMIT = 2**31 - 1
+Given = dict[str, Any]
+REFERENCES: dict[str, Callable[..., Any]] = {}
+
+
+class DeviceLimit(RuntimeError):
+    """The real device would refuse this call, or compute something else."""
+
+
+def need(condition: bool, message: str) -> None:
+    if not condition:
+        raise DeviceLimit(message)
+
+
+def reference(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        REFERENCES[name] = function
+        return function
+
+    return register
+
+
+def is_310p() -> bool:
+    return "310P" in torch.npu.get_device_name(0)
+
+
+def on_device(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.device.type == "npu"
+
+
+def storage_format(tensor: Tensor) -> int:
+    import torch_npu
+
+    return int(torch_npu.get_npu_format(tensor))
+
+
+def check_floats(given: Given, *names: str) -> None:
+    """Half precision everywhere; bf16 exists on A2 only; what a kernel reads is contiguous."""
+    allowed = (torch.float16,) if is_310p() else (torch.float16, torch.bfloat16)
+    dtypes = {given[n].dtype for n in names}
+    need(len(dtypes) == 1, f"{', '.join(names)} have different dtypes: {dtypes}")
+    need(dtypes <= set(allowed), f"dtype {dtypes} is not supported on this device")
+    for name in names:
+        need(given[name].is_contiguous(), f"{name} must be contiguous")
+
+
+# -- attention -----------------------------------------------------------------------------------
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None) -> Tensor:
+    """q [S, N, D], k and v [L, N, D], visible bool [S, L]."""
+    scores = torch.einsum("snd,lnd->nsl", q.float(), k.float()) * scale
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -math.inf)
+    probs = torch.nan_to_num(scores.softmax(-1))
+    return torch.einsum("nsl,lnd->snd", probs, v.float()).to(q.dtype)
+
+
+def causal(num_queries: int, num_keys: int) -> Tensor:
+    """The last query sees every key."""
+    ones = torch.ones(num_queries, num_keys, dtype=torch.bool)
+    return ones.tril(num_keys - num_queries)
+
+
+def cached_rows(cache: Tensor, table: Tensor, length: int, num_heads: int) -> Tensor:
+    """The first `length` rows of a sequence, [length, N, D], from a cache in one of three forms.
+
+    [blocks, P, N * D]; [blocks, P, N, D]; NZ [blocks, N * D / 16, P, 16].
+    """
+    block_size = cache.shape[2] if is_nz(cache) else cache.shape[1]
+    blocks = cache[table[: -(-length // block_size)].long()]
+    if is_nz(cache):
+        blocks = blocks.transpose(1, 2)
+    return blocks.reshape(blocks.shape[0] * block_size, num_heads, -1)[:length]
+
+
+def is_nz(cache: Tensor) -> bool:
+    return cache.dim() == 4 and is_310p()
+
+
+def per_row(lengths: Sequence[int] | None, default: int, rows: int) -> list[int]:
+    values = list(lengths) if lengths else [default]
+    return values * rows if len(values) == 1 else values
+
+
+def split_heads(x: Tensor, layout: str, num_heads: int) -> Tensor:
+    """[B, S, N, D] of a BSH, BSND or BNSD tensor, as a view."""
+    if layout == "BSH":
+        return x.view(*x.shape[:2], num_heads, -1)
+    return x if layout == "BSND" else x.transpose(1, 2)
+
+
+def mask_of_row(mask: Tensor | None, row: int, s: int, length: int) -> Tensor | None:
+    """Visible keys of batch row `row` from a mask (True: hidden) of [S, L] or [B, 1, S, L]."""
+    if mask is None:
+        return None
+    masks = mask.reshape(-1, *mask.shape[-2:])
+    return ~masks[min(row, len(masks) - 1), :s, :length].bool()
+
+
+def check_fia(given: Given, layout: str, head_dim: int) -> None:
+    need(not is_310p(), "FusedInferAttentionScore is not built for Ascend310P")
+    check_floats(given, "query", "key", "value")
+    need(
+        layout != "TND" or head_dim in (64, 128, 192),
+        f"FusedInferAttentionScore TND: queryD({head_dim}) must be 192, 128 or 64",
+    )
+    need(layout in ("BSH", "BSND", "BNSD"), f"layout {layout} is not emulated")
+    need(head_dim % 16 == 0 and head_dim <= 512, f"head dim {head_dim}: % 16, at most 512")
+    mask, mode = given.get("atten_mask"), given.get("sparse_mode", 0)
+    if mask is not None:
+        need(mask.dtype == torch.bool and mask.is_contiguous(), "mask: bool, contiguous")
+    if mode in (2, 3, 4):
+        need(mask is not None, "sparse_mode 2, 3, 4 need a mask")
+        need(tuple(mask.shape[-2:]) == (2048, 2048), "sparse_mode 2, 3, 4 take a 2048x2048 mask")
+
+
+def check_fia_paged(given: Given, s: int, rows: int) -> None:
+    table, size = given["block_table"], given.get("block_size", 0)
+    lengths = given.get("actual_seq_lengths_kv")
+    need(lengths is not None and len(lengths) == rows, "paged: one key length per row")
+    need(table.dtype == torch.int32 and table.shape[0] == rows, "block_table: int32, one per row")
+    need(table.is_contiguous() and on_device(table), "block_table: contiguous, on the device")
+    need(given["key"].dim() == 3, "paged BSH/BSND: the cache has shape (blocks, block_size, H)")
+    need(size == given["key"].shape[1], "block_size is not the cache's")
+    unit = 128 if s > 1 else 16
+    need(
+        size % unit == 0 and 0 < size <= 512,
+        f"paged, S {s}: block_size {size} must be a multiple of {unit}, at most 512",
+    )
+    need(given["key"].shape[-1] <= 65535, "paged: N * D above 65535")
+    longest = max(lengths)
+    need(table.shape[1] * size >= longest, "block_table is shorter than the longest sequence")
+
+
+@reference("npu::npu_fused_infer_attention_score")
+def fused_infer_attention_score(
+    given: Given,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    atten_mask: Tensor | None = None,
+    actual_seq_lengths: Sequence[int] | None = None,
+    actual_seq_lengths_kv: Sequence[int] | None = None,
+    block_table: Tensor | None = None,
+    num_heads: int = 1,
+    scale: float = 1.0,
+    input_layout: str = "BSH",
+    num_key_value_heads: int = 0,
+    sparse_mode: int = 0,
+    block_size: int = 0,
+) -> tuple[Tensor, Tensor]:
+    head_dim = query.shape[-1] // (num_heads if input_layout == "BSH" else 1)
+    check_fia(given, input_layout, head_dim)
+    q = split_heads(query, input_layout, num_heads)
+    rows, s = q.shape[:2]
+    if block_table is not None:
+        check_fia_paged(given, s, rows)
+    else:
+        k_rows, v_rows = (split_heads(x, input_layout, num_heads) for x in (key, value))
+        if atten_mask is not None and sparse_mode == 0:
+            need(atten_mask.shape[-1] == k_rows.shape[1], "mask and keys differ in length")
+        actual_seq_lengths_kv = per_row(actual_seq_lengths_kv, k_rows.shape[1], rows)
+    q_lens = per_row(actual_seq_lengths, s, rows) if s > 1 else [1] * rows
+    out = torch.zeros_like(query)
+    out_rows = split_heads(out, input_layout, num_heads)
+    for b, (n, length) in enumerate(zip(q_lens, actual_seq_lengths_kv or [], strict=True)):
+        if block_table is not None:
+            k, v = (cached_rows(c, block_table[b], length, num_heads) for c in (key, value))
+        else:
+            k, v = k_rows[b, :length], v_rows[b, :length]
+        if sparse_mode == 3 and s > 1:  # the kernel for S = 1 knows no sparse modes
+            visible: Tensor | None = causal(n, length)
+        elif sparse_mode in (0, 1):
+            visible = mask_of_row(atten_mask, b, n, length)
+        else:
+            need(s == 1, f"sparse_mode {sparse_mode} is not emulated")
+            visible = None
+        out_rows[b, :n] = attend(q[b, :n], k, v, scale, visible)
+    return out, torch.empty(0, dtype=torch.float32)
+
+
+@reference("npu::npu_incre_flash_attention")
+def incre_flash_attention(
+    given: Given,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    actual_seq_lengths: Sequence[int] | None = None,
+    block_table: Tensor | None = None,
+    num_heads: int = 1,
+    scale_value: float = 1.0,
+    input_layout: str = "BSH",
+    num_key_value_heads: int = 0,
+    block_size: int = 0,
+) -> Tensor:
+    check_floats(given, "query", "key", "value")
+    rows, s = query.shape[:2]
+    head_dim = query.shape[-1] // num_heads
+    need(input_layout == "BSH" and s == 1, "emulated: BSH with one query per row")
+    need(head_dim % 16 == 0 and head_dim <= 512, f"head dim {head_dim}: % 16, at most 512")
+    need(rows <= 256, f"{rows} rows, at most 256")
+    if block_table is not None:
+        need(key.dim() == 3 and key.shape[1] == block_size, "cache: (blocks, block_size, H)")
+        need(block_size % 16 == 0 and block_size <= 512, f"block_size {block_size}: % 16, <= 512")
+        need(block_table.dtype == torch.int32, "block_table: int32")
+        need(len(actual_seq_lengths or []) == rows, "paged: one key length per row")
+    out = torch.empty_like(query)
+    lengths = per_row(actual_seq_lengths, key.shape[1], rows)
+    for b, length in enumerate(lengths):
+        if block_table is not None:
+            k, v = (cached_rows(c, block_table[b], length, num_heads) for c in (key, value))
+        else:
+            k, v = (x[b, :length].view(length, num_heads, head_dim) for x in (key, value))
+        q = query[b].view(1, num_heads, head_dim)
+        out[b] = attend(q, k, v, scale_value, None).reshape(1, -1)
+    return out
+
+
+@reference("npu::npu_prompt_flash_attention")
+def prompt_flash_attention(
+    given: Given,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    atten_mask: Tensor | None = None,
+    num_heads: int = 1,
+    scale_value: float = 1.0,
+    next_tokens: int = 0,
+    pre_tokens: int = NO_LIMIT,
+    input_layout: str = "BSH",
+) -> Tensor:
+    """As the 310P has it: no lengths, no sparse modes."""
+    check_floats(given, "query", "key", "value")
+    rows, s = query.shape[:2]
+    head_dim = query.shape[-1] // num_heads
+    need(input_layout == "BSH" and rows <= 128, "emulated: BSH; at most 128 rows")
+    need(head_dim % 16 == 0 and head_dim <= 512, f"head dim {head_dim}: % 16, at most 512")
+    need(key.shape == query.shape, "the rows of q and k have equal lengths")
+    if atten_mask is not None:
+        need(atten_mask.dtype == torch.bool, "mask: bool")
+        need(tuple(atten_mask.shape) == (s, s), f"mask: ({s}, {s})")
+    relative = torch.arange(s)[None] - torch.arange(s)[:, None]
+    band = (relative <= next_tokens) & (relative >= -pre_tokens)
+    out = torch.empty_like(query)
+    for b in range(rows):
+        q, k, v = (x[b].view(s, num_heads, head_dim) for x in (query, key, value))
+        visible = mask_of_row(atten_mask, 0, s, s)
+        visible = band if visible is None else visible & band
+        out[b] = attend(q, k, v, scale_value, visible).reshape(s, -1)
+    return out
+
+
+# -- ATB -----------------------------------------------------------------------------------------
+
+
+def check_host_lengths(given: Given, name: str) -> None:
+    tensor = given[name]
+    need(
+        tensor.device.type == "cpu" and tensor.dtype == torch.int32,
+        f"ATB: {name} must be an int32 tensor on the CPU (hostData)",
+    )
+
+
+def check_cache(given: Given, num_heads: int, head_dim: int) -> None:
+    for name in ("key_cache", "value_cache"):
+        cache = given[name]
+        if is_310p():
+            nz_shape = (num_heads * head_dim // 16, 16)
+            need(storage_format(cache) == NZ, f"310P: {name} must be made in NZ format")
+            need((cache.shape[1], cache.shape[3]) == nz_shape, f"310P: {name} [N, HD/16, P, 16]")
+            need(cache.shape[2] % 16 == 0, "310P: block_size % 16")
+            need(head_dim % 16 == 0 and head_dim <= 256, "310P: head dim % 16, at most 256")
+            area = cache.shape[2] * head_dim
+            need(area <= 16384, f"310P: block_size * head dim is {area}, at most 16384")
+        else:
+            need(cache.shape[2:] == (num_heads, head_dim), f"{name}: [blocks, P, N, D]")
+
+
+def dense_mask(mask: Tensor) -> Tensor:
+    """[S, L] of an additive mask stored as NZ blocks [1, L / 16, S, 16], or of a plain one."""
+    if mask.dim() == 4 and mask.shape[0] == 1 and mask.shape[-1] == 16:
+        return mask[0].transpose(0, 1).reshape(mask.shape[2], -1)
+    return mask
+
+
+def check_mask(given: Given, mask: Tensor) -> None:
+    need(mask.dtype == torch.float16, "ATB mask: additive, fp16")
+    if is_310p():
+        is_nz_mask = storage_format(given["mask"]) == NZ and mask.dim() == 4
+        need(is_nz_mask, "310P: the mask must be NZ")
+        # The chip saturates: an infinity in the mask would not stay one.
+        need(bool(torch.isfinite(mask).all()), "310P: the mask must be finite")
+
+
+@reference("atb::_npu_flash_attention")
+def atb_flash_attention(
+    given: Given,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    seq_len: Tensor,
+    scale_value: float,
+    num_heads: int,
+    num_kv_heads: int,
+    out: Tensor,
+) -> None:
+    check_floats(given, "query", "key", "value", "out")
+    check_host_lengths(given, "seq_len")
+    check_mask(given, mask)
+    need(query.dim() == 3 and query.shape[2] <= 256, "[T, N, D] with D at most 256")
+    if is_310p():
+        need(query.shape[2] % 16 == 0, "310P: head dim % 16")
+        need(query.shape[0] % 16 == 0, "310P: the sum of tokens must be a multiple of 16")
+    lengths = seq_len.tolist()
+    need(sum(lengths) == query.shape[0], "seq_len does not add up to the tokens")
+    hidden = dense_mask(mask)
+    need(hidden.shape[1] >= max(lengths), "the mask is smaller than the longest sequence")
+    start = 0
+    for n in lengths:
+        q, k, v = (x[start : start + n] for x in (query, key, value))
+        out[start : start + n] = attend(q, k, v, scale_value, hidden[:n, :n] > -1000)
+        start += n
+
+
+@reference("atb::_npu_paged_attention_splitfuse")
+def atb_splitfuse(
+    given: Given,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    mask: Tensor,
+    seq_len: Tensor,
+    num_kv_heads: int,
+    num_heads: int,
+    scale_value: float,
+    out: Tensor,
+) -> None:
+    """Query i of a sequence reads row i of the mask's rows for that sequence."""
+    check_floats(given, "query", "out")
+    check_host_lengths(given, "seq_len")
+    check_paged(given, num_heads, query.shape[2])
+    check_mask(given, mask)
+    rows = dense_mask(mask)
+    need(rows.shape[0] >= query.shape[0], "splitfuse: one mask row per token")
+    start = 0
+    for b, (n, length) in enumerate(zip(seq_len.tolist(), context_lens.tolist(), strict=True)):
+        need(rows.shape[1] >= length, "splitfuse: the mask is narrower than the context")
+        k, v = (cached_rows(c, block_table[b], length, num_heads) for c in (key_cache, value_cache))
+        visible = rows[start : start + n, :length] > -1000
+        out[start : start + n] = attend(query[start : start + n], k, v, scale_value, visible)
+        start += n
+    need(start == query.shape[0], "seq_len does not add up to the tokens")
+
+
+def check_paged(given: Given, num_heads: int, head_dim: int) -> None:
+    check_cache(given, num_heads, head_dim)
+    table, lengths = given["block_table"], given["context_lens"]
+    need(table.dtype == lengths.dtype == torch.int32, "ATB: int32 block table and lengths")
+    need(on_device(table) and table.is_contiguous(), "ATB: contiguous block table on the device")
+    if is_310p():
+        need(on_device(lengths), "310P: context_lens must be on the device")
+    else:
+        need(lengths.device.type == "cpu", "A2: context_lens must be on the CPU (hostData)")
+
+
+@reference("atb::_npu_paged_attention")
+def atb_paged_attention(
+    given: Given,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    num_kv_heads: int,
+    num_heads: int,
+    scale_value: float,
+    block_table: Tensor,
+    context_lens: Tensor,
+    out: Tensor,
+) -> None:
+    check_floats(given, "query", "out")
+    check_paged(given, num_heads, query.shape[2])
+    need(len(block_table) == len(context_lens) == len(query), "one query per sequence")
+    for b, length in enumerate(context_lens.tolist()):
+        k, v = (cached_rows(c, block_table[b], length, num_heads) for c in (key_cache, value_cache))
+        out[b : b + 1] = attend(query[b : b + 1], k, v, scale_value, None)
+
+
+def write_rows(x: Tensor, cache: Tensor, slots: Tensor) -> None:
+    block_size = cache.shape[2] if is_nz(cache) else cache.shape[1]
+    for row, slot in zip(x, slots.tolist(), strict=True):
+        block, offset = divmod(slot, block_size)
+        if slot < 0:
+            continue
+        if is_nz(cache):
+            cache[block, :, offset] = row.reshape(-1, 16)
+        else:
+            cache[block, offset] = row
+
+
+@reference("atb::_npu_reshape_and_cache")
+def atb_reshape_and_cache(
+    given: Given,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_indices: Tensor,
+) -> None:
+    check_floats(given, "key", "value")
+    check_cache(given, *key.shape[1:])
+    need(slot_indices.dtype == torch.int32, "ATB ReshapeAndCache: int32 slots")
+    need(on_device(given["slot_indices"]), "ATB ReshapeAndCache: slots on the device")
+    write_rows(key, key_cache, slot_indices)
+    write_rows(value, value_cache, slot_indices)
+
+
+# -- cache writes without ATB --------------------------------------------------------------------
+
+
+@reference("npu::npu_scatter_pa_kv_cache")
+def scatter_pa_kv_cache(
+    given: Given,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    cache_mode: str = "PA_NZ",
+) -> None:
+    need(not is_310p(), "npu_scatter_pa_kv_cache: Atlas A2 and A3 only")
+    check_floats(given, "key", "value", "key_cache", "value_cache")
+    need(
+        cache_mode == "Norm",
+        f"npu_scatter_pa_kv_cache: cache_mode {cache_mode} takes an NZ cache; an ND one needs Norm",
+    )
+    need(key_cache.shape[2:] == key.shape[1:], "cache: (blocks, block_size, N, D)")
+    need(slot_mapping.dtype in (torch.int32, torch.int64), "slots: int32 or int64")
+    need(len(set(slot_mapping.tolist())) == len(slot_mapping), "slots must be unique")
+    need(bool((slot_mapping >= 0).all()), "slots must not be negative")
+    write_rows(key, key_cache, slot_mapping)
+    write_rows(value, value_cache, slot_mapping)
+
+
+@reference("npu::npu_scatter_nd_update_")
+def scatter_nd_update_(given: Given, input: Tensor, indices: Tensor, updates: Tensor) -> Tensor:  # noqa: A002
+    check_floats(given, "input", "updates")
+    need(indices.dtype in (torch.int32, torch.int64), "indices: int32 or int64")
+    input[tuple(indices.long().unbind(-1))] = updates
+    return input
+
+
+# -- everything else -----------------------------------------------------------------------------
+
+
+@reference("npu::npu_rotary_mul")
+def rotary_mul(
+    given: Given,
+    input: Tensor,  # noqa: A002
+    r1: Tensor,
+    r2: Tensor,
+    rotary_mode: str = "half",
+) -> Tensor:
+    d = input.shape[-1]
+    need(rotary_mode == "half" and d % 2 == 0 and d < 896, "half mode, D even and below 896")
+    need(input.dim() == 4 and input.shape[0] < 1000 and input.shape[2] < 1000, "BSND, B, N < 1000")
+    need(input.dtype == r1.dtype == r2.dtype, "x, cos and sin have one dtype")
+    need(r1.shape == r2.shape == (1, input.shape[1], 1, d), "cos and sin: (1, S, 1, D)")
+    for name in ("input", "r1", "r2"):
+        need(given[name].is_contiguous(), f"{name} must be contiguous")
+    first, second = input.float().chunk(2, -1)
+    turned = torch.cat((-second, first), -1)
+    return (input.float() * r1.float() + turned * r2.float()).to(input.dtype)
+
+
+@reference("npu::npu_gelu")
+def npu_gelu(given: Given, input: Tensor, *, approximate: str = "none") -> Tensor:  # noqa: A002
+    return F.gelu(input, approximate=approximate)
+
+
+@reference("aten::gelu")
+def gelu(given: Given, self: Tensor, *, approximate: str = "none") -> Tensor:
+    """The kernel behind F.gelu takes no argument and computes the tanh form."""
+    return F.gelu(self, approximate="tanh")
+
+
+@reference("npu::npu_format_cast")
+def format_cast(given: Given, input: Tensor, acl_format: int) -> Tensor:  # noqa: A002
+    return input.clone()

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistakes that the host code of torch_npu lets pass are caught by the emulated device.
+
+Each test makes a right call first, so that it fails for the mistake alone.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gptneox.backends.npu_attention import DuoAtbAttention
+
+emulator = pytest.importorskip("emulator.operators", reason="a real device has its own limits")
+HEADS, D, BLOCK = 2, 96, 128
+HALF = torch.float16
+
+
+def limit(text):
+    return pytest.raises(emulator.DeviceLimit, match=text)
+
+
+@pytest.fixture
+def ops(npu):
+    npu.prepare(D, 24)
+    return npu.ops
+
+
+@pytest.fixture
+def x(npu):
+    """Makes tensors on the device."""
+
+    def make(*shape, dtype=HALF):
+        return torch.ones(shape, dtype=dtype).to(npu.device)
+
+    return make
+
+
+@pytest.fixture
+def a2(chip):
+    if chip != "A2":
+        pytest.skip("of an A2")
+
+
+@pytest.fixture
+def duo(chip):
+    if chip != "DUO":
+        pytest.skip("of a 300I DUO with ATB")
+
+
+def fia(ops, q, k, **options):
+    return ops.npu_fused_infer_attention_score(
+        q, k, k, num_heads=HEADS, num_key_value_heads=HEADS, scale=0.1, **options
+    )[0]
+
+
+def test_fia_in_tnd_layout(a2, ops, x):
+    q = x(1, 4, HEADS * D)
+    fia(ops, q, q, input_layout="BSH")
+    q = x(4, HEADS, D)
+    with limit(r"queryD\(96\)"):
+        fia(ops, q, q, input_layout="TND", actual_seq_lengths=[4], actual_seq_lengths_kv=[4])
+
+
+def test_fia_chunk_over_small_blocks(a2, npu, ops, x):
+    def call(block_size):
+        options = {"block_table": x(1, 2, dtype=torch.int32), "block_size": block_size}
+        options |= {"actual_seq_lengths": [4], "actual_seq_lengths_kv": [block_size]}
+        options |= {"atten_mask": (x(2048, 2048) > 2), "sparse_mode": 3}
+        fia(ops, x(1, 4, HEADS * D), x(3, block_size, HEADS * D), **options)
+
+    call(BLOCK)
+    with limit("must be a multiple of 128"):
+        call(64)
+
+
+def test_cache_mode_is_given(a2, ops, x):
+    k, cache = x(2, HEADS, D), x(1, BLOCK, HEADS, D)
+    slots = torch.tensor([0, 1]).to(k.device)
+    ops.npu_scatter_pa_kv_cache(k, k, cache, cache.clone(), slots, cache_mode="Norm")
+    with limit("cache_mode PA_NZ"):
+        ops.npu_scatter_pa_kv_cache(k, k, cache, cache.clone(), slots)
+
+
+def paged(ops, q, cache, lengths, out):
+    ops._npu_paged_attention(
+        query=q,
+        key_cache=cache,
+        value_cache=cache,
+        num_kv_heads=HEADS,
+        num_heads=HEADS,
+        scale_value=0.1,
+        block_table=torch.zeros(1, 1, dtype=torch.int32).to(q.device),
+        context_lens=lengths,
+        out=out,
+    )
+
+
+def nz_cache(npu, ops):
+    shape = (1, HEADS * D // 16, BLOCK, 16)
+    return ops.empty_with_format(shape, dtype=HALF, device=npu.device, acl_format=29).zero_()
+
+
+def test_lengths_of_paged_attention_on_a2(a2, ops, x):
+    q, cache, lengths = x(1, HEADS, D), x(1, BLOCK, HEADS, D), torch.ones(1, dtype=torch.int32)
+    paged(ops, q, cache, lengths, q.clone())
+    with limit("must be on the CPU"):
+        paged(ops, q, cache, lengths.to(q.device), q.clone())
+
+
+def test_lengths_of_paged_attention_on_duo(duo, npu, ops, x):
+    q, cache, lengths = x(1, HEADS, D), nz_cache(npu, ops), torch.ones(1, dtype=torch.int32)
+    paged(ops, q, cache, lengths.to(q.device), q.clone())
+    with limit("must be on the device"):
+        paged(ops, q, cache, lengths, q.clone())
+
+
+def test_output_is_contiguous(duo, npu, ops, x):
+    q, lengths = x(1, HEADS, D), x(1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="contiguous"):
+        paged(ops, q, nz_cache(npu, ops), lengths, x(1, HEADS, 2 * D)[..., ::2])
+
+
+def test_cache_is_nz_on_duo(duo, npu, ops, x):
+    q, lengths = x(1, HEADS, D), x(1, dtype=torch.int32)
+    with limit("NZ format"):
+        paged(ops, q, x(1, HEADS * D // 16, BLOCK, 16), lengths, q.clone())
+
+
+def test_tokens_are_padded_on_duo(duo, npu, ops, x):
+    mask = DuoAtbAttention(ops, npu.device).square_mask(16)
+
+    def call(n):
+        q = x(n, HEADS, D)
+        ops._npu_flash_attention(
+            query=q,
+            key=q,
+            value=q,
+            mask=mask,
+            seq_len=torch.tensor([n], dtype=torch.int32),
+            scale_value=0.1,
+            num_heads=HEADS,
+            num_kv_heads=HEADS,
+            out=torch.empty_like(q),
+        )
+
+    call(16)
+    with limit("multiple of 16"):
+        call(15)
+
+
+def test_bf16_on_duo(duo, npu, ops, x):
+    q, lengths = x(1, HEADS, D, dtype=torch.bfloat16), x(1, dtype=torch.int32)
+    with limit("bfloat16"):
+        paged(ops, q, nz_cache(npu, ops), lengths, q.clone())
+    with pytest.raises(ValueError, match="bfloat16 is not served on Ascend310P3; use float16"):
+        npu.resolve_dtype("float16", "bfloat16")
+
+
+def test_bf16_on_a2(a2, npu, x):
+    assert npu.resolve_dtype("bfloat16", "auto") == (torch.bfloat16, "")
+    with pytest.raises(ValueError, match="float32 is not served"):
+        npu.resolve_dtype("float16", "float32")
+
+
+def test_gelu_of_torch_is_always_tanh(npu):
+    x = torch.linspace(-3, 3, 64)
+    on_device = x.to(npu.device)
+    erf, tanh = torch.nn.functional.gelu(x), torch.nn.functional.gelu(x, approximate="tanh")
+    assert torch.equal(torch.nn.functional.gelu(on_device).cpu(), tanh)
+    assert torch.equal(npu.activation("gelu_erf")(on_device).cpu(), erf)
+    assert torch.equal(npu.activation("gelu_tanh")(on_device).cpu(), tanh)
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("block_size", [16, 64, 128, 256])
+def test_table_has_an_operator_for_every_shape(npu, head_dim, block_size):
+    table = npu.operator_table(head_dim, 8, block_size)
+    assert all(c.operator and c.reason for c in table)
+    assert "torch matmul" not in table[0].operator
+    with pytest.raises(ValueError, match="multiple of 16"):
+        npu.operator_table(head_dim, 8, 24)
+
+
+def test_lccl(npu, chip):
+    assert npu.collectives("hccl") == "hccl"
+    if chip == "A2":
+        assert npu.collectives("lccl") == "lccl"
+    else:
+        with pytest.raises(ValueError, match="300I DUO"):
+            npu.collectives("lccl")

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernels a layer reaches, how often, and that every operator's shape rule agrees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import twins
+from steps import Sequences
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+# A layer of the 20B twin: parallel residual, head_dim 96, 24 of them rotated. "attention" is what
+# differs from step to step.
+LAYER = {
+    "A2": (
+        "LayerNorm Addmm Stack RotaryPositionEmbeddingV2 Cat Cat InplaceCopy ScatterPaKvCache "
+        "attention Addmm LayerNorm Addmm GeluV2 Addmm Add Add"
+    ),
+    "DUO": (
+        "LayerNorm MatmulWeightNz InplaceAdd Stack InplaceCopy Mul Mul Sub Mul Mul Add Cat "
+        "InplaceCopy Cat Cat InplaceCopy atbReshapeAndCache attention MatmulWeightNz InplaceAdd "
+        "LayerNorm MatmulWeightNz InplaceAdd GeluV2 MatmulWeightNz InplaceAdd Add Add"
+    ),
+    "DUO without ATB": (
+        "LayerNorm MatmulWeightNz InplaceAdd Stack InplaceCopy Mul Mul Sub Mul Mul Add Cat "
+        "InplaceCopy Cat Cat ScatterNdUpdate InplaceCopy ScatterNdUpdate attention "
+        "MatmulWeightNz InplaceAdd "
+        "LayerNorm MatmulWeightNz InplaceAdd GeluV2 MatmulWeightNz InplaceAdd Add Add"
+    ),
+}
+PADDED_FIA = "IndexSelect FusedInferAttentionScoreV2 IndexSelect"
+EAGER = (
+    "InplaceCopy InplaceOne Tril Muls Matmul InplaceCopy InplaceFillScalar SWhere Softmax "
+    "InplaceCopy Matmul InplaceCopy"
+)
+ATTENTION = {
+    ("A2", "prefill"): PADDED_FIA,
+    ("A2", "decode"): "FusedInferAttentionScoreV2",
+    ("A2", "chunk behind a prefix"): PADDED_FIA,
+    ("DUO", "prefill"): "ConstantPadNd ConstantPadNd ConstantPadNd atbSelfAttention",
+    ("DUO", "decode"): "atbPagedAttention",
+    ("DUO", "chunk behind a prefix"): "atbPagedAttention",
+    ("DUO without ATB", "prefill"): (
+        "InplaceCopy PromptFlashAttentionV3 InplaceCopy InplaceCopy PromptFlashAttentionV3 "
+        "InplaceCopy"
+    ),
+    ("DUO without ATB", "decode"): "IncreFlashAttentionV4",
+    ("DUO without ATB", "chunk behind a prefix"): f"{EAGER} {EAGER}",
+}
+
+
+@pytest.fixture(scope="module")
+def engine(npu, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("operators") / "checkpoint"
+    twins.write_checkpoint(directory, twins.FAMILY["gpt-neox-20b"], dtype=torch.float16)
+    return twins.load_engine(directory, npu, "auto", num_blocks=2)
+
+
+STEPS = {
+    "prefill": ([], [20, 9]),
+    "decode": ([20, 9], [1, 1]),
+    "chunk behind a prefix": ([20, 9], [8, 7]),
+}
+
+
+def kernels_of_layer(engine, trace, before, counts):
+    """Of layer 1: what all layers share is made in layer 0."""
+    tokens = Sequences(engine, twins.prompts([64, 64], 288))
+    if before:
+        tokens.step(before)
+    layer, found = engine.model.gpt_neox.layers[1], []
+    handles = [
+        layer.register_forward_pre_hook(lambda *_: trace.clear()),
+        layer.register_forward_hook(lambda *_: found.append(trace.kernels())),
+    ]
+    tokens.step(counts)
+    for handle in handles:
+        handle.remove()
+    return found[0]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_kernels_of_a_layer(engine, chip, trace, step):
+    expected = LAYER[chip].replace("attention", ATTENTION[chip, step]).split()
+    found = [k.removeprefix("aclnn") for k in kernels_of_layer(engine, trace, *STEPS[step])]
+    # a repeated `aclop…` would be compiled while the program runs
+    assert found == expected
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps every operator call on npu tensors: the function, its arguments and its result."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._schema.name.startswith(("npu::", "atb::")):
+            self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+
+def shapes(value):
+    return tree_map(lambda x: (x.shape, x.dtype) if isinstance(x, torch.Tensor) else None, value)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_shape_rules_agree(engine, chip, step):
+    """Every call again on FakeTensors: the meta kernels check what the host kernels leave out."""
+    tokens = Sequences(engine, twins.prompts([64, 64], 288))
+    before, counts = STEPS[step]
+    if before:
+        tokens.step(before)
+    with Recorder() as recorder:
+        tokens.step(counts)
+    without_meta = ("npu::npu_format_cast", "npu::empty_with_format", "npu::get_npu_format")
+    calls = [c for c in recorder.calls if c[0]._schema.name not in without_meta]
+    assert len(calls) >= 3 * 3  # at least store, attention and GELU in each layer
+    for func, args, kwargs, out in calls:
+        with FakeTensorMode():
+            fake_args, fake_kwargs = tree_map(
+                lambda x: (
+                    torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+                    if isinstance(x, torch.Tensor)
+                    else x
+                ),
+                (args, kwargs),
+            )
+            again = func(*fake_args, **fake_kwargs)
+        if func._schema.name != "npu::npu_fused_infer_attention_score":  # returns an unused tensor
+            assert shapes(again) == shapes(out), func
+        elif isinstance(again, tuple):
+            assert shapes(again[0]) == shapes(out[0])

@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every operator of every usable backend equals the base class, which is plain torch on the CPU.
+
+Limits. The base computes in fp32 and rounds once, except for `linear`. fp32 results may differ by
+the order of sums: 2e-5 of the largest value. In half precision a backend may also round what lies
+between (probabilities, partial sums): one more half unit each, so two units of the dtype
+(2 * eps) at the largest value, which bounds every result because attention averages its values.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptneox.backends import BACKENDS, select
+from gptneox.backends.base import Backend, ForwardBatch, check_shape
+from gptneox.config import ACTIVATIONS
+from gptneox.kv_cache import PagedKVCache
+
+BASE = Backend()
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HEAD_DIMS = [32, 64, 80, 96, 128, 256]
+# (cached tokens before this step, tokens of this step); one token counts as decoding.
+BATCHES = {
+    "one token, nothing cached": [(0, 1)],
+    "one prompt": [(0, 40)],
+    "decode": [(0, 1), (15, 1), (16, 1), (127, 1), (128, 1), (300, 1)],
+    "ragged prompts": [(0, 7), (0, 16), (0, 17), (0, 129), (0, 2)],
+    "prompts after cached prefixes": [(128, 33), (16, 2), (256, 5), (5, 40)],
+    "all together": [(31, 1), (0, 1), (200, 1), (0, 20), (128, 40), (17, 2)],
+}
+
+
+def assert_near(actual: Tensor, expected: Tensor) -> None:
+    """Within the limits above; both moved to the CPU."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    eps = torch.finfo(expected.dtype).eps
+    limit = 2e-5 if expected.dtype == torch.float32 else 2 * eps
+    largest = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(
+        actual.cpu().float(), expected.float(), rtol=0, atol=limit * largest, equal_nan=False
+    )
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def make_batch(lengths: list[tuple[int, int]], block_size: int, seed: int = 0) -> ForwardBatch:
+    """A step over randomly chosen blocks; block 0 belongs to nobody."""
+    context_lens = [cached + new for cached, new in lengths]
+    counts = [-(-n // block_size) for n in context_lens]
+    generator = torch.Generator().manual_seed(seed)
+    ids = (torch.randperm(sum(counts), generator=generator) + 1).tolist()
+    tables = [[ids.pop() for _ in range(n)] for n in counts]
+    if max(context_lens) > 2 * block_size and len(tables) > 1:  # a block that two sequences share
+        longest, other = sorted(range(len(tables)), key=lambda b: -lengths[b][0])[:2]
+        if min(lengths[longest][0], lengths[other][0]) >= block_size:
+            tables[other][0] = tables[longest][0]
+    positions = [range(cached, cached + new) for cached, new in lengths]
+    slots = [
+        table[p // block_size] * block_size + p % block_size
+        for table, span in zip(tables, positions, strict=True)
+        for p in span
+    ]
+    q_lens = [new for _, new in lengths]
+    width = max(counts)
+    cu_seqlens = [sum(q_lens[:i]) for i in range(len(q_lens) + 1)]
+    return ForwardBatch(
+        input_ids=torch.zeros(sum(q_lens), dtype=torch.int64),
+        positions=torch.tensor([p for span in positions for p in span]),
+        slot_mapping=torch.tensor(slots),
+        block_tables=torch.tensor([t + [0] * (width - len(t)) for t in tables], dtype=torch.int32),
+        cu_seqlens_q=torch.tensor(cu_seqlens, dtype=torch.int32),
+        context_lens=torch.tensor(context_lens, dtype=torch.int32),
+        q_lens_list=q_lens,
+        context_lens_list=context_lens,
+        num_decodes=sum(n == 1 for n in q_lens),
+    )
+
+
+def batch_on(batch: ForwardBatch, device: torch.device) -> ForwardBatch:
+    moved = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in vars(batch).items()
+    }
+    return ForwardBatch(**moved)
+
+
+def make_cache(
+    backend: Backend, batch: ForwardBatch, block_size: int, heads: int, d: int, dtype: torch.dtype
+) -> PagedKVCache:
+    """One layer: random K and V where a sequence of `batch` has been, NaN everywhere else."""
+    num_blocks = int(batch.block_tables.max()) + 1
+    cache = PagedKVCache(backend, 1, num_blocks, block_size, heads, d, dtype)
+    written = torch.zeros(num_blocks * block_size, dtype=torch.bool)
+    cached_lens = [
+        n - new for n, new in zip(batch.context_lens_list, batch.q_lens_list, strict=True)
+    ]
+    for table, cached_len in zip(batch.block_tables.tolist(), cached_lens, strict=True):
+        for p in range(cached_len):
+            written[table[p // block_size] * block_size + p % block_size] = True
+    for i, tensor in enumerate(cache.layers[0]):
+        content = randn(num_blocks * block_size, heads, d, seed=10 + i, dtype=dtype)
+        content[~written] = math.nan
+        tensor.copy_(content.view(num_blocks, block_size, heads, d))
+    cache.batch = batch_on(batch, backend.device)
+    return cache
+
+
+# -- attention and cache -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block_size", [16, 128])
+@pytest.mark.parametrize("name", BATCHES)
+def test_paged_attention(name: str, block_size: int, dtype: torch.dtype, backend: Backend) -> None:
+    batch = make_batch(BATCHES[name], block_size)
+    num_tokens = sum(batch.q_lens_list)
+    for head_dim in HEAD_DIMS:
+        heads = 3 if head_dim < 128 else 1
+        q, k, v = (randn(num_tokens, heads, head_dim, seed=i, dtype=dtype) for i in range(3))
+        q = 2 * q  # scores with a standard deviation of 2: some keys matter more than others
+        results = []
+        for which in (BASE, backend):
+            cache = make_cache(which, batch, block_size, heads, head_dim, dtype)
+            # As the model passes them: parts of one fused projection, not contiguous.
+            fused = torch.stack([q, k, v], dim=2).to(which.device)
+            results.append((cache.attend(0, *fused.unbind(2)), *cache.layers[0]))
+        (expected, *expected_cache), (actual, *actual_cache) = results
+        assert_near(actual, expected)
+        for ours, theirs in zip(actual_cache, expected_cache, strict=True):
+            torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def test_base_attention_against_fp64() -> None:
+    """The specification itself: softmax of scaled products over what is visible, in fp64."""
+    scale = 80**-0.5
+    q, k, v = (2 * randn(37, 3, 80, seed=i) for i in range(3))
+    q = q[-9:]
+    expected = torch.empty(9, 3, 80, dtype=torch.float64)
+    for i in range(9):
+        for h in range(3):
+            seen = 37 - 9 + i + 1
+            scores = k[:seen, h].double() @ q[i, h].double() * scale
+            expected[i, h] = scores.softmax(0) @ v[:seen, h].double()
+    actual = BASE.causal_attention(q, k, v, scale)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_scores_stay_finite(dtype: torch.dtype, backend: Backend) -> None:
+    """Unscaled products of 128 * 128 * 64 = 2^20 are beyond fp16; equal keys share the weight.
+
+    Powers of two, so that every product and sum is exact.
+    """
+    batch = make_batch([(20, 1), (0, 20)], 16)
+    results = []
+    for which in (BASE, backend):
+        cache = make_cache(which, batch, 16, 2, 64, dtype)
+        cache.layers[0][0].fill_(128)
+        q, k = (torch.full((21, 2, 64), 128, dtype=dtype, device=which.device) for _ in "qk")
+        v = randn(21, 2, 64, seed=3, dtype=dtype).to(which.device)
+        results.append(cache.attend(0, q, k, v))
+    mean = randn(21, 2, 64, seed=3, dtype=dtype)[1:].float().mean(0).to(dtype)
+    assert_near(results[0][-1], mean)
+    assert_near(results[1], results[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (1, 50), (33, 33), (20, 50)])
+def test_dense_attention(
+    num_queries: int, num_keys: int, padded: bool, dtype: torch.dtype, backend: Backend
+) -> None:
+    """Left padding of three rows; what a padding query gets must only be finite."""
+    pads = [0, num_keys // 2, num_keys - 1] if padded else [0, 0, 0]
+    mask = torch.arange(num_keys)[None] >= torch.tensor(pads)[:, None]
+    for head_dim in HEAD_DIMS:
+        q = 2 * randn(3, num_queries, 2, head_dim, seed=1, dtype=dtype)
+        k, v = (randn(3, num_keys, 2, head_dim, seed=i, dtype=dtype) for i in (2, 3))
+        arguments = (q, k, v, mask if padded else None)
+        expected = BASE.dense_attention(*arguments, head_dim**-0.5)
+        moved = [None if x is None else x.to(backend.device) for x in arguments]
+        actual = backend.dense_attention(*moved, head_dim**-0.5).cpu()
+        real = mask[:, num_keys - num_queries :]
+        assert_near(actual[real], expected[real])
+        assert torch.isfinite(actual).all()
+        stores = [torch.cat([x, x.new_full((3, 9, 2, head_dim), math.nan)], 1) for x in moved[1:3]]
+        again = backend.cached_attention(moved[0], *stores, num_keys, moved[3], head_dim**-0.5)
+        assert_near(again.cpu()[real], expected[real])
+        for row, pad in enumerate(pads):  # a row equals the sequence alone, without its padding
+            start = max(pad - (num_keys - num_queries), 0)
+            alone = BASE.causal_attention(
+                q[row, start:], k[row, pad:], v[row, pad:], head_dim**-0.5
+            )
+            assert_near(expected[row, start:], alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_store_kv_writes_its_slots_only(dtype: torch.dtype, backend: Backend) -> None:
+    k_cache, v_cache = backend.allocate_kv_cache(5, 16, 2, 80, dtype)
+    assert k_cache.shape == v_cache.shape == (5, 16, 2, 80)
+    assert k_cache.dtype == v_cache.dtype == dtype
+    assert k_cache.device.type == backend.device.type
+    assert k_cache.data_ptr() != v_cache.data_ptr()
+    k_cache.fill_(7)
+    v_cache.fill_(8)
+    slots = torch.tensor([79, 0, 17, 16, 42])
+    k, v = (randn(5, 2, 80, seed=i, dtype=dtype) for i in (1, 2))
+    device = backend.device
+    backend.store_kv(k.to(device), v.to(device), k_cache, v_cache, slots.to(device))
+    for cache, new, old in ((k_cache, k, 7), (v_cache, v, 8)):
+        rows = cache.flatten(0, 1).cpu()
+        assert torch.equal(rows[slots], new)
+        others = torch.ones(80, dtype=torch.bool).index_fill(0, slots, False)
+        assert (rows[others] == old).all()
+
+
+# -- dense operators -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize(("k", "f"), [(96, 288), (320, 77), (1, 5), (130, 1)])
+def test_linear(k: int, f: int, has_bias: bool, dtype: torch.dtype, backend: Backend) -> None:
+    weight = randn(f, k, seed=1, dtype=dtype) / math.sqrt(k)
+    bias = randn(f, seed=2, dtype=dtype) if has_bias else None
+    device = backend.device
+    # `pack_linear` owns what it is given, so each gets a copy.
+    packed = backend.pack_linear(
+        weight.clone().to(device), None if bias is None else bias.clone().to(device)
+    )
+    assert (packed.in_features, packed.out_features) == (k, f)
+    reference = BASE.pack_linear(weight.float(), None if bias is None else bias.float())
+    for num_rows in (1, 2, 17, 64):
+        x = randn(num_rows, k, seed=num_rows, dtype=dtype)
+        expected = BASE.linear(x.float(), reference).to(dtype)
+        assert_near(backend.linear(x.to(device), packed), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("eps", [1e-5, 1e-2])
+def test_layer_norm(eps: float, dtype: torch.dtype, backend: Backend) -> None:
+    for width in (32, 77, 704):
+        # The mean is far from 0 and the rows differ in scale: fp32 statistics are needed.
+        x = (randn(9, width, seed=1) * torch.logspace(-2, 1, 9)[:, None] + 3).to(dtype)
+        weight, bias = 1 + randn(width, seed=2, dtype=dtype) / 4, randn(width, seed=3, dtype=dtype)
+        centred = x.double() - x.double().mean(-1, keepdim=True)
+        exact = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+        exact = exact * weight.double() + bias.double()
+        moved = [t.to(backend.device) for t in (x, weight, bias)]
+        expected = BASE.layer_norm(x, weight, bias, eps)
+        assert_near(expected, exact.to(dtype))
+        assert_near(backend.layer_norm(*moved, eps), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", sorted(set(ACTIVATIONS.values())))
+def test_activation(name: str, dtype: torch.dtype, backend: Backend) -> None:
+    x = torch.linspace(-8, 8, 999, dtype=torch.float64)
+    tanh_inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    exact = {
+        "gelu_erf": 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
+        "gelu_tanh": 0.5 * x * (1 + torch.tanh(tanh_inner)),
+        "silu": x / (1 + torch.exp(-x)),
+        "relu": x.clamp(min=0),
+    }[name]
+    expected = BASE.activation(name)(x.float())
+    torch.testing.assert_close(expected.double(), exact, rtol=0, atol=2e-6)
+    expected = BASE.activation(name)(x.to(dtype))
+    actual = backend.activation(name)(x.to(dtype).to(backend.device)).cpu()
+    assert actual.dtype == dtype
+    # Values differ in size by orders of magnitude, so the limit is relative to each.
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(actual, expected, rtol=2 * eps, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("head_dim", "rotary_dim"),
+    [
+        *((16, 2), (32, 8), (64, 16), (80, 20), (96, 24), (128, 32), (128, 64), (256, 64)),
+        *((64, 64), (80, 80), (96, 96), (128, 128)),
+    ],
+)
+def test_rotary(head_dim: int, rotary_dim: int, dtype: torch.dtype, backend: Backend) -> None:
+    angles = 7 * randn(50, rotary_dim // 2, seed=1)
+    positions = torch.tensor([0, 49, 3, 3, 17])
+    q, k, v = (randn(5, 2, head_dim, seed=i, dtype=dtype) for i in (2, 3, 4))
+    before = q.clone(), k.clone(), v.clone()
+    expected = BASE.rotary(q, k, positions, angles.cos(), angles.sin())
+    # As the model passes them: parts of one fused projection, not contiguous.
+    fused = torch.stack([q, k, v], dim=2).to(backend.device)
+    rest = [t.to(backend.device) for t in (positions, angles.cos(), angles.sin())]
+    actual = backend.rotary(fused[:, :, 0], fused[:, :, 1], *rest)
+    for ours, theirs, plain in zip(actual, expected, before[:2], strict=True):
+        assert_near(ours, theirs)
+        assert torch.equal(ours[..., rotary_dim:].cpu(), plain[..., rotary_dim:])
+        first, second = plain[..., :rotary_dim].double().chunk(2, -1)
+        cos, sin = (t[positions][:, None].double() for t in (angles.cos(), angles.sin()))
+        exact = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+        # fp32 arithmetic, rounded once: half a unit of each value. A table or a product in half
+        # precision would take twice as much.
+        rtol = 0.501 * torch.finfo(dtype).eps
+        torch.testing.assert_close(theirs[..., :rotary_dim].double(), exact, rtol=rtol, atol=1e-6)
+    assert torch.equal(fused[:, :, 2].cpu(), before[2]), "v is none of its business"
+
+
+# -- the device ----------------------------------------------------------------------------------
+
+
+def test_device_facts(backend: Backend) -> None:
+    backend.setup(0, 1, 1)
+    backend.synchronize()
+    memory = backend.memory()
+    assert 0 < memory.free <= memory.total
+    assert memory.peak > 0
+    assert backend.describe()
+    assert backend.name in BACKENDS
+    assert backend.measure_bandwidth(1 << 20) > 1e7  # 0.01 GB/s
+    assert backend.measure_matmul(torch.float32) > 1e7
+
+
+@pytest.mark.parametrize("requested", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("file_dtype", ["float32", "bfloat16", "float16"])
+def test_a_requested_dtype_is_never_replaced(
+    file_dtype: str, requested: str, backend: Backend
+) -> None:
+    assert backend.resolve_dtype(file_dtype, requested) == (getattr(torch, requested), "")
+
+
+@pytest.mark.parametrize("file_dtype", ["float32", "bfloat16", "float16"])
+def test_another_dtype_than_the_file_is_said(file_dtype: str, backend: Backend) -> None:
+    dtype, notice = backend.resolve_dtype(file_dtype, "auto")
+    assert (dtype == getattr(torch, file_dtype)) == (notice == "")
+    if notice:
+        assert file_dtype in notice
+        assert str(dtype).removeprefix("torch.") in notice
+
+
+def test_select_auto_takes_the_first_usable_device() -> None:
+    usable = [name for name in BACKENDS if select_or_reason(name)[0]]
+    assert select().name == select("auto").name == usable[0]
+
+
+def select_or_reason(name: str) -> tuple[Backend | None, str]:
+    try:
+        return select(name), ""
+    except RuntimeError as error:
+        return None, str(error)
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda", "npu"])
+def test_a_named_device_is_that_one_or_an_error(name: str) -> None:
+    backend, reason = select_or_reason(name)
+    assert backend is not None or repr(name) in reason
+    assert backend is None or backend.name == name
+    assert backend is not None or name != "cpu", reason
+
+
+@pytest.mark.parametrize("name", ["tpu", "", "CPU", "base", "cpu:0"])
+def test_an_unknown_device_is_refused(name: str) -> None:
+    with pytest.raises(RuntimeError, match=r"use one of auto, .*cpu") as error:
+        select(name)
+    assert repr(name) in str(error.value)
+
+
+def test_check_shape() -> None:
+    check_shape(torch.zeros(2, 3), (None, 3), "x")
+    for shape in [(2, 4), (None, 3, 1), (6,)]:
+        with pytest.raises(ValueError, match=r"x has shape \[2, 3\]"):
+            check_shape(torch.zeros(2, 3), shape, "x")

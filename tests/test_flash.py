@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flash path of main.py: three demonstrations, or the user's own prompts in padded batches.
+
+The chain checkpoint's next token depends on the last one only, so that every text is known.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import twins
+from hostile import EOS_ID, byte_level_tokenizer, clean_environ, write_chain_checkpoint
+
+import main
+from gptneox.backends import select
+from gptneox.engine.flash_engine import FlashEngine
+from gptneox.engine.sequence import InvalidParameter
+from gptneox.flash_inference import DEMO_PROMPTS, WARM_UP_PROMPT
+from gptneox.parallel import TensorParallelGroup
+
+FLASH = ("--task", "inference", "--auto_attention", "flash", "--device", "cpu")
+# "?" and "s" and ">" end the prompts of the demonstrations: a loop of three, and an end.
+CHAINS = ("123456789", "abca", "x12", "?!+?", ">;")
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Do not write into it."""
+    return write_chain_checkpoint(tmp_path_factory.mktemp("chain") / "checkpoint", *CHAINS)
+
+
+@pytest.fixture(scope="module")
+def engine(chain: Path) -> FlashEngine:
+    return FlashEngine.from_pretrained(chain, select("cpu"), TensorParallelGroup())
+
+
+@pytest.fixture
+def cli(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Result]]:
+    """main.main() on the flash path, in an empty directory and a clean environment."""
+    for name in set(os.environ) - set(clean_environ()):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("BIND_CPU", "0")
+    monkeypatch.chdir(tmp_path)
+    root = logging.getLogger("gptneox")
+    before = list(root.handlers)
+
+    def run(path: Path, *argv: str) -> Result:
+        capsys.readouterr()
+        try:
+            status = main.main([*FLASH, "--model_path", str(path), *argv])
+        except SystemExit as error:  # argparse
+            status = error.code
+        finally:
+            for handler in set(root.handlers) - set(before):
+                root.removeHandler(handler)
+                handler.close()
+        return Result(status, *capsys.readouterr())
+
+    yield run
+    root.setLevel(logging.NOTSET)
+
+
+def continued(prompt: str, num_new: int) -> str:
+    """What follows a prompt by CHAINS."""
+    text = prompt
+    while len(text) < len(prompt) + num_new:
+        chains = [c for c in CHAINS if text[-1] in c[:-1]]
+        if not chains:
+            break
+        text += chains[0][chains[0].index(text[-1]) + 1]
+    return text
+
+
+# -- the demonstrations ----------------------------------------------------------------------------
+
+# Contract 4.1, and one line per row of the batch.
+DEMONSTRATION = re.compile(
+    r"-{15}warm-up-{15}\n(?P<warm>.*?)\ncost [\d.]+ s\n"
+    r"generate (?P<warm_n>\d+) new tokens，\([\d.]+ tokens/s\)\n"
+    r"-{15}inference-{15}\n(?P<single>.*?)\ncost [\d.]+ s\n"
+    r"generate (?P<single_n>\d+) new tokens，\([\d.]+ tokens/s\)\n"
+    r"-{15}batch-{15}\n"
+    r"###### batch 0\n(?P<row0>.*?)\n###### batch 1\n(?P<row1>.*?)\ncost [\d.]+ s\n"
+    r"batch 0: generate (?P<row0_n>\d+) new tokens，\([\d.]+ tokens/s\)\n"
+    r"batch 1: generate (?P<row1_n>\d+) new tokens，\([\d.]+ tokens/s\)\n"
+    r"all: generate (?P<all_n>\d+) new tokens，\([\d.]+ tokens/s\)\n",
+    re.DOTALL,
+)
+
+
+def test_the_three_demonstrations(cli: Callable[..., Result], chain: Path) -> None:
+    """64 tokens each, prompt and answer together, every row with its own count."""
+    result = cli(chain, "--repetition_penalty", "1.0")
+    assert result.status == 0, result.err
+    found = DEMONSTRATION.fullmatch(result.out)
+    assert found, result.out
+    assert found["warm"] == WARM_UP_PROMPT + ";"
+    assert int(found["warm_n"]) == 2  # with end-of-text
+    how, ceo = DEMO_PROMPTS
+    assert found["single"] == found["row0"] == continued(how, 64)
+    assert int(found["single_n"]) == int(found["row0_n"]) == 64
+    assert found["row1"] == ceo  # "s" is followed by end-of-text, which is not shown
+    assert int(found["row1_n"]) == 1
+    assert int(found["all_n"]) == 65
+
+
+def test_the_demonstrations_avoid_repetition(cli: Callable[..., Result], tmp_path: Path) -> None:
+    """A penalty of 1.1 unless another is asked for; the length can be chosen too."""
+    config = twins.FAMILY["pythia-14m"] | {"vocab_size": 336, "max_position_embeddings": 256}
+    path = tmp_path / "model"
+    write_chain_checkpoint(path)  # for its tokenizer
+    model = twins.write_checkpoint(path, config, seed=5)
+    ids = torch.tensor([byte_level_tokenizer().encode(DEMO_PROMPTS[0]).ids])
+    texts = {}
+    for penalty in (1.1, 1.0):
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=30,
+            do_sample=False,
+            repetition_penalty=penalty,
+            eos_token_id=EOS_ID,
+            pad_token_id=0,
+        )
+        texts[penalty] = byte_level_tokenizer().decode(output[0].tolist())
+    assert texts[1.1] != texts[1.0]
+    for options, penalty in ((), 1.1), (("--repetition_penalty", "1.0"), 1.0):
+        result = cli(path, "--dtype", "float32", "--max_output_length", "30", *options)
+        assert result.status == 0, result.err
+        found = DEMONSTRATION.fullmatch(result.out)
+        assert found, result.out
+        assert found["single"] == texts[penalty]
+
+
+# -- prompts of one's own --------------------------------------------------------------------------
+
+
+def answers(out: str) -> list[tuple[str, str, int]]:
+    """(question, answer, number of tokens) of each prompt, in order."""
+    found = re.findall(
+        r"Question\[(\d+)\]: (.*?)\nAnswer\[(\d+)\]: (.*?)\nGenerate\[(\d+)\] token num: "
+        r"\((\d+), (\d+)\)\n",
+        out,
+        re.DOTALL,
+    )
+    for i, row in enumerate(found):
+        assert {row[0], row[2], row[4], row[5]} == {str(i)}
+    return [(row[1], row[3], int(row[6])) for row in found]
+
+
+@pytest.mark.parametrize("batch_size", ["1", "2", "8"])
+def test_prompts_in_batches(
+    batch_size: str, cli: Callable[..., Result], chain: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "question.txt").write_text("count: 1", encoding="utf-8")
+    result = cli(
+        chain,
+        *("--input_texts", "1", "question.txt", "a", "a longer prompt, and then x"),
+        *("--max_batch_size", batch_size, "--max_output_length", "11"),
+        *("--output_file", "deep/er/answers.jsonl"),
+    )
+    assert result.status == 0, result.err
+    assert answers(result.out) == [
+        ("1", "23456789", 9),
+        ("count: 1", "23456789", 9),
+        ("a", "bcabcabcabc", 11),
+        ("a longer prompt, and then x", "123456789", 10),
+    ]
+    lines = (tmp_path / "deep" / "er" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["text"] for record in records] == [row[1] for row in answers(result.out)]
+    assert [record["finish_reason"] for record in records] == ["stop", "stop", "length", "stop"]
+    assert records[0]["token_ids"][-1] == EOS_ID
+
+
+def test_same_answers_as_the_paged_path(cli: Callable[..., Result], chain: Path) -> None:
+    options = ["--input_texts", "1", "x", "no chain at all", "--max_output_length", "7"]
+    flash = cli(chain, *options)
+    paged = cli(chain, *options, "--attention", "paged")
+    assert flash.status == paged.status == 0
+    assert answers(flash.out) == answers(paged.out)
+    assert "decode: " in paged.out
+    assert "decode: " not in flash.out
+
+
+def test_ignore_eos_and_stop(cli: Callable[..., Result], chain: Path) -> None:
+    prompts = ("--input_texts", "5", "a", "--max_output_length", "9")
+    result = cli(chain, *prompts, "--ignore_eos", "--max_batch_size", "2")
+    assert [row[2] for row in answers(result.out)] == [9, 9]
+    assert answers(result.out)[0][1].startswith("6789")
+    result = cli(chain, *prompts, "--stop", "78", "bca", "--max_batch_size", "2")
+    assert result.status == 0, result.err
+    assert [row[1] for row in answers(result.out)] == ["6", ""]
+
+
+def test_ids_without_a_tokenizer(cli: Callable[..., Result], chain: Path, tmp_path: Path) -> None:
+    ids = [byte_level_tokenizer().encode(c).ids[0] for c in "123"]
+    path = tmp_path / "bare"
+    path.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (path / name).symlink_to(chain / name)
+    only_ids = ("--input_ids", f"7,{ids[0]}", "--max_output_length", "2")
+    assert cli(path, *only_ids).status == 1  # no tokenizer there
+    result = cli(path, *only_ids, "--load_tokenizer", "False")
+    assert answers(result.out) == [(f"7,{ids[0]}", f"{ids[1]},{ids[2]}", 2)]
+
+
+def test_a_seed_is_a_text(cli: Callable[..., Result], chain: Path) -> None:
+    options = ("--input_texts", "a", "--max_output_length", "12", "--ignore_eos")
+    # the chain's logits are far apart: at this temperature they are not
+    hot = (*options, "--temperature", "60", "--top_k", "300", "--top_p", "0.99")
+    texts = [cli(chain, *hot, "--seed", seed).out for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+    assert cli(chain, *hot).out == texts[0], "seed 1 where none is given"
+    assert cli(chain, *options).out not in texts
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "named"),
+    [
+        (["--interactive"], 1, "--interactive is not served by the flash path"),
+        (["--stream"], 1, "--stream is not served by the flash path"),
+        (["--input_texts", ""], 1, "prompt 0 is empty"),
+        (["--input_ids", "1,336"], 1, "336"),
+        (["--input_ids", "1", "--max_output_length", "2048"], 1, "2048 positions"),
+        (["--tp", "2"], 2, "--tp is 2, but 1 process"),
+        (["--device", "abacus"], 2, "abacus"),
+        (["--attention", "dense"], 2, "dense"),
+    ],
+)
+def test_what_is_refused(
+    argv: list[str], status: int, named: str, cli: Callable[..., Result], chain: Path
+) -> None:
+    result = cli(chain, *argv)
+    assert result.status == status, result.err
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.err
+    assert named in errors[0]
+    assert "Traceback" not in result.err
+    assert result.out == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [({"RANK": "1"}, "LOCAL_RANK, WORLD_SIZE"), ({"WORLD_SIZE": "2", "RANK": "0"}, "LOCAL_RANK")],
+)
+def test_half_a_set_of_variables_of_torchrun(
+    given: dict[str, str],
+    missing: str,
+    cli: Callable[..., Result],
+    chain: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """T10."""
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    result = cli(chain)
+    assert result.status == 2
+    assert f"without {missing}; start through run_pa.sh or torchrun" in result.err
+
+
+# -- the engine ------------------------------------------------------------------------------------
+
+
+def test_requests_are_checked_before_anything_runs(engine: FlashEngine) -> None:
+    for prompts, named in (
+        ([[1], []], "at least one token"),
+        ([[1], [-1]], r"-1.*0 to 335"),
+        ([[336]], r"336.*0 to 335"),
+        ([[1], [1] * 2045], r"2045 tokens.* 2048 positions"),
+    ):
+        with pytest.raises(InvalidParameter, match=named):
+            engine.generate(prompts, max_new_tokens=4)
+    [last] = engine.generate([[1] * 2044], max_new_tokens=4, ignore_eos=True)
+    assert len(last.token_ids) == 4
+
+
+def test_padding_ids_and_the_end_of_text_are_tokens_like_others(engine: FlashEngine) -> None:
+    """The batch is padded with id 0, which is also end-of-text here."""
+    first = byte_level_tokenizer().encode("1").ids
+    prompts = [[0, 0, *first], [335, *first], first, [0] * 30 + first]
+    outputs = engine.generate(prompts, max_new_tokens=20)
+    assert [output.text for output in outputs] == ["23456789"] * 4
+    assert [output.finish_reason for output in outputs] == ["stop"] * 4
+    assert [output.full_text for output in outputs] == ["123456789"] * 4
+
+
+def test_next_logits(engine: FlashEngine) -> None:
+    """One padded batch, each row as alone."""
+    prompts = twins.prompts((3, 1, 20), 336)
+    logits = engine.next_logits(prompts)
+    assert logits.shape == (3, 336)
+    for row, prompt in zip(logits, prompts, strict=True):
+        torch.testing.assert_close(row, engine.next_logits([prompt])[0], rtol=0, atol=1e-4)
+
+
+def test_options_of_transformers_reach_it(engine: FlashEngine) -> None:
+    ids: Any = byte_level_tokenizer().encode("1").ids
+    banned = [[byte_level_tokenizer().encode("4").ids[0]]]
+    [plain] = engine.generate([ids], max_new_tokens=6)
+    [other] = engine.generate([ids], max_new_tokens=6, bad_words_ids=banned)
+    assert plain.text == "234567"
+    assert "4" not in other.text
