@@ -11,9 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -241,6 +239,53 @@ def answer(
 # -- the prompt loop -----------------------------------------------------------------------------
 
 
+class Interrupts:
+    """Ctrl-C during the prompt loop: it ends the reading of a line, anything else only notes it.
+
+    So a step is never torn in the middle, and no moment of the loop lets it end the program.
+    """
+
+    def __init__(self) -> None:
+        self.noted = False
+        self._reading = False
+        self._before: Any = None
+
+    def __enter__(self) -> Interrupts:
+        self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, *_: object) -> None:
+        if self._reading:
+            raise KeyboardInterrupt
+        self.noted = True
+
+    def read_line(self) -> str | None:
+        """One line from the user; None at the end of the input."""
+        while True:
+            # input() itself would ask on stderr, among the log lines
+            print("> ", end="", flush=True)
+            try:
+                self._reading = True
+                if self.noted:
+                    raise KeyboardInterrupt
+                return input()
+            except UnicodeDecodeError as error:
+                self._reading = False
+                print(f"error: the line is not UTF-8: {error.reason} at byte {error.start}")
+            except EOFError:
+                self._reading = False
+                print()
+                return None
+            except KeyboardInterrupt:
+                self._reading = self.noted = False
+                print("\n(/exit or Ctrl-D ends)")
+            finally:
+                self._reading = False
+
+
 def interact(engine: LLMEngine, params: SamplingParams) -> None:
     """Read a prompt, stream its continuation, again; every prompt stands alone.
 
@@ -249,58 +294,36 @@ def interact(engine: LLMEngine, params: SamplingParams) -> None:
     group = engine.model.group
     if group.rank == 0:
         print("Each line is continued by the model. Ctrl-C stops an answer, /exit ends.")
-    while True:
-        text = group.broadcast_object(_read_line() if group.rank == 0 else None)
-        if text is None or text.strip() in ("/exit", "/quit"):
-            return
-        if not text:
-            continue
-        try:
-            request_id = engine.add_request(encode(engine.tokenizer, text, "the prompt"), params)
-        except ValueError as error:
-            if group.rank == 0:
-                print(f"error: {error}")
-            continue
-        _stream_answer(engine, request_id)
+    with Interrupts() as interrupts:
+        while True:
+            text = group.broadcast_object(interrupts.read_line() if group.rank == 0 else None)
+            if text is None or text.strip() in ("/exit", "/quit"):
+                return
+            if not text:
+                continue
+            try:
+                prompt_ids = encode(engine.tokenizer, text, "the prompt")
+                request_id = engine.add_request(prompt_ids, params)
+            except ValueError as error:
+                if group.rank == 0:
+                    print(f"error: {error}")
+                continue
+            _stream_answer(engine, request_id, interrupts)
 
 
-def _read_line() -> str | None:
-    """One line from the user; None at the end of the input."""
-    while True:
-        print("> ", end="", flush=True)  # input() itself would ask on stderr, among the log lines
-        try:
-            return input()
-        except UnicodeDecodeError as error:
-            print(f"error: the line is not UTF-8: {error.reason} at byte {error.start}")
-        except EOFError:
-            print()
-            return None
-        except KeyboardInterrupt:
-            print("\n(/exit or Ctrl-D ends)")
-
-
-def _stream_answer(engine: LLMEngine, request_id: int) -> None:
-    show = engine.model.group.rank == 0
-    with _interrupt_noted() as interrupted:
-        for output in engine.stream():
-            if show:
-                print(output.new_text, end="", flush=True)
-            # Every rank must stop at the same step, so rank 0's finger decides.
-            if engine.model.group.broadcast_object(bool(interrupted)):
-                engine.abort(request_id)
-    if show:
-        print(" [stopped]" if interrupted else "")
-
-
-@contextmanager
-def _interrupt_noted() -> Iterator[list[int]]:
-    """Within, Ctrl-C only appends to the list: a step is never torn in the middle."""
-    noted: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _frame: noted.append(number))
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _stream_answer(engine: LLMEngine, request_id: int, interrupts: Interrupts) -> None:
+    group = engine.model.group
+    stopped = False
+    for output in engine.stream():
+        if group.rank == 0:
+            print(output.new_text, end="", flush=True)
+        # Every rank must stop at the same step, so rank 0's finger decides.
+        stopped = group.broadcast_object(interrupts.noted)
+        if stopped:
+            engine.abort(request_id)
+    interrupts.noted = False
+    if group.rank == 0:
+        print(" [stopped]" if stopped else "")
 
 
 # -- results -------------------------------------------------------------------------------------
