@@ -290,7 +290,12 @@ class LLMEngine:
         for prompt, p in zip(prompts, each, strict=True):
             self._check(prompt, p)
         ids = [self.add_request(prompt, p) for prompt, p in zip(prompts, each, strict=True)]
-        finished = {out.request_id: out for out in self.stream() if out.finished}
+        try:
+            finished = {out.request_id: out for out in self.stream() if out.finished}
+        except BaseException:
+            for request_id in ids:
+                self.abort(request_id)
+            raise
         return [finished[i] for i in ids]
 
     def stream(self) -> Iterator[RequestOutput]:

@@ -37,6 +37,7 @@ class ModelRunner:
         Log-probabilities are appended to the sequences that asked for them (on rank 0).
         """
         started = time.perf_counter()
+        self.prepare_s = self.forward_s = 0.0
         batch = self.prepare(scheduled)
         prepared = time.perf_counter()
         hidden = self.step(batch)  # [T, C]
