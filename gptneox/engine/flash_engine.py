@@ -17,7 +17,7 @@ from gptneox.checkpoint import rank_directory
 from gptneox.config import ModelConfig
 from gptneox.engine.detokenizer import decode, load_tokenizer
 from gptneox.engine.llm_engine import stop_token_ids
-from gptneox.engine.sequence import InvalidParameter
+from gptneox.engine.sequence import InvalidParameter, check_vocabulary
 from gptneox.parallel import TensorParallelGroup
 
 
@@ -122,11 +122,7 @@ class FlashEngine:
     def _check(self, prompt: Seq[int], max_new_tokens: int) -> None:
         if not prompt:
             raise InvalidParameter("prompt", "", "at least one token")
-        vocab_size = self.config.vocab_size
-        if wrong := [t for t in prompt if not 0 <= t < vocab_size]:
-            raise InvalidParameter(
-                "prompt", wrong[0], f"an id of the vocabulary (0 to {vocab_size - 1})"
-            )
+        check_vocabulary("prompt", prompt, self.config.vocab_size)
         if len(prompt) + max_new_tokens > self.max_positions:
             raise InvalidParameter(
                 "max_new_tokens",

@@ -28,7 +28,13 @@ from gptneox.engine.block_manager import BlockManager
 from gptneox.engine.detokenizer import Detokenizer, load_tokenizer
 from gptneox.engine.model_runner import ModelRunner
 from gptneox.engine.scheduler import Scheduled, Scheduler
-from gptneox.engine.sequence import InvalidParameter, SamplingParams, Sequence, TokenLogprobs
+from gptneox.engine.sequence import (
+    InvalidParameter,
+    SamplingParams,
+    Sequence,
+    TokenLogprobs,
+    check_vocabulary,
+)
 from gptneox.kv_cache import PagedKVCache
 from gptneox.model import GPTNeoX
 from gptneox.parallel import TensorParallelGroup
@@ -217,15 +223,8 @@ class LLMEngine:
                 "prompt", "", "at least one token (--input_ids 0 starts from nothing)"
             )
         vocab_size = self.model.config.vocab_size
-        for field_name, ids in (
-            ("prompt", prompt_ids),
-            ("logprob_token_ids", params.logprob_token_ids),
-        ):
-            for token_id in ids:
-                if not 0 <= token_id < vocab_size:
-                    raise InvalidParameter(
-                        field_name, token_id, f"an id of the vocabulary (0 to {vocab_size - 1})"
-                    )
+        check_vocabulary("prompt", prompt_ids, vocab_size)
+        check_vocabulary("logprob_token_ids", params.logprob_token_ids, vocab_size)
         num_tokens = len(prompt_ids) + params.max_new_tokens
         if num_tokens > self.max_positions:
             raise InvalidParameter(

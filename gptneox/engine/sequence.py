@@ -82,6 +82,14 @@ def _real(name: str, value: Any, low: float, high: float, *, above: bool = False
         raise InvalidParameter(name, value, f"a finite number {limit}")
 
 
+def check_vocabulary(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    """Raise InvalidParameter for the first id that the embedding has no row for."""
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            expected = f"an id of the vocabulary (0 to {vocab_size - 1})"
+            raise InvalidParameter(name, token_id, expected)
+
+
 class Status(enum.Enum):
     """Where a sequence is."""
 

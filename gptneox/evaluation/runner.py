@@ -15,7 +15,7 @@ import torch
 from gptneox.backends.base import Backend
 from gptneox.cli import Settings
 from gptneox.engine.flash_engine import FlashEngine
-from gptneox.engine.llm_engine import LLMEngine, RequestOutput
+from gptneox.engine.llm_engine import LLMEngine
 from gptneox.engine.sampler import check_finite
 from gptneox.engine.sequence import SamplingParams
 from gptneox.inference import load_engine
@@ -77,7 +77,7 @@ class PagedRunner:
         params = SamplingParams(
             max_new_tokens=1, ignore_eos=True, logprobs=0, logprob_token_ids=tuple(token_ids)
         )
-        outputs = self._run(prompts, params)
+        outputs = self.engine.generate(prompts, params)
         return [
             NextToken(
                 o.token_ids[0], [o.logprobs[0].top[t] for t in token_ids] if o.logprobs else []
@@ -87,21 +87,8 @@ class PagedRunner:
 
     def generate(self, prompts: Seq[Seq[int]], max_new_tokens: int) -> list[Answer]:
         """See `Runner`."""
-        outputs = self._run(prompts, SamplingParams(max_new_tokens=max_new_tokens))
+        outputs = self.engine.generate(prompts, SamplingParams(max_new_tokens=max_new_tokens))
         return [Answer(o.text, o.token_ids) for o in outputs]
-
-    def _run(self, prompts: Seq[Seq[int]], params: SamplingParams) -> list[RequestOutput]:
-        """Finished outputs in order; a failure leaves nothing behind for the next batch."""
-        ids: list[int] = []
-        try:
-            for prompt in prompts:
-                ids.append(self.engine.add_request(prompt, params))
-            finished = {out.request_id: out for out in self.engine.stream() if out.finished}
-        except BaseException:
-            for request_id in ids:
-                self.engine.abort(request_id)
-            raise
-        return [finished[i] for i in ids]
 
 
 class FlashRunner:
