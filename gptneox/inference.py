@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import fcntl
 import json
 import logging
 import os
+import select as posix_select
 import signal
 import sys
 import time
@@ -249,18 +251,39 @@ class Interrupts:
         self.noted = False
         self._reading = False
         self._before: Any = None
+        self._wake = self._woken = -1  # the two ends of a pipe that every signal writes to
+        self._wake_before = -1
 
     def __enter__(self) -> Interrupts:
+        self._woken, self._wake = os.pipe()
+        for end in (self._woken, self._wake):
+            os.set_blocking(end, False)
+        self._wake_before = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
         self._before = signal.signal(signal.SIGINT, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGINT, self._before)
+        signal.set_wakeup_fd(self._wake_before)
+        os.close(self._wake)
+        os.close(self._woken)
 
     def _handle(self, *_: object) -> None:
         if self._reading:
             raise KeyboardInterrupt
         self.noted = True
+
+    def _wait_for_line(self) -> None:
+        """Return when a line is there, so that `input` need not wait.
+
+        Python's handler of a signal that comes just before `input` waits would run only after
+        the wait. Here such a signal has written to the pipe, and the wait ends at once.
+        """
+        if not sys.stdin.isatty():
+            return
+        while sys.stdin not in posix_select.select([sys.stdin, self._woken], [], [])[0]:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._woken, 4096)
 
     def read_line(self) -> str | None:
         """One line from the user; None at the end of the input."""
@@ -271,6 +294,7 @@ class Interrupts:
                 self._reading = True
                 if self.noted:
                     raise KeyboardInterrupt
+                self._wait_for_line()
                 return input()
             except UnicodeDecodeError as error:
                 self._reading = False

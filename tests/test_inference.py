@@ -672,6 +672,20 @@ def test_the_prompt_loop(chain: Path, tmp_path: Path) -> None:
         terminal.close()
 
 
+def test_no_interrupt_at_the_prompt_is_lost(chain: Path, tmp_path: Path) -> None:
+    # Each comes while the program is about to wait for a line, or already waits.
+    terminal = Terminal(*paged(chain, "--interactive"), cwd=tmp_path)
+    try:
+        terminal.wait_for("\r\n> ")
+        for _ in range(300):
+            terminal.type(b"\x03")
+            assert "/exit or Ctrl-D ends" in terminal.wait_for("\r\n> ")
+        terminal.type(b"\x04")
+        assert terminal.process.wait(timeout=30) == 0
+    finally:
+        terminal.close()
+
+
 def test_interrupt_while_answering_prompts_ends_the_program(chain: Path, tmp_path: Path) -> None:
     argv = paged(chain, "--input_texts", "a", "--stream", "--max_output_length", "1900")
     process = subprocess.Popen(
