@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from gptneox.config import ConfigError, ModelConfig, read_json
 from gptneox.layers import Linear
-from gptneox.model import GPTNeoX
+from gptneox.model import GPTNeoX, Layer
 from gptneox.parallel import TensorParallelGroup
 
 logger = logging.getLogger(__name__)
@@ -387,6 +387,9 @@ def load_model(
     modules = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
     disable = not (show_progress and model.group.rank == 0 and sys.stderr.isatty())
     owner = {id(m): n for n, m in model.named_modules()}
+    layers = [m for m in model.modules() if isinstance(m, Layer) and m.fused]
+    fused = {id(m): layer for layer in layers for m in layer.modules()}
+    last = {id(layer): [m for m in modules if fused.get(id(m)) is layer][-1] for layer in layers}
     for module in tqdm(modules, desc="loading", unit="layer", leave=False, disable=disable):
         for key, parameter in list(module.named_parameters(recurse=False)):
             name = f"{owner[id(module)]}.{key}"
@@ -395,8 +398,11 @@ def load_model(
             copy = not isinstance(module, Linear) or key != "weight"
             value = value.to(device=model.backend.device, dtype=dtype, copy=copy)
             module.register_parameter(key, nn.Parameter(value, requires_grad=False))
-        if isinstance(module, Linear):
+        layer = fused.get(id(module))
+        if layer is None and isinstance(module, Linear):
             module.pack()
+        elif layer is not None and module is last[id(layer)]:
+            layer.pack()
     checkpoint.close()
 
 

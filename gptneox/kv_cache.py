@@ -14,8 +14,11 @@ from gptneox.backends.base import Backend, ForwardBatch, check_shape
 class KVCache(Protocol):
     """What the model asks of a cache."""
 
-    def attend(self, layer_id: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write k, v [T, H, D] and return the attention of q [T, H, D] over all visible tokens."""
+    def attend(self, layer_id: int, qkv: Tensor, rotary: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Write the keys and values of qkv [T, H, 3, D], return its attention [T, H, D].
+
+        Queries and keys are rotated first, by (positions [T], cos, sin); see `Backend.rotary`.
+        """
         ...
 
 
@@ -46,13 +49,13 @@ class PagedKVCache:
         ]
         self.batch: ForwardBatch | None = None
 
-    def attend(self, layer_id: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v [T, H, D] of the current batch; returns [T, H, D]."""
+    def attend(self, layer_id: int, qkv: Tensor, rotary: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """qkv [T, H, 3, D] of the current batch; returns [T, H, D]."""
         batch = self.batch
         assert batch is not None, "attend without a batch"
-        check_shape(q, (None, self.num_heads, self.head_dim), "q")
+        check_shape(qkv, (None, self.num_heads, 3, self.head_dim), "qkv")
         k_cache, v_cache = self.layers[layer_id]
-        return self.backend.paged_attention(q, k, v, k_cache, v_cache, batch, self.scale)
+        return self.backend.rotary_paged_attention(qkv, rotary, k_cache, v_cache, batch, self.scale)
 
 
 class ContiguousKVCache:
@@ -114,8 +117,10 @@ class ContiguousKVCache:
                 target[:, : self.length] = source[:, : self.length]
         return new[0], new[1]
 
-    def attend(self, layer_id: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v [B * S, H, D]; returns [B * S, H, D]."""
+    def attend(self, layer_id: int, qkv: Tensor, rotary: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """qkv [B * S, H, 3, D]; returns [B * S, H, D]."""
+        q, k, v = qkv.unbind(2)
+        q, k = self.backend.rotary(q, k, *rotary)
         shape = (self.batch_size, self._num_new, self.num_heads, self.head_dim)
         layer = self.layers[layer_id]
         assert layer is not None, "attend before prepare"

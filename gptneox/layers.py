@@ -34,10 +34,14 @@ class Linear(nn.Module):
 
     def pack(self) -> None:
         """Hand the loaded weight and bias to the backend and let go of them."""
+        self.packed = self.backend.pack_linear(*self.take())
+
+    def take(self) -> tuple[Tensor, Tensor | None]:
+        """The loaded weight and bias, of which the layer lets go."""
         assert not self.weight.is_meta, "pack before the weight was loaded"
-        bias = None if self.bias is None else self.bias.data
-        self.packed = self.backend.pack_linear(self.weight.data, bias)
+        weight, bias = self.weight.data, None if self.bias is None else self.bias.data
         self.weight = nn.Parameter(_meta(self.out_features, self.in_features), requires_grad=False)
+        return weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, in_features]; returns [T, out_features]."""
@@ -62,13 +66,14 @@ class LayerNorm(nn.Module):
 class Embedding(nn.Module):
     """Token embedding, whole on every rank."""
 
-    def __init__(self, num_rows: int, width: int) -> None:
+    def __init__(self, num_rows: int, width: int, backend: Backend) -> None:
         super().__init__()
+        self.backend = backend
         self.weight = nn.Parameter(_meta(num_rows, width), requires_grad=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [T]; returns [T, C]."""
-        return nn.functional.embedding(ids, self.weight)
+        return self.backend.embedding(ids, self.weight)
 
 
 class Rotary(nn.Module):
@@ -80,7 +85,6 @@ class Rotary(nn.Module):
 
     def __init__(self, config: ModelConfig, num_positions: int, backend: Backend) -> None:
         super().__init__()
-        self.backend = backend
         r = config.rotary_dim
         exponents = torch.arange(0, r, 2, dtype=torch.float64, device="cpu") / r
         frequencies = config.rope_theta**-exponents / config.rope_factor  # [R/2]
@@ -88,9 +92,9 @@ class Rotary(nn.Module):
         self.cos = angles.cos().float().to(backend.device)  # [max_positions, R/2]
         self.sin = angles.sin().float().to(backend.device)
 
-    def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """q, k [T, H, D]; returns both with their first R dimensions rotated."""
-        return self.backend.rotary(q, k, positions, self.cos, self.sin)
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `KVCache.attend` rotates by: positions [T] and both tables."""
+        return positions, self.cos, self.sin
 
 
 class VocabParallelHead(Linear):

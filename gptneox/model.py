@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from gptneox.backends.base import Backend
+from gptneox.backends.base import Backend, LayerWeights, PackedLayer
 from gptneox.config import ModelConfig
 from gptneox.kv_cache import KVCache
 from gptneox.layers import Embedding, LayerNorm, Linear, Rotary, VocabParallelHead
 from gptneox.parallel import TensorParallelGroup, check_divides
+
+Angles = tuple[Tensor, Tensor, Tensor]  # what `Rotary` returns
 
 
 class Attention(nn.Module):
@@ -27,12 +29,14 @@ class Attention(nn.Module):
         self.query_key_value = Linear(config.hidden_size, 3 * width, bias, backend)
         self.dense = Linear(width, config.hidden_size, bias, backend)
 
-    def forward(self, x: Tensor, positions: Tensor, rotary: Rotary, kv: KVCache) -> Tensor:
-        """x [T, C], positions [T]; returns [T, C]."""
-        qkv = self.query_key_value(x).view(x.shape[0], -1, 3, self.head_dim)  # per head: q, k, v
-        q, k, v = qkv.unbind(2)  # each [T, H, D]
-        q, k = rotary(q, k, positions)
-        return self.dense(kv.attend(self.layer_id, q, k, v).flatten(1))
+    def forward(self, x: Tensor, angles: Angles, kv: KVCache) -> Tensor:
+        """x [T, C]; returns [T, C]."""
+        return self.dense(self.attend(self.query_key_value(x), angles, kv))
+
+    def attend(self, qkv: Tensor, angles: Angles, kv: KVCache) -> Tensor:
+        """qkv [T, 3W], laid out per head as q, k, v; returns [T, W]."""
+        qkv = qkv.view(qkv.shape[0], -1, 3, self.head_dim)
+        return kv.attend(self.layer_id, qkv, angles).flatten(1)
 
 
 class MLP(nn.Module):
@@ -53,7 +57,8 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """One decoder layer, parallel residual (GPT-NeoX-20B, Pythia) or serial (RedPajama, rinna).
 
-    Parallel: x + attn(LN1(x)) + mlp(LN2(x)), one all-reduce for both partial sums.
+    Parallel: x + attn(LN1(x)) + mlp(LN2(x)), one all-reduce for both partial sums; a backend
+    that `fuses_layers` computes it as one product before attention and one after it.
     Serial: y = x + attn(LN1(x)); y + mlp(LN2(y)). Source: arXiv:2204.06745, section 2.1.
     """
 
@@ -62,15 +67,43 @@ class Layer(nn.Module):
     ) -> None:
         super().__init__()
         self.parallel_residual, self.group = config.use_parallel_residual, group
+        self.backend, self.activation = backend, config.activation
+        self.fused = self.parallel_residual and backend.fuses_layers
+        self.packed: PackedLayer | None = None
         eps = config.layer_norm_eps
         self.input_layernorm = LayerNorm(config.hidden_size, eps, backend)
         self.post_attention_layernorm = LayerNorm(config.hidden_size, eps, backend)
         self.attention = Attention(config, layer_id, backend, group.world_size)
         self.mlp = MLP(config, backend, group.world_size)
 
-    def forward(self, x: Tensor, positions: Tensor, rotary: Rotary, kv: KVCache) -> Tensor:
+    def pack(self) -> None:
+        """Hand all loaded weights of a fused layer to the backend and let go of them."""
+        norms = (self.input_layernorm, self.post_attention_layernorm)
+        up, down = self.mlp.dense_h_to_4h.take(), self.mlp.dense_4h_to_h.take()
+        assert up[1] is not None
+        assert down[1] is not None
+        self.packed = self.backend.pack_layer(
+            LayerWeights(
+                norm_attention=(norms[0].weight.data, norms[0].bias.data),
+                norm_mlp=(norms[1].weight.data, norms[1].bias.data),
+                query_key_value=self.attention.query_key_value.take(),
+                dense_h_to_4h=(up[0], up[1]),
+                dense=self.attention.dense.take(),
+                dense_4h_to_h=(down[0], down[1]),
+                eps=norms[0].eps,
+                activation=self.activation,
+            )
+        )
+
+    def forward(self, x: Tensor, angles: Angles, kv: KVCache) -> Tensor:
         """x [T, C]; returns [T, C], equal on every rank."""
-        partial = self.attention(self.input_layernorm(x), positions, rotary, kv)
+        if self.fused:
+            assert self.packed is not None, "forward before the weights were loaded"
+            qkv, mlp = self.backend.layer_front(x, self.packed)
+            attended = self.attention.attend(qkv, angles, kv)
+            partial = self.backend.layer_back(attended, mlp, self.packed)
+            return x + self.group.all_reduce(partial)
+        partial = self.attention(self.input_layernorm(x), angles, kv)
         if self.parallel_residual:
             partial = partial + self.mlp(self.post_attention_layernorm(x))
             return x + self.group.all_reduce(partial)
@@ -85,7 +118,7 @@ class Decoder(nn.Module):
         self, config: ModelConfig, num_positions: int, backend: Backend, group: TensorParallelGroup
     ) -> None:
         super().__init__()
-        self.embed_in = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_in = Embedding(config.vocab_size, config.hidden_size, backend)
         self.layers = nn.ModuleList(
             Layer(config, i, backend, group) for i in range(config.num_layers)
         )
@@ -95,8 +128,9 @@ class Decoder(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, kv: KVCache) -> Tensor:
         """input_ids, positions [T]; returns hidden states before the final norm, [T, C]."""
         x = self.embed_in(input_ids)
+        angles = self.rotary(positions)
         for layer in self.layers:
-            x = layer(x, positions, self.rotary, kv)
+            x = layer(x, angles, kv)
         return x
 
 

@@ -116,6 +116,12 @@ def make_cache(
 # -- attention and cache -------------------------------------------------------------------------
 
 
+def unrotated(batch: ForwardBatch, backend: Backend) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotation by no angle."""
+    cos = torch.ones(1024, 1, device=backend.device)
+    return batch.positions, cos, torch.zeros_like(cos)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block_size", [16, 128])
 @pytest.mark.parametrize("name", BATCHES)
@@ -131,7 +137,7 @@ def test_paged_attention(name: str, block_size: int, dtype: torch.dtype, backend
             cache = make_cache(which, batch, block_size, heads, head_dim, dtype)
             # As the model passes them: parts of one fused projection, not contiguous.
             fused = torch.stack([q, k, v], dim=2).to(which.device)
-            results.append((cache.attend(0, *fused.unbind(2)), *cache.layers[0]))
+            results.append((cache.attend(0, fused, unrotated(batch, which)), *cache.layers[0]))
         (expected, *expected_cache), (actual, *actual_cache) = results
         assert_near(actual, expected)
         for ours, theirs in zip(actual_cache, expected_cache, strict=True):
@@ -166,7 +172,7 @@ def test_large_scores_stay_finite(dtype: torch.dtype, backend: Backend) -> None:
         cache.layers[0][0].fill_(128)
         q, k = (torch.full((21, 2, 64), 128, dtype=dtype, device=which.device) for _ in "qk")
         v = randn(21, 2, 64, seed=3, dtype=dtype).to(which.device)
-        results.append(cache.attend(0, q, k, v))
+        results.append(cache.attend(0, torch.stack((q, k, v), 2), unrotated(batch, which)))
     mean = randn(21, 2, 64, seed=3, dtype=dtype)[1:].float().mean(0).to(dtype)
     assert_near(results[0][-1], mean)
     assert_near(results[1], results[0])

@@ -70,6 +70,35 @@ class PackedLinear:
     out_features: int
 
 
+@dataclass
+class LayerWeights:
+    """One rank's weights of a parallel-residual layer, on the device, in the dtype to compute in.
+
+    C hidden size, W = H * D attention width and F MLP width of the rank; `eps` and `activation`
+    are the config's. A row-parallel bias is zero on every rank but the first.
+    """
+
+    norm_attention: tuple[Tensor, Tensor]  # scale and shift, [C] each
+    norm_mlp: tuple[Tensor, Tensor]
+    query_key_value: tuple[Tensor, Tensor | None]  # [3W, C], [3W]
+    dense_h_to_4h: tuple[Tensor, Tensor]  # [F, C], [F]
+    dense: tuple[Tensor, Tensor | None]  # [C, W], [C]
+    dense_4h_to_h: tuple[Tensor, Tensor]  # [C, F], [C]
+    eps: float
+    activation: str
+
+
+@dataclass
+class PackedLayer:
+    """A parallel-residual layer as two products: `Backend.layer_front` and `layer_back`."""
+
+    front: Any  # base: PackedLinear [3W + F, C]
+    back: Any  # base: PackedLinear [C, W + F]
+    eps: float
+    activation: Callable[[Tensor], Tensor]
+    qkv_width: int  # 3W
+
+
 def check_shape(x: Tensor, shape: Sequence[int | None], name: str) -> None:
     """Raise ValueError unless `x` has `shape`; None stands for any size."""
     if x.dim() != len(shape) or any(
@@ -85,6 +114,7 @@ class Backend:
     name = "base"
     dist_backend = "gloo"
     device_type = "cpu"
+    fuses_layers = False  # give parallel-residual layers to `pack_layer`
 
     def __init__(self) -> None:
         self.device = torch.device(self.device_type)
@@ -191,6 +221,52 @@ class Backend:
         """x [T, K]; returns x @ weight.T + bias, [T, F]."""
         return F.linear(x, packed.weight, packed.bias)
 
+    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
+        """Rows `ids` [T] of weight [V, C]: the residual stream, in the dtype this device keeps."""
+        return F.embedding(ids, weight)
+
+    def pack_layer(self, weights: LayerWeights) -> PackedLayer:
+        """Fold both normalisations into the products that follow them.
+
+        LN(x) W.T + b is N(x) (W diag(scale)).T + (b + W shift) with the bare normalisation N, so
+        both products that read x become one of [3W + F, C]; both that write the partial sum are
+        one of [C, W + F]. Folding is done in fp32 and rounded once.
+        """
+
+        def fold(
+            norm: tuple[Tensor, Tensor], linear: tuple[Tensor, Tensor | None]
+        ) -> tuple[Tensor, Tensor]:
+            weight, bias = linear
+            wide = weight.float()
+            shift = wide @ norm[1].float()
+            wide *= norm[0].float()
+            return wide.to(weight.dtype), shift if bias is None else shift + bias.float()
+
+        qkv, qkv_bias = fold(weights.norm_attention, weights.query_key_value)
+        up, up_bias = fold(weights.norm_mlp, weights.dense_h_to_4h)
+        dense, dense_bias = weights.dense
+        down, down_bias = weights.dense_4h_to_h
+        out_bias = down_bias.float()
+        if dense_bias is not None:
+            out_bias = out_bias + dense_bias.float()
+        return PackedLayer(
+            self.pack_linear(torch.cat((qkv, up)), torch.cat((qkv_bias, up_bias)).to(qkv.dtype)),
+            self.pack_linear(torch.cat((dense, down), 1), out_bias.to(down.dtype)),
+            weights.eps,
+            self.activation(weights.activation),
+            qkv.shape[0],
+        )
+
+    def layer_front(self, x: Tensor, packed: PackedLayer) -> tuple[Tensor, Tensor]:
+        """Everything up to attention: x [T, C] to qkv [T, 3W] and the activated MLP [T, F]."""
+        y = self.linear(F.layer_norm(x, (x.shape[-1],), eps=packed.eps), packed.front)
+        n = packed.qkv_width
+        return y[:, :n], packed.activation(y[:, n:])
+
+    def layer_back(self, attended: Tensor, mlp: Tensor, packed: PackedLayer) -> Tensor:
+        """attended [T, W] and mlp [T, F] to this rank's partial sum [T, C]."""
+        return self.linear(torch.cat((attended, mlp), 1), packed.back)
+
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """x [T, C]; statistics in fp32."""
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
@@ -242,6 +318,20 @@ class Backend:
         """Write k, v [T, H, D] to the slots [T] of the caches [N, P, H, D]."""
         k_cache.flatten(0, 1).index_copy_(0, slot_mapping, k)
         v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v)
+
+    def rotary_paged_attention(
+        self,
+        qkv: Tensor,
+        rotary: tuple[Tensor, Tensor, Tensor],
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: ForwardBatch,
+        scale: float,
+    ) -> Tensor:
+        """Split qkv [T, H, 3, D], rotate by (positions, cos, sin), attend; returns [T, H, D]."""
+        q, k, v = qkv.unbind(2)
+        q, k = self.rotary(q, k, *rotary)
+        return self.paged_attention(q, k, v, k_cache, v_cache, batch, scale)
 
     def paged_attention(
         self,
