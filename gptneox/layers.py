@@ -89,8 +89,10 @@ class Rotary(nn.Module):
         exponents = torch.arange(0, r, 2, dtype=torch.float64, device="cpu") / r
         frequencies = config.rope_theta**-exponents / config.rope_factor  # [R/2]
         angles = torch.outer(torch.arange(num_positions, dtype=torch.float64), frequencies)
-        self.cos = angles.cos().float().to(backend.device)  # [max_positions, R/2]
-        self.sin = angles.sin().float().to(backend.device)
+        fused = backend.fuses_layers and config.use_parallel_residual
+        self.cos, self.sin = backend.pack_rotary(  # [max_positions, R/2]
+            angles.cos().float(), angles.sin().float(), config.head_dim, fused=fused
+        )
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What `KVCache.attend` rotates by: positions [T] and both tables."""

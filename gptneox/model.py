@@ -34,7 +34,7 @@ class Attention(nn.Module):
         return self.dense(self.attend(self.query_key_value(x), angles, kv))
 
     def attend(self, qkv: Tensor, angles: Angles, kv: KVCache) -> Tensor:
-        """qkv [T, 3W], laid out per head as q, k, v; returns [T, W]."""
+        """qkv [T, 3W], laid out per head as q, k, v, or as [T, H, 3, D]; returns [T, W]."""
         qkv = qkv.view(qkv.shape[0], -1, 3, self.head_dim)
         return kv.attend(self.layer_id, qkv, angles).flatten(1)
 

@@ -14,6 +14,8 @@ import copy
 import json
 import logging
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
-from gptneox.backends.base import Backend
-from gptneox.config import ModelConfig
+from gptneox.backends.base import Backend, Memory
+from gptneox.config import EngineSection, ModelConfig
 from gptneox.engine.llm_engine import LLMEngine
 from gptneox.engine.scheduler import Scheduled
 from gptneox.engine.sequence import SamplingParams, Sequence
 from gptneox.layers import Rotary
+from gptneox.parallel import TensorParallelGroup
 
 FP32_LIMIT = 2e-5
 NUM_DECODES = 64
@@ -223,6 +226,114 @@ def test_half_precision_is_as_close_to_fp32_as_hf_is(
     assert rms(hf_error) > 1e-3, "HF must round, or there is nothing to compare with"
     assert rms(error) <= 1.25 * rms(hf_error)
     assert error.abs().max() <= 1.5 * hf_error.abs().max()
+
+
+# -- a layer as two products ---------------------------------------------------------------------
+
+PARALLEL = [n for n, c in twins.FAMILY.items() if c.get("use_parallel_residual", True)]
+
+
+class Specification(Backend):
+    """The base class on host tensors, folding or not."""
+
+    def __init__(self, fuses_layers: bool) -> None:
+        super().__init__()
+        self.fuses_layers = fuses_layers
+
+    def memory(self) -> Memory:
+        return Memory(1 << 40, 1 << 40, 0)
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_folded_layers_equal_hf(name: str, tmp_path: Path) -> None:
+    assert_parity(tmp_path, twins.FAMILY[name], Specification(True))
+
+
+def test_serial_layers_are_not_folded(tmp_path: Path) -> None:
+    twins.write_checkpoint(tmp_path, twins.FAMILY["relu-serial"])
+    engine = twins.load_engine(tmp_path, Specification(True))
+    assert all(layer.packed is None for layer in engine.model.gpt_neox.layers)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_folding_adds_no_error(dtype: str, tmp_path: Path) -> None:
+    """Weights are rounded anew, partial sums less often: over all twins the error is no larger."""
+    ratios = []
+    for name in PARALLEL:
+        config = twins.FAMILY[name]
+        model = twins.write_checkpoint(tmp_path / name, config, dtype=getattr(torch, dtype))
+        token_ids = random_ids(config, 60)
+        exact = hf_logits(model, token_ids)
+        plain, folded = (
+            rms(paged_logits(twins.load_engine(tmp_path / name, b, dtype), token_ids, 50) - exact)
+            for b in (Specification(False), Specification(True))
+        )
+        assert folded <= 1.15 * plain, f"{name}: {folded} folded, {plain} layer by layer"
+        ratios.append(folded / plain)
+    assert sum(ratios) / len(ratios) <= 1.0, ratios
+
+
+@pytest.mark.parametrize("part", ["input", "post_attention", "both"])
+def test_folding_around_scales_of_zero(part: str, tmp_path: Path) -> None:
+    config = twins.FAMILY["pythia-14m"]
+    twins.write_checkpoint(tmp_path, config)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("layernorm.weight") and (part in name or part == "both"):
+            tensor[::7], tensor[1::7] = 0, 1e-6
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    model = GPTNeoXForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    token_ids = random_ids(config, 40)
+    actual = paged_logits(twins.load_engine(tmp_path, Specification(True)), token_ids, 38)
+    assert_logits_equal(actual, hf_logits(model, token_ids))
+
+
+class Threads(TensorParallelGroup):
+    """Ranks as threads of this process."""
+
+    def __init__(self, rank: int, slots: list[Tensor], barrier: threading.Barrier) -> None:
+        super().__init__(rank, len(slots))
+        self.slots, self.barrier = slots, barrier
+
+    def everyones(self, x: Tensor) -> list[Tensor]:
+        self.slots[self.rank] = x.clone()
+        self.barrier.wait()
+        found = list(self.slots)
+        self.barrier.wait()
+        return found
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        self.num_all_reduces += 1
+        return sum(self.everyones(x))
+
+    def all_gather_columns(self, x: Tensor) -> Tensor:
+        return torch.cat(self.everyones(x), 1)
+
+
+@pytest.mark.parametrize("name", ["gpt-neox-20b", "no-attention-bias"])
+def test_folded_layers_on_two_ranks(name: str, tmp_path: Path) -> None:
+    config = twins.FAMILY[name]
+    model = twins.write_checkpoint(tmp_path, config)
+    token_ids = random_ids(config, 40)
+    slots, barrier = [torch.empty(0)] * 2, threading.Barrier(2)
+
+    def logits(rank: int) -> Tensor:
+        group = Threads(rank, slots, barrier)
+        engine = LLMEngine.from_pretrained(
+            tmp_path,
+            EngineSection(num_blocks=2),
+            Specification(True),
+            dtype="float32",
+            group=group,
+            with_tokenizer=False,
+        )
+        found = paged_logits(engine, token_ids, 38)
+        assert group.num_all_reduces == 3 * config["num_hidden_layers"]  # one per layer and step
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        for actual in pool.map(logits, range(2)):
+            assert_logits_equal(actual, hf_logits(model, token_ids))
 
 
 def test_fp16_scores_beyond_its_range_stay_finite(tmp_path: Path, backend: Backend) -> None:

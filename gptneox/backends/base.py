@@ -97,6 +97,7 @@ class PackedLayer:
     eps: float
     activation: Callable[[Tensor], Tensor]
     qkv_width: int  # 3W
+    scale: Tensor | None = None  # [C] of the one normalisation
 
 
 def check_shape(x: Tensor, shape: Sequence[int | None], name: str) -> None:
@@ -114,6 +115,7 @@ class Backend:
     name = "base"
     dist_backend = "gloo"
     device_type = "cpu"
+    pins_memory = False  # copies to the device overlap when they start in page-locked memory
     fuses_layers = False  # give parallel-residual layers to `pack_layer`
 
     def __init__(self) -> None:
@@ -226,20 +228,25 @@ class Backend:
         return F.embedding(ids, weight)
 
     def pack_layer(self, weights: LayerWeights) -> PackedLayer:
-        """Fold both normalisations into the products that follow them.
+        """Make one of both normalisations and fold the difference into the products behind it.
 
-        LN(x) W.T + b is N(x) (W diag(scale)).T + (b + W shift) with the bare normalisation N, so
-        both products that read x become one of [3W + F, C]; both that write the partial sum are
-        one of [C, W + F]. Folding is done in fp32 and rounded once.
+        With the bare normalisation N, LN(x) W.T + b is (s N(x)) (W diag(scale / s)).T +
+        (b + W shift) for any s, so both products that read x become one of [3W + F, C]; both that
+        write the partial sum are one of [C, W + F]. s is the scale before attention, whose weights
+        then stay as they are: rounding every weight anew would cost more than it saves. Where that
+        scale is small beside the other, the other one is taken. Folding is done in fp32.
         """
+        first, second = weights.norm_attention[0].float(), weights.norm_mlp[0].float()
+        scale = torch.where(first.abs() * 64 >= second.abs(), first, second)
+        scale = torch.where(scale == 0, 1.0, scale)  # both are
 
         def fold(
             norm: tuple[Tensor, Tensor], linear: tuple[Tensor, Tensor | None]
         ) -> tuple[Tensor, Tensor]:
             weight, bias = linear
             wide = weight.float()
-            shift = wide @ norm[1].float()
-            wide *= norm[0].float()
+            shift = (wide * norm[1].float()).sum(1)  # no product: some devices round those
+            wide *= norm[0].float() / scale
             return wide.to(weight.dtype), shift if bias is None else shift + bias.float()
 
         qkv, qkv_bias = fold(weights.norm_attention, weights.query_key_value)
@@ -255,11 +262,15 @@ class Backend:
             weights.eps,
             self.activation(weights.activation),
             qkv.shape[0],
+            scale.to(qkv.dtype),
         )
 
     def layer_front(self, x: Tensor, packed: PackedLayer) -> tuple[Tensor, Tensor]:
-        """Everything up to attention: x [T, C] to qkv [T, 3W] and the activated MLP [T, F]."""
-        y = self.linear(F.layer_norm(x, (x.shape[-1],), eps=packed.eps), packed.front)
+        """Everything up to attention: x [T, C] to qkv [T, 3W] and the activated MLP [T, F].
+
+        qkv may also come as a view [T, H, 3, D] of whatever layout suits the device.
+        """
+        y = self.linear(F.layer_norm(x, x.shape[-1:], packed.scale, None, packed.eps), packed.front)
         n = packed.qkv_width
         return y[:, :n], packed.activation(y[:, n:])
 
@@ -279,6 +290,12 @@ class Backend:
             "silu": F.silu,
             "relu": F.relu,
         }[name]
+
+    def pack_rotary(
+        self, cos: Tensor, sin: Tensor, head_dim: int, *, fused: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Tables [max_positions, R/2] as `rotary` wants them; `fused`: for `layer_front`'s q, k."""
+        return cos.to(self.device), sin.to(self.device)
 
     def rotary(
         self, q: Tensor, k: Tensor, positions: Tensor, cos_table: Tensor, sin_table: Tensor

@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptneox.backends import binding
-from gptneox.backends.base import Backend, Finding, ForwardBatch, Memory, PackedLinear
-from gptneox.backends.npu_attention import ACL_FORMAT_NZ, Choice, PlainAttention, choose
+from gptneox.backends.base import (
+    Backend,
+    Finding,
+    ForwardBatch,
+    LayerWeights,
+    Memory,
+    PackedLayer,
+    PackedLinear,
+)
+from gptneox.backends.npu_attention import (
+    ACL_FORMAT_NZ,
+    MAX_HEAD_DIM,
+    Choice,
+    PlainAttention,
+    choose,
+)
 from gptneox.backends.npu_setup import (
     NNAL_SCRIPT,
     cann_findings,
@@ -58,17 +73,25 @@ def load_torch_npu() -> Any:
         raise ImportError(explain_import_error(error)) from error
 
 
+@dataclass
+class NpuLayer(PackedLayer):
+    """The front product gives q, k and v of all heads as three blocks, in `head_order`."""
+
+    head_dim: int = 0
+
+
 class NpuBackend(Backend):
     """The NPU that `setup` bound this process to."""
 
     name, dist_backend, device_type = "npu", "hccl", "npu"
+    fuses_layers = True
 
     def __init__(self) -> None:
         # The type is known to torch only once torch_npu is there: see `why_unusable`.
         self._attention: PlainAttention | None = None
         self._head_dim = self._rotary_dim = 0
         self._tables: dict[str, Choice] = {}
-        self._angles: tuple[Tensor | None, Tensor, Tensor] = (None, torch.empty(0), torch.empty(0))
+        self._angles: tuple[tuple[Any, Any], tuple[Tensor, Tensor]] | None = None
 
     @functools.cached_property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -146,7 +169,7 @@ class NpuBackend(Backend):
         paged, paged_reason = choose(self.is_310p, self.has_atb, head_dim, block_size)
         dense, dense_reason = choose(self.is_310p, self.has_atb, head_dim, 16)
         rotary = Choice(
-            "rotary", "npu_rotary_mul", f"on the {rotary_dim} rotated of {head_dim} dimensions"
+            "rotary", "npu_rotary_mul", f"{rotary_dim} of {head_dim} dimensions are rotated"
         )
         if self.is_310p:
             reason = "npu_rotary_mul falls apart into six kernels; ATB's keeps its first table"
@@ -159,6 +182,7 @@ class NpuBackend(Backend):
             Choice("flash attention", dense.operator, dense_reason),
             rotary,
             Choice("gelu", "npu_gelu", "F.gelu is the tanh form whatever it is asked for"),
+            Choice("layer", "two products", "with a parallel residual; four with a serial one"),
             weights,
         ]
 
@@ -277,32 +301,75 @@ class NpuBackend(Backend):
         approximate = forms[name]
         return lambda x: self.ops.npu_gelu(x, approximate=approximate)
 
+    def pack_layer(self, weights: LayerWeights) -> NpuLayer:
+        """Rows of the front product in the order in which attention reads them; NZ comes last."""
+        weight, bias = weights.query_key_value
+        d, r = self._head_dim, self._rotary_dim
+        rows = torch.arange(weight.shape[0]).view(-1, 3, d).transpose(0, 1)  # [3, H, D]
+        if self._turns_whole_heads(d):
+            rows = torch.cat((rows[:2, :, head_order(d, r)], rows[2:]))
+        order = rows.flatten().to(weight.device)
+        weight = weight.index_select(0, order)
+        bias = None if bias is None else bias.index_select(0, order)
+        packed = super().pack_layer(replace(weights, query_key_value=(weight, bias)))
+        return NpuLayer(**vars(packed), head_dim=d)
+
+    def layer_front(self, x: Tensor, packed: PackedLayer) -> tuple[Tensor, Tensor]:
+        """Qkv as [T, H, 3, D]; the blocks of q, k and v are not copied here."""
+        assert isinstance(packed, NpuLayer)
+        y = self.linear(F.layer_norm(x, x.shape[-1:], packed.scale, None, packed.eps), packed.front)
+        n = packed.qkv_width
+        qkv = y[:, :n].view(len(y), 3, -1, packed.head_dim).transpose(1, 2)
+        return qkv, packed.activation(y[:, n:])
+
+    def _turns_whole_heads(self, head_dim: int) -> bool:
+        """Whether q and k of fused layers lie in `head_order`: npu_rotary_mul then takes them as
+        they are, with tables that leave the dimensions beyond R alone (cos 1, sin 0)."""
+        return not self.is_310p and head_dim % 2 == 0 and head_dim <= MAX_HEAD_DIM
+
+    def pack_rotary(
+        self, cos: Tensor, sin: Tensor, head_dim: int, *, fused: bool
+    ) -> tuple[Tensor, Tensor]:
+        """D/2 wide for q and k in `head_order`, else R/2."""
+        if fused and self._turns_whole_heads(head_dim):
+            rest = head_dim // 2 - cos.shape[1]
+            cos, sin = F.pad(cos, (0, rest), value=1.0), F.pad(sin, (0, rest))
+        return super().pack_rotary(cos, sin, head_dim, fused=fused)
+
     def rotary(
         self, q: Tensor, k: Tensor, positions: Tensor, cos_table: Tensor, sin_table: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """On the narrow slice of q and k together; cos and sin are looked up once per step."""
-        r = 2 * cos_table.shape[-1]
-        if self._angles[0] is not positions:
-            self._angles = (positions, *self._look_up(positions, cos_table, sin_table, q.dtype))
-        cos, sin = self._angles[1:]
-        x = torch.stack((q[..., :r], k[..., :r]))  # [2, T, H, R]
+        """Q and k together."""
+        turned = self._turn(torch.stack((q, k)), positions, cos_table, sin_table)
+        return turned[0], turned[1]
+
+    def _turn(self, x: Tensor, positions: Tensor, cos_table: Tensor, sin_table: Tensor) -> Tensor:
+        """x [2, T, H, D], contiguous, may be overwritten; cos and sin are looked up once a step."""
+        key = (positions, cos_table)
+        if self._angles is None or any(
+            a is not b for a, b in zip(self._angles[0], key, strict=True)
+        ):
+            self._angles = (key, self._look_up(positions, cos_table, sin_table, x.dtype))
+        cos, sin = self._angles[1]
+        part = x[..., : cos.shape[-1]]
         if self.is_310p:
-            first, second = x.float().chunk(2, -1)
-            turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-            turned = turned.to(q.dtype)
+            wide = part.float()
+            first, second = wide.chunk(2, -1)
+            turned = (wide * cos).addcmul_(torch.cat((second, first), -1), sin)
         else:
-            turned = self.ops.npu_rotary_mul(x, cos, sin)
-        if r == q.shape[-1]:
-            return turned[0], turned[1]
-        return torch.cat((turned[0], q[..., r:]), -1), torch.cat((turned[1], k[..., r:]), -1)
+            turned = self.ops.npu_rotary_mul(part.contiguous(), cos, sin)
+        if part.shape == x.shape:
+            return turned.to(x.dtype)
+        part.copy_(turned)
+        return x
 
     def _look_up(
         self, positions: Tensor, cos_table: Tensor, sin_table: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """[1, T, 1, R / 2] in fp32 on a 310P; [1, T, 1, R] in the model's dtype elsewhere."""
+        """[1, T, 1, R]; on a 310P in fp32, sin with the sign of its half, else in `dtype`."""
         cos, sin = (t[positions][None, :, None] for t in (cos_table, sin_table))
         if self.is_310p:
-            return cos, sin
+            return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         return torch.cat((cos, cos), -1).to(dtype), torch.cat((sin, sin), -1).to(dtype)
 
     # -- attention -------------------------------------------------------------------------------
@@ -330,6 +397,20 @@ class NpuBackend(Backend):
                 f"{self.memory().free / 2**30:.2f} GiB free; lower --num_blocks or "
                 "--memory_fraction"
             ) from error
+
+    def rotary_paged_attention(
+        self,
+        qkv: Tensor,
+        rotary: tuple[Tensor, Tensor, Tensor],
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: ForwardBatch,
+        scale: float,
+    ) -> Tensor:
+        """One copy puts q, k and v behind one another: what follows takes them as they are."""
+        blocks = qkv.permute(2, 0, 1, 3).contiguous()  # [3, T, H, D]
+        q, k = self._turn(blocks[:2], *rotary)
+        return self.paged_attention(q, k, blocks[2], k_cache, v_cache, batch, scale)
 
     def paged_attention(
         self,
@@ -370,3 +451,17 @@ class NpuBackend(Backend):
             level = logging.WARNING if "slower" in reason else logging.INFO
             logger.log(level, "flash attention: %s (%s)", kind.operator, reason)
         return self._attention.dense(q, k_store, v_store, length, key_mask, scale)
+
+
+def head_order(head_dim: int, rotary_dim: int) -> list[int]:
+    """Dimensions of q and k in an order that makes the rotation of R of D one of all D.
+
+    Pair i of the half rotation is (i, i + R/2); it moves to (i, i + D/2), and what is not rotated
+    fills the rest of both halves. q and k are permuted alike, so their products stay what they are.
+    """
+    half, rest = rotary_dim // 2, (head_dim - rotary_dim) // 2
+    ends = (half, rotary_dim, rotary_dim + rest, head_dim)
+    first, second, third, fourth = (
+        list(range(a, b)) for a, b in zip((0, *ends[:3]), ends, strict=True)
+    )
+    return first + third + second + fourth

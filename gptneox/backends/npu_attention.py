@@ -24,6 +24,7 @@ ACL_FORMAT_NZ = 29
 # Additive masks stay finite: the 310P saturates and knows no infinity.
 HIDDEN = -10000.0
 COMPRESSED_MASK_SIZE = 2048  # of the triangle that FIA's sparse_mode 3 stands for
+MAX_HEAD_DIM = 512  # of FIA, IncreFlashAttention and PromptFlashAttention
 MAX_BATCH = 256  # rows of IncreFlashAttention; PromptFlashAttention takes 128
 NO_WINDOW = 2**31 - 1
 
@@ -647,8 +648,8 @@ def choose(
         raise ConfigError(
             f"[engine] block_size is {block_size}; on an NPU it must be a multiple of 16, best 128"
         )
-    if head_dim % 16 or head_dim > 512:
-        return PlainAttention, f"head_dim {head_dim} is no multiple of 16 up to 512"
+    if head_dim % 16 or head_dim > MAX_HEAD_DIM:
+        return PlainAttention, f"head_dim {head_dim} is no multiple of 16 up to {MAX_HEAD_DIM}"
     if not is_310p:
         if block_size % 128:
             return A2SmallBlocks, f"block_size {block_size} is no multiple of 128"

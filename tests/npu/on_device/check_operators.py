@@ -11,25 +11,32 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-# A layer of the 20B twin: parallel residual, head_dim 96, 24 of them rotated. "attention" is what
-# differs from step to step.
+# A layer of the 20B twin: parallel residual, head_dim 96, 24 of them rotated; and one of a twin
+# with a serial residual, head_dim 80, all rotated. "attention" differs from step to step.
+DUO_TURN = "InplaceCopy InplaceCopy Mul Cat InplaceAddcmul InplaceCopy"
+DUO_STORE = {"DUO": "atbReshapeAndCache", "DUO without ATB": "ScatterNdUpdate ScatterNdUpdate"}
 LAYER = {
     "A2": (
-        "LayerNorm Addmm Stack RotaryPositionEmbeddingV2 Cat Cat InplaceCopy ScatterPaKvCache "
-        "attention Addmm LayerNorm Addmm GeluV2 Addmm Add Add"
-    ),
-    "DUO": (
-        "LayerNorm MatmulWeightNz InplaceAdd Stack InplaceCopy Mul Mul Sub Mul Mul Add Cat "
-        "InplaceCopy Cat Cat InplaceCopy atbReshapeAndCache attention MatmulWeightNz InplaceAdd "
-        "LayerNorm MatmulWeightNz InplaceAdd GeluV2 MatmulWeightNz InplaceAdd Add Add"
-    ),
-    "DUO without ATB": (
-        "LayerNorm MatmulWeightNz InplaceAdd Stack InplaceCopy Mul Mul Sub Mul Mul Add Cat "
-        "InplaceCopy Cat Cat ScatterNdUpdate InplaceCopy ScatterNdUpdate attention "
-        "MatmulWeightNz InplaceAdd "
-        "LayerNorm MatmulWeightNz InplaceAdd GeluV2 MatmulWeightNz InplaceAdd Add Add"
-    ),
+        "LayerNorm Addmm GeluV2 InplaceCopy RotaryPositionEmbeddingV2 ScatterPaKvCache attention "
+        "Cat Addmm Add"
+    )
 }
+SERIAL = {
+    "A2": (
+        "LayerNorm Addmm InplaceCopy RotaryPositionEmbeddingV2 ScatterPaKvCache attention Addmm "
+        "Add LayerNorm Addmm GeluV2 Addmm Add"
+    )
+}
+for chip_, store in DUO_STORE.items():
+    LAYER[chip_] = (
+        f"LayerNorm MatmulWeightNz InplaceAdd GeluV2 {DUO_TURN} {store} attention "
+        "Cat MatmulWeightNz InplaceAdd Add"
+    )
+    SERIAL[chip_] = (
+        f"LayerNorm MatmulWeightNz InplaceAdd {DUO_TURN} {store} attention "
+        "MatmulWeightNz InplaceAdd Add "
+        "LayerNorm MatmulWeightNz InplaceAdd GeluV2 MatmulWeightNz InplaceAdd Add"
+    )
 PADDED_FIA = "IndexSelect FusedInferAttentionScoreV2 IndexSelect"
 EAGER = (
     "InplaceCopy InplaceOne Tril Muls Matmul InplaceCopy InplaceFillScalar SWhere Softmax "
@@ -43,19 +50,27 @@ ATTENTION = {
     ("DUO", "decode"): "atbPagedAttention",
     ("DUO", "chunk behind a prefix"): "atbPagedAttention",
     ("DUO without ATB", "prefill"): (
-        "InplaceCopy PromptFlashAttentionV3 InplaceCopy InplaceCopy PromptFlashAttentionV3 "
-        "InplaceCopy"
+        "PromptFlashAttentionV3 InplaceCopy PromptFlashAttentionV3 InplaceCopy"
     ),
     ("DUO without ATB", "decode"): "IncreFlashAttentionV4",
     ("DUO without ATB", "chunk behind a prefix"): f"{EAGER} {EAGER}",
 }
 
 
+def make_engine(name, npu, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("operators") / "checkpoint"
+    twins.write_checkpoint(directory, twins.FAMILY[name], dtype=torch.float16)
+    return twins.load_engine(directory, npu, "auto", num_blocks=2)
+
+
 @pytest.fixture(scope="module")
 def engine(npu, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("operators") / "checkpoint"
-    twins.write_checkpoint(directory, twins.FAMILY["gpt-neox-20b"], dtype=torch.float16)
-    return twins.load_engine(directory, npu, "auto", num_blocks=2)
+    return make_engine("gpt-neox-20b", npu, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def serial_engine(npu, tmp_path_factory):
+    return make_engine("redpajama-incite-3b", npu, tmp_path_factory)
 
 
 STEPS = {
@@ -67,7 +82,7 @@ STEPS = {
 
 def kernels_of_layer(engine, trace, before, counts):
     """Of layer 1: what all layers share is made in layer 0."""
-    tokens = Sequences(engine, twins.prompts([64, 64], 288))
+    tokens = Sequences(engine, twins.prompts([64] * len(counts), 288))
     if before:
         tokens.step(before)
     layer, found = engine.model.gpt_neox.layers[1], []
@@ -81,12 +96,28 @@ def kernels_of_layer(engine, trace, before, counts):
     return found[0]
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_kernels_of_a_layer(engine, chip, trace, step):
-    expected = LAYER[chip].replace("attention", ATTENTION[chip, step]).split()
-    found = [k.removeprefix("aclnn") for k in kernels_of_layer(engine, trace, *STEPS[step])]
+def check_kernels(engine, trace, layer, attention, steps):
+    expected = layer.replace("attention", attention).split()
+    found = [k.removeprefix("aclnn") for k in kernels_of_layer(engine, trace, *steps)]
     # a repeated `aclop…` would be compiled while the program runs
     assert found == expected
+    return len(found)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_kernels_of_a_layer(engine, chip, trace, step):
+    check_kernels(engine, trace, LAYER[chip], ATTENTION[chip, step], STEPS[step])
+
+
+def test_kernels_of_a_layer_decoding_one_sequence(engine, chip, trace):
+    """One row of the wide product holds q, k and v as they are wanted."""
+    layer = LAYER[chip].replace("InplaceCopy ", "", 1)
+    count = check_kernels(engine, trace, layer, ATTENTION[chip, "decode"], ([20], [1]))
+    assert count == {"A2": 9, "DUO": 15, "DUO without ATB": 16}[chip]
+
+
+def test_kernels_of_a_serial_layer(serial_engine, chip, trace):
+    check_kernels(serial_engine, trace, SERIAL[chip], ATTENTION[chip, "decode"], STEPS["decode"])
 
 
 class Recorder(TorchDispatchMode):
