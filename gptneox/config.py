@@ -556,6 +556,9 @@ class Environment:
     modeltest_data_dir: str = ""  # MODELTEST_DATA_DIR; empty: tests/modeltest/data
     modeltest_output_dir: str = ""  # MODELTEST_OUTPUT_DIR; empty: tests/modeltest/outputs
     modeltest_log_to_file: bool = False  # MODELTEST_LOG_TO_FILE: also log under outputs/logs
+    cpu_kernels: str = "auto"  # GPTNEOX_CPU_KERNELS: on refuses to go without, off is plain torch
+    cache_folder: Path = Path()  # XDG_CACHE_HOME/gptneox-ascend; ~/.cache by default
+    cxx: str = ""  # CXX: the compiler of the CPU kernels
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None) -> Environment:
@@ -584,6 +587,8 @@ class Environment:
             raise ConfigError(f"RANK {rank} is not below WORLD_SIZE {world_size}")
         level = (environ.get("MINDIE_LOG_LEVEL") or "INFO").upper()
         _one_of("environment", "MINDIE_LOG_LEVEL", level, ("DEBUG", "INFO", "WARNING", "ERROR"))
+        kernels = environ.get("GPTNEOX_CPU_KERNELS") or "auto"
+        _one_of("environment", "GPTNEOX_CPU_KERNELS", kernels, ("auto", "on", "off"))
         return cls(
             rank=rank,
             local_rank=integer("LOCAL_RANK"),
@@ -602,6 +607,10 @@ class Environment:
             modeltest_data_dir=environ.get("MODELTEST_DATA_DIR", ""),
             modeltest_output_dir=environ.get("MODELTEST_OUTPUT_DIR", ""),
             modeltest_log_to_file=integer("MODELTEST_LOG_TO_FILE") == 1,
+            cpu_kernels=kernels,
+            cache_folder=Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+            / "gptneox-ascend",
+            cxx=environ.get("CXX", ""),
         )
 
 

@@ -1,0 +1,384 @@
+// SPDX-License-Identifier: Apache-2.0
+// What Python sees: packing, products, a parallel-residual layer in two calls, paged attention.
+
+#include <ATen/ATen.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <utility>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "attention.h"
+#include "product.h"
+
+namespace gptneox {
+namespace {
+
+using at::Tensor;
+
+// Memory for weights that are read from front to back: in huge pages where the system gives them.
+Tensor allocate(int64_t panels, int64_t depth, at::ScalarType type) {
+  const size_t bytes = panels * depth * kCols * c10::elementSize(type);
+  constexpr size_t kPage = size_t{2} << 20;
+  if (bytes < kPage) {
+    return at::empty({panels, depth, kCols}, at::TensorOptions().dtype(type));
+  }
+  void* data = nullptr;
+  TORCH_CHECK_WITH(
+      OutOfMemoryError, posix_memalign(&data, kPage, bytes) == 0, "not enough memory for ", bytes,
+      " bytes of weights");
+#if defined(__linux__)
+  madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+  return at::from_blob(
+      data, {panels, depth, kCols}, [](void* p) { std::free(p); },
+      at::TensorOptions().dtype(type));
+}
+
+template <typename W>
+void pack_into(const Tensor& weight, const Tensor& out) {
+  using F = Format<W>;
+  const W* from = weight.const_data_ptr<W>();
+  W* to = out.data_ptr<W>();
+  const int64_t features = weight.size(0), depth = weight.size(1), padded = out.size(1);
+  at::parallel_for(0, out.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      W* p = to + panel * padded * kCols;
+      // Sixteen values of K at a time, so that what is written stays in the first-level cache.
+      for (int64_t k0 = 0; k0 < padded; k0 += kDepth) {
+        for (int64_t j = 0; j < kCols; ++j) {
+          const int64_t row = panel * kCols + j;
+          const W* source = from + row * depth;
+          for (int64_t k = k0; k < k0 + kDepth; ++k) {
+            const W value = row < features && k < depth ? source[k] : W(0.f);
+            p[k / F::kStep * F::kStep * kCols + j * F::kStep + k % F::kStep] = value;
+          }
+        }
+      }
+    }
+  });
+}
+
+template <typename Body>
+void with_type(at::ScalarType type, Body&& body) {
+  switch (type) {
+    case at::kFloat:
+      return body(float{});
+    case at::kHalf:
+      return body(c10::Half{});
+    case at::kBFloat16:
+      return body(c10::BFloat16{});
+    default:
+      TORCH_CHECK_TYPE(
+          false, "dtype ", type, " is not served; float32, float16 or bfloat16 is expected");
+  }
+}
+
+std::shared_ptr<Packed> pack(const Tensor& weight) {
+  TORCH_CHECK_VALUE(weight.dim() == 2, "weight has ", weight.dim(), " dimensions; 2 are expected");
+  auto packed = std::make_shared<Packed>();
+  packed->features = weight.size(0);
+  packed->depth = weight.size(1);
+  const Tensor source = weight.contiguous();
+  with_type(weight.scalar_type(), [&](auto zero) {
+    packed->panels = allocate(
+        (packed->features + kCols - 1) / kCols, round_up(packed->depth, kDepth),
+        weight.scalar_type());
+    pack_into<decltype(zero)>(source, packed->panels);
+  });
+  return packed;
+}
+
+// What a row is normalised by: (x - mean - rest) * rstd. Two passes; `rest` is what rounding left
+// of the mean, which matters where a row lies far from zero.
+struct Moments {
+  float mean, rest, rstd;
+};
+
+inline Moments moments(const float* x, int64_t n, float eps) {
+  const auto add = [](Vec& a, Vec& b) { return a + b; };
+  Vec total(0.f);
+  int64_t i = 0;
+  for (; i + kVec <= n; i += kVec) {
+    total = total + Vec::loadu(x + i);
+  }
+  float sum = at::vec::vec_reduce_all<float>(add, total);
+  for (; i < n; ++i) {
+    sum += x[i];
+  }
+  const float count = static_cast<float>(n), mean = sum / count;
+  Vec offsets(0.f), squares(0.f);
+  for (i = 0; i + kVec <= n; i += kVec) {
+    const Vec d = Vec::loadu(x + i) - Vec(mean);
+    offsets = offsets + d;
+    squares = at::vec::fmadd(d, d, squares);
+  }
+  float offset = at::vec::vec_reduce_all<float>(add, offsets);
+  float square = at::vec::vec_reduce_all<float>(add, squares);
+  for (; i < n; ++i) {
+    offset += x[i] - mean;
+    square += (x[i] - mean) * (x[i] - mean);
+  }
+  const float rest = offset / count;
+  const float variance = std::max(0.f, square / count - rest * rest);
+  return {mean, rest, 1.f / std::sqrt(variance + eps)};
+}
+
+struct Norm {
+  Tensor scale, shift; // fp32 [C]
+};
+
+inline void normalise(const float* x, const Norm& norm, const Moments& m, float* y) {
+  const int64_t n = norm.scale.numel();
+  const float *scale = norm.scale.const_data_ptr<float>(), *shift = norm.shift.const_data_ptr<float>();
+  for (int64_t i = 0; i < n; ++i) {
+    y[i] = (x[i] - m.mean - m.rest) * m.rstd * scale[i] + shift[i];
+  }
+}
+
+inline const float* bias_of(const std::optional<Tensor>& bias) {
+  return bias ? bias->const_data_ptr<float>() : nullptr;
+}
+
+Tensor check_rows(const Tensor& x, int64_t width, const char* name) {
+  TORCH_CHECK_VALUE(
+      x.dim() == 2 && x.size(1) == width, name, " has shape ", x.sizes(), "; [any, ", width,
+      "] is expected");
+  return x.to(at::kFloat).contiguous();
+}
+
+template <typename F>
+void fill_blocks(Blocks<F>& blocks, const Tensor& x) {
+  const int64_t rows = x.size(0), depth = x.size(1);
+  blocks.resize(rows, depth);
+  const float* data = x.const_data_ptr<float>();
+  at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / depth), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      blocks.set_row(r, data + r * depth, depth);
+    }
+  });
+}
+
+template <typename F>
+Blocks<F>& scratch(int which) {
+  // Reused between calls: the activations of a step need no new pages.
+  static thread_local Blocks<F> blocks[2];
+  return blocks[which];
+}
+
+// x [T, K] of any float type; returns act(x W.T + bias) in fp32.
+Tensor linear(
+    const Tensor& x,
+    const std::shared_ptr<Packed>& weight,
+    const std::optional<Tensor>& bias,
+    int activation) {
+  const Tensor rows = check_rows(x, weight->depth, "x");
+  Tensor y = at::empty({rows.size(0), weight->features}, rows.options());
+  if (rows.size(0) == 0) {
+    return y;
+  }
+  with_type(weight->panels.scalar_type(), [&](auto zero) {
+    using F = Format<decltype(zero)>;
+    auto& blocks = scratch<F>(0);
+    fill_blocks(blocks, rows);
+    Output<F, float> out;
+    out.terms = {{weight.get(), &blocks}};
+    out.bias = bias_of(bias);
+    out.activation = static_cast<Activation>(activation);
+    out.y = y.data_ptr<float>();
+    out.stride = weight->features;
+    run<F, float>({out});
+  });
+  return y;
+}
+
+Tensor layer_norm(const Tensor& x, const Tensor& scale, const Tensor& shift, double eps) {
+  const Tensor rows = check_rows(x, scale.numel(), "x");
+  const Norm norm{scale.to(at::kFloat).contiguous(), shift.to(at::kFloat).contiguous()};
+  Tensor y = at::empty_like(rows);
+  const int64_t width = rows.size(1);
+  at::parallel_for(0, rows.size(0), std::max<int64_t>(1, 16384 / width), [&](int64_t b, int64_t e) {
+    for (int64_t r = b; r < e; ++r) {
+      const float* row = rows.const_data_ptr<float>() + r * width;
+      normalise(row, norm, moments(row, width, static_cast<float>(eps)), y.data_ptr<float>() + r * width);
+    }
+  });
+  return y;
+}
+
+// A layer with parallel residual: x + attention(LN1(x)) + mlp(LN2(x)).
+struct Layer {
+  Norm norms[2];
+  std::shared_ptr<Packed> qkv, up, dense, down;
+  std::optional<Tensor> qkv_bias, up_bias, out_bias; // fp32
+  float eps;
+  Activation activation;
+
+  // x fp32 [T, C] to qkv [T, 3W] and the activated MLP [T, F], both fp32.
+  std::pair<Tensor, Tensor> front(const Tensor& x) const {
+    const Tensor rows = check_rows(x, qkv->depth, "x");
+    const int64_t count = rows.size(0), width = rows.size(1);
+    Tensor y = at::empty({count, qkv->features}, rows.options());
+    Tensor mlp = at::empty({count, up->features}, rows.options());
+    with_type(qkv->panels.scalar_type(), [&](auto zero) {
+      using F = Format<decltype(zero)>;
+      Blocks<F>* blocks[2] = {&scratch<F>(0), &scratch<F>(1)};
+      blocks[0]->resize(count, width);
+      blocks[1]->resize(count, width);
+      const float* data = rows.const_data_ptr<float>();
+      at::parallel_for(0, count, std::max<int64_t>(1, 16384 / width), [&](int64_t b, int64_t e) {
+        std::vector<float> normed(width);
+        for (int64_t r = b; r < e; ++r) {
+          const Moments found = moments(data + r * width, width, eps);
+          for (int i = 0; i < 2; ++i) {
+            normalise(data + r * width, norms[i], found, normed.data());
+            blocks[i]->set_row(r, normed.data(), width);
+          }
+        }
+      });
+      Output<F, float> first, second;
+      first.terms = {{qkv.get(), blocks[0]}};
+      first.bias = bias_of(qkv_bias);
+      first.y = y.data_ptr<float>();
+      first.stride = qkv->features;
+      second.terms = {{up.get(), blocks[1]}};
+      second.bias = bias_of(up_bias);
+      second.activation = activation;
+      second.y = mlp.data_ptr<float>();
+      second.stride = up->features;
+      run<F, float>({first, second});
+    });
+    return {y, mlp};
+  }
+
+  // attended [T, W] and mlp [T, F] to the partial sum [T, C]; with `residual` it is added there,
+  // in place.
+  Tensor back(
+      const Tensor& attended, const Tensor& mlp, const std::optional<Tensor>& residual) const {
+    const Tensor a = check_rows(attended, dense->depth, "attended");
+    const Tensor m = check_rows(mlp, down->depth, "mlp");
+    Tensor y = residual ? *residual : at::empty({a.size(0), dense->features}, a.options());
+    TORCH_CHECK_VALUE(
+        y.is_contiguous() && y.scalar_type() == at::kFloat && y.size(0) == a.size(0) &&
+            y.size(1) == dense->features,
+        "residual has shape ", y.sizes(), "; a contiguous float32 [", a.size(0), ", ",
+        dense->features, "] is expected");
+    with_type(dense->panels.scalar_type(), [&](auto zero) {
+      using F = Format<decltype(zero)>;
+      auto &first = scratch<F>(0), &second = scratch<F>(1);
+      fill_blocks(first, a);
+      fill_blocks(second, m);
+      Output<F, float> out;
+      out.terms = {{dense.get(), &first}, {down.get(), &second}};
+      out.bias = bias_of(out_bias);
+      out.y = y.data_ptr<float>();
+      out.stride = dense->features;
+      out.residual = residual ? out.y : nullptr;
+      run<F, float>({out});
+    });
+    return y;
+  }
+};
+
+// qkv [T, H, 3, D]; returns [T, H, D] of its type. Caches are [N, P, H, D], any strides but D's.
+Tensor attention(
+    const Tensor& qkv,
+    const Tensor& positions,
+    const Tensor& cos,
+    const Tensor& sin,
+    const Tensor& k_cache,
+    const Tensor& v_cache,
+    const Tensor& slots,
+    const Tensor& block_tables,
+    const Tensor& cu_seqlens,
+    const Tensor& context_lens,
+    int64_t num_decodes,
+    double scale,
+    const std::optional<Tensor>& starts) {
+  const Tensor x = qkv.contiguous();
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.size(2) == 3, "qkv has shape ", x.sizes());
+  TORCH_CHECK_VALUE(
+      k_cache.dim() == 4 && k_cache.stride(3) == 1 && v_cache.stride(3) == 1,
+      "the cache is not [N, P, H, D] with contiguous D");
+  Step step{};
+  step.num_tokens = x.size(0);
+  step.num_decodes = num_decodes;
+  step.num_seqs = context_lens.numel();
+  step.num_heads = x.size(1);
+  step.head_dim = x.size(3);
+  step.block_size = k_cache.size(1);
+  step.slots = slots.const_data_ptr<int64_t>();
+  step.block_tables = block_tables.const_data_ptr<int32_t>();
+  step.max_blocks = block_tables.size(1);
+  step.cu_seqlens = cu_seqlens.const_data_ptr<int32_t>();
+  step.context_lens = context_lens.const_data_ptr<int32_t>();
+  step.starts = starts ? starts->const_data_ptr<int32_t>() : nullptr;
+  Tensor out = at::empty({x.size(0), x.size(1), x.size(3)}, x.options());
+  static thread_local std::vector<float> q;
+  q.resize(std::max<size_t>(q.size(), out.numel()));
+  with_type(x.scalar_type(), [&](auto x_zero) {
+    using X = decltype(x_zero);
+    with_type(k_cache.scalar_type(), [&](auto c_zero) {
+      using C = decltype(c_zero);
+      const Cache<C> keys(k_cache), values(v_cache);
+      rotate_and_store<X, C>(
+          step, x.const_data_ptr<X>(), positions.const_data_ptr<int64_t>(),
+          cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), cos.size(1),
+          static_cast<float>(scale), q.data(), keys, values);
+      X* y = out.data_ptr<X>();
+      if (step.num_decodes > 0) {
+        decode<X, C>(step, q.data(), keys, values, y);
+      }
+      if (step.num_decodes < step.num_seqs) {
+        prefill<X, C>(step, q.data(), keys, values, y);
+      }
+    });
+  });
+  return out;
+}
+
+std::string describe() {
+  std::string text = "vectors of " + std::to_string(kVec) + " floats";
+  return GPTNEOX_BF16_DOT ? text + ", bf16 dot products" : text;
+}
+
+} // namespace
+} // namespace gptneox
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  namespace py = pybind11;
+  using namespace gptneox;
+  using Release = py::call_guard<py::gil_scoped_release>;
+  py::class_<Packed, std::shared_ptr<Packed>>(m, "Packed").def_property_readonly("nbytes", [](const Packed& p) {
+    return p.panels.nbytes();
+  });
+  py::class_<Layer, std::shared_ptr<Layer>>(m, "Layer")
+      .def(py::init([](std::vector<at::Tensor> norms, std::vector<std::shared_ptr<Packed>> weights,
+                       std::vector<std::optional<at::Tensor>> biases, double eps, int activation) {
+        auto layer = std::make_shared<Layer>();
+        layer->norms[0] = {norms.at(0), norms.at(1)};
+        layer->norms[1] = {norms.at(2), norms.at(3)};
+        layer->qkv = weights.at(0);
+        layer->up = weights.at(1);
+        layer->dense = weights.at(2);
+        layer->down = weights.at(3);
+        layer->qkv_bias = biases.at(0);
+        layer->up_bias = biases.at(1);
+        layer->out_bias = biases.at(2);
+        layer->eps = static_cast<float>(eps);
+        layer->activation = static_cast<Activation>(activation);
+        return layer;
+      }))
+      .def("front", &Layer::front, Release())
+      .def("back", &Layer::back, Release());
+  m.def("pack", &pack, Release());
+  m.def("linear", &linear, Release());
+  m.def("layer_norm", &layer_norm, Release());
+  m.def("attention", &attention, Release());
+  m.def("describe", &describe);
+}

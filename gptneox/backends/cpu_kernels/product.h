@@ -1,0 +1,301 @@
+// SPDX-License-Identifier: Apache-2.0
+// Matrix products with packed weights: y = act(sum over terms of x_i W_i.T + bias) + residual.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <atomic>
+#include <vector>
+
+#include "tile.h"
+
+namespace gptneox {
+
+enum class Activation : int { kNone = 0, kGeluErf = 1, kGeluTanh = 2, kSilu = 3, kRelu = 4 };
+
+inline Vec activate(Activation kind, const Vec& x) {
+  switch (kind) {
+    case Activation::kNone:
+      return x;
+    case Activation::kGeluErf:
+      return x * Vec(0.5f) * (Vec(1.f) + (x * Vec(0.70710678118654752f)).erf());
+    case Activation::kGeluTanh: {
+      const Vec inner = Vec(0.79788456080286536f) * (x + Vec(0.044715f) * x * x * x);
+      return x * Vec(0.5f) * (Vec(1.f) + inner.tanh());
+    }
+    case Activation::kSilu:
+      return x / (Vec(1.f) + x.neg().exp());
+    case Activation::kRelu:
+      return at::vec::maximum(x, Vec(0.f));
+  }
+  return x;
+}
+
+// A matrix [F, K] in panels: tensor [ceil(F / kCols), K padded, kCols] of the weight's type.
+struct Packed {
+  at::Tensor panels;
+  int64_t features = 0;
+  int64_t depth = 0; // K, unpadded
+
+  int64_t padded() const {
+    return panels.size(1);
+  }
+  int64_t num_panels() const {
+    return panels.size(0);
+  }
+};
+
+// Activations [T, K] as blocks of kRows rows, each transposed to [K padded / kStep][rows].
+template <typename F>
+struct Blocks {
+  using Scalar = typename F::Scalar;
+  std::vector<Scalar> data;
+  int64_t rows = 0, steps = 0;
+
+  void resize(int64_t num_rows, int64_t depth) {
+    rows = num_rows;
+    steps = round_up(depth, kDepth) / F::kStep;
+    if (static_cast<int64_t>(data.size()) < rows * steps) {
+      data.resize(rows * steps);
+    }
+  }
+  // Block `index` holds the rows from kRows * index on.
+  Scalar* block(int64_t index) {
+    return data.data() + index * kRows * steps;
+  }
+  const Scalar* block(int64_t index) const {
+    return data.data() + index * kRows * steps;
+  }
+  int rows_of(int64_t index) const {
+    return static_cast<int>(std::min<int64_t>(kRows, rows - index * kRows));
+  }
+  int64_t num_blocks() const {
+    return (rows + kRows - 1) / kRows;
+  }
+
+  // Write row `r` from fp32 values.
+  void set_row(int64_t r, const float* x, int64_t depth) {
+    const int64_t index = r / kRows;
+    const int count = rows_of(index);
+    Scalar* out = block(index) + r % kRows;
+    if constexpr (F::kStep == 1) {
+      for (int64_t k = 0; k < depth; ++k) {
+        out[k * count] = x[k];
+      }
+      for (int64_t k = depth; k < steps; ++k) {
+        out[k * count] = 0;
+      }
+    } else {
+      const auto bits = [](float value) {
+        return static_cast<uint32_t>(c10::BFloat16(value).x);
+      };
+      int64_t k = 0;
+      for (; k + 1 < depth; k += 2) {
+        out[k / 2 * count] = bits(x[k]) | bits(x[k + 1]) << 16;
+      }
+      if (k < depth) {
+        out[k / 2 * count] = bits(x[k]);
+        k += 2;
+      }
+      for (; k / 2 < steps; k += 2) {
+        out[k / 2 * count] = 0;
+      }
+    }
+  }
+};
+
+template <typename F>
+struct Term {
+  const Packed* weight;
+  const Blocks<F>* x;
+};
+
+// One output of a run: all terms have the same features and rows.
+template <typename F, typename Y>
+struct Output {
+  std::vector<Term<F>> terms;
+  const float* bias = nullptr; // [features]
+  Activation activation = Activation::kNone;
+  Y* y = nullptr; // [T, stride]
+  int64_t stride = 0;
+  const Y* residual = nullptr; // [T, stride], added last; may be y itself
+};
+
+// Threads take small groups of panels from a counter, so that one that is disturbed does less.
+class WorkQueue {
+ public:
+  WorkQueue(int64_t total, int64_t group) : total_(total), group_(std::max<int64_t>(1, group)) {}
+  bool take(int64_t& begin, int64_t& end) {
+    begin = next_.fetch_add(group_, std::memory_order_relaxed);
+    end = std::min(begin + group_, total_);
+    return begin < total_;
+  }
+
+ private:
+  std::atomic<int64_t> next_{0};
+  int64_t total_, group_;
+};
+
+template <typename Body>
+inline void on_all_threads(Body&& body) {
+  const int threads = at::get_num_threads();
+  if (threads == 1) {
+    body();
+    return;
+  }
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      body();
+    }
+  });
+}
+
+template <typename F, typename Y>
+void finish(const Output<F, Y>& out, int64_t panel, int64_t row, int rows, float* c) {
+  const int64_t features = out.terms[0].weight->features;
+  const int64_t first = panel * kCols;
+  const int64_t width = std::min<int64_t>(kCols, features - first);
+  for (int r = 0; r < rows; ++r, c += kCols) {
+    Y* y = out.y + (row + r) * out.stride + first;
+    if (width == kCols) {
+      for (int j = 0; j < kCols; j += kVec) {
+        Vec value = Vec::loadu(c + j);
+        if (out.bias) {
+          value = value + Vec::loadu(out.bias + first + j);
+        }
+        value = activate(out.activation, value);
+        if constexpr (std::is_same_v<Y, float>) {
+          if (out.residual) {
+            value = value + Vec::loadu(out.residual + (y - out.y) + j);
+          }
+          value.store(y + j);
+        } else {
+          value.store(c + j);
+        }
+      }
+      if constexpr (std::is_same_v<Y, float>) {
+        continue;
+      }
+    } else {
+      float padded[kCols] = {};
+      if (out.bias) {
+        std::memcpy(padded, out.bias + first, width * sizeof(float));
+      }
+      for (int j = 0; j < kCols; j += kVec) {
+        activate(out.activation, Vec::loadu(c + j) + Vec::loadu(padded + j)).store(c + j);
+      }
+    }
+    for (int64_t j = 0; j < width; ++j) {
+      const float added = out.residual ? static_cast<float>(out.residual[(y - out.y) + j]) : 0.f;
+      y[j] = static_cast<Y>(c[j] + added);
+    }
+  }
+}
+
+// Entries of K that are multiplied in one go when there are many rows: a chunk of a panel then
+// stays in the second-level cache while all rows pass.
+constexpr int64_t kChunk = 1024;
+constexpr int64_t kBlockRows = 20 * kRows;
+
+// Few rows: every panel is read once, from front to back.
+template <typename F, typename Y>
+void panel_few(const Output<F, Y>& out, int64_t panel) {
+  alignas(64) float c[kRows * kCols];
+  const int64_t num_blocks = out.terms[0].x->num_blocks();
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    const int rows = out.terms[0].x->rows_of(b);
+    bool accumulate = false;
+    for (const auto& term : out.terms) {
+      const auto* weight = term.weight->panels.template const_data_ptr<typename F::Weight>();
+      weight += panel * term.weight->padded() * kCols;
+      run_tile<F>(rows, weight, term.x->block(b), term.x->steps, c, accumulate);
+      accumulate = true;
+    }
+    finish(out, panel, b * kRows, rows, c);
+  }
+}
+
+// Many rows, `first` to `last` block: chunks of K outside, rows inside. Half-precision weights
+// without an instruction of their own are widened once per chunk.
+template <typename F, typename Y>
+void panel_many(
+    const Output<F, Y>& out, int64_t panel, int64_t first, int64_t last, float* c, float* wide) {
+  using W = typename F::Weight;
+  constexpr bool kWiden = F::kStep == 1 && !std::is_same_v<W, float>;
+  bool accumulate = false;
+  for (const auto& term : out.terms) {
+    const W* weight = term.weight->panels.template const_data_ptr<W>();
+    weight += panel * term.weight->padded() * kCols;
+    const int64_t steps = term.x->steps;
+    for (int64_t k = 0; k < steps; k += kChunk) {
+      const int64_t count = std::min(kChunk, steps - k);
+      const W* chunk = weight + k * kCols * F::kStep;
+      if constexpr (kWiden) {
+        for (int64_t i = 0; i < count * kCols; i += kVec) {
+          load(chunk + i).store(wide + i);
+        }
+      }
+      for (int64_t b = first; b < last; ++b) {
+        const int rows = term.x->rows_of(b);
+        const auto* a = term.x->block(b) + k * rows;
+        float* tile_c = c + (b - first) * kRows * kCols;
+        if constexpr (kWiden) {
+          run_tile<Format<float>>(rows, wide, a, count, tile_c, accumulate);
+        } else {
+          run_tile<F>(rows, chunk, a, count, tile_c, accumulate);
+        }
+      }
+      accumulate = true;
+    }
+  }
+  for (int64_t b = first; b < last; ++b) {
+    finish(out, panel, b * kRows, out.terms[0].x->rows_of(b), c + (b - first) * kRows * kCols);
+  }
+}
+
+template <typename F, typename Y>
+void run(const std::vector<Output<F, Y>>& outputs) {
+  int64_t total = 0;
+  for (const auto& out : outputs) {
+    total += out.terms[0].weight->num_panels();
+  }
+  const int64_t rows = outputs[0].terms[0].x->rows;
+  const int64_t num_blocks = outputs[0].terms[0].x->num_blocks();
+  const auto locate = [&](int64_t index) {
+    size_t which = 0;
+    while (index >= outputs[which].terms[0].weight->num_panels()) {
+      index -= outputs[which].terms[0].weight->num_panels();
+      ++which;
+    }
+    return std::make_pair(which, index);
+  };
+  const int64_t threads = at::get_num_threads();
+  const bool few = rows <= 2 * kRows;
+  const int64_t span = kBlockRows / kRows;
+  const int64_t sweeps = few ? 1 : (num_blocks + span - 1) / span;
+  WorkQueue queue(total * sweeps, std::min<int64_t>(8, total / (threads * 4)));
+  on_all_threads([&] {
+    std::vector<float> c, wide;
+    if (!few) {
+      c.resize(kBlockRows * kCols);
+      wide.resize(F::kStep == 1 ? kChunk * kCols : 0);
+    }
+    int64_t begin, end;
+    while (queue.take(begin, end)) {
+      for (int64_t i = begin; i < end; ++i) {
+        const auto [which, panel] = locate(i % total);
+        if (few) {
+          panel_few(outputs[which], panel);
+        } else {
+          const int64_t first = i / total * span;
+          panel_many(
+              outputs[which], panel, first, std::min(first + span, num_blocks), c.data(),
+              wide.data());
+        }
+      }
+    }
+  });
+}
+
+} // namespace gptneox

@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+// The register tile that every product of this library is made of: a few rows of activations times
+// a panel of weights, summed in fp32. Written on ATen's vector classes, so that one source serves
+// AVX-512, AVX2, NEON and plain C++.
+//
+// A panel holds kCols columns (output features) of a matrix, all of its K rows one after another:
+// [K][kCols]. Activations come in blocks of up to kRows rows, transposed: [K][rows]. Both are then
+// read from front to back.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+#define GPTNEOX_BF16_DOT 1
+#else
+#define GPTNEOX_BF16_DOT 0
+#endif
+
+namespace gptneox {
+
+using Vec = at::vec::Vectorized<float>;
+
+constexpr int kVec = Vec::size();
+constexpr int kCols = 2 * kVec;
+// Accumulators of a tile must fit the register file: 16 registers on AVX2, 32 elsewhere.
+constexpr int kRows = kVec == 8 ? 6 : 12;
+// K is padded with zeros to this multiple, so that unrolled loops have no remainder.
+constexpr int64_t kDepth = 16;
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+inline Vec load(const float* p) {
+  return Vec::loadu(p);
+}
+
+inline Vec load(const c10::Half* p) {
+  Vec out;
+  at::vec::load_fp32_from_fp16(p, out);
+  return out;
+}
+
+inline Vec load(const c10::BFloat16* p) {
+  Vec out;
+  at::vec::load_fp32_from_bf16(p, out);
+  return out;
+}
+
+// How a weight type is multiplied: Weight is what memory holds, Scalar one entry of a transposed
+// block of activations, kStep the values of K that one entry stands for.
+template <typename W>
+struct Format {
+  using Weight = W;
+  using Scalar = float;
+  static constexpr int kStep = 1;
+  using Operand = Vec;
+  static Operand operand(const W* p) {
+    return load(p);
+  }
+  static Vec multiply_add(const Scalar& a, const Operand& b, const Vec& c) {
+    return at::vec::fmadd(Vec(a), b, c);
+  }
+};
+
+#if GPTNEOX_BF16_DOT
+// Two neighbours of K in one 32-bit lane; activations are rounded to bf16.
+template <>
+struct Format<c10::BFloat16> {
+  using Weight = c10::BFloat16;
+  using Scalar = uint32_t;
+  static constexpr int kStep = 2;
+  using Operand = __m512bh;
+  static Operand operand(const Weight* p) {
+    return (__m512bh)_mm512_loadu_si512(p);
+  }
+  static Vec multiply_add(const Scalar& a, const Operand& b, const Vec& c) {
+    return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), b);
+  }
+};
+#endif
+
+// One tile: c[R][kCols] (+)= a * panel over `steps` entries of K, a multiple of the unrolling.
+template <typename F, int R>
+inline void tile(
+    const typename F::Weight* panel,
+    const typename F::Scalar* a,
+    int64_t steps,
+    float* c,
+    bool accumulate) {
+  // Few rows need several chains of sums to hide the latency of a multiply-add.
+  constexpr int kChains = R == 1 ? 8 : R <= 3 ? 4 : R <= 6 && kRows > 6 ? 2 : 1;
+  constexpr int64_t kStride = kCols * F::kStep;
+  Vec sum[kChains][R][2];
+  for (int u = 0; u < kChains; ++u) {
+    for (int r = 0; r < R; ++r) {
+      for (int j = 0; j < 2; ++j) {
+        sum[u][r][j] = accumulate && u == 0 ? Vec::loadu(c + r * kCols + j * kVec) : Vec(0.f);
+      }
+    }
+  }
+  for (int64_t k = 0; k < steps; k += kChains) {
+#pragma GCC unroll 8
+    for (int u = 0; u < kChains; ++u) {
+      const auto* p = panel + (k + u) * kStride;
+#if defined(__GNUC__)
+      // Beyond the end of a panel lies the next one, or nothing: a prefetch does not fault.
+      __builtin_prefetch(reinterpret_cast<const char*>(p) + 1024);
+#endif
+      const auto b0 = F::operand(p), b1 = F::operand(p + kStride / 2);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        const auto& x = a[(k + u) * R + r];
+        sum[u][r][0] = F::multiply_add(x, b0, sum[u][r][0]);
+        sum[u][r][1] = F::multiply_add(x, b1, sum[u][r][1]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int j = 0; j < 2; ++j) {
+      Vec total = sum[0][r][j];
+      for (int u = 1; u < kChains; ++u) {
+        total = total + sum[u][r][j];
+      }
+      total.store(c + r * kCols + j * kVec);
+    }
+  }
+}
+
+template <typename F>
+inline void run_tile(
+    int rows,
+    const typename F::Weight* panel,
+    const typename F::Scalar* a,
+    int64_t steps,
+    float* c,
+    bool accumulate) {
+  switch (rows) {
+#define GPTNEOX_ROWS(R)                                                  \
+  case R:                                                                \
+    if constexpr (R <= kRows) tile<F, R>(panel, a, steps, c, accumulate); \
+    break;
+    GPTNEOX_ROWS(1)
+    GPTNEOX_ROWS(2)
+    GPTNEOX_ROWS(3)
+    GPTNEOX_ROWS(4)
+    GPTNEOX_ROWS(5)
+    GPTNEOX_ROWS(6)
+    GPTNEOX_ROWS(7)
+    GPTNEOX_ROWS(8)
+    GPTNEOX_ROWS(9)
+    GPTNEOX_ROWS(10)
+    GPTNEOX_ROWS(11)
+    GPTNEOX_ROWS(12)
+#undef GPTNEOX_ROWS
+  }
+}
+
+} // namespace gptneox
