@@ -558,7 +558,7 @@ def main() -> None:
     what.add_argument("--output", type=Path, help="train a model and write it to this directory")
     what.add_argument("--evaluate", type=Path, help="measure the model of this directory")
     what.add_argument("--files", type=Path, help="only write the evaluation files below this")
-    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--steps", type=int, default=15_000)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="time limit")
     parser.add_argument("--start", type=Path, help="go on from the model of this directory")
     parser.add_argument("--begin", type=float, default=0.0, help="share of the schedule to skip")
