@@ -97,7 +97,8 @@ class PackedLayer:
     eps: float
     activation: Callable[[Tensor], Tensor]
     qkv_width: int  # 3W
-    scale: Tensor | None = None  # [C] of the one normalisation
+    scale: Tensor | None = None  # [C], of the one normalisation
+    shift: Tensor | None = None  # [C], likewise
 
 
 def check_shape(x: Tensor, shape: Sequence[int | None], name: str) -> None:
@@ -230,24 +231,31 @@ class Backend:
     def pack_layer(self, weights: LayerWeights) -> PackedLayer:
         """Make one of both normalisations and fold the difference into the products behind it.
 
-        With the bare normalisation N, LN(x) W.T + b is (s N(x)) (W diag(scale / s)).T +
-        (b + W shift) for any s, so both products that read x become one of [3W + F, C]; both that
-        write the partial sum are one of [C, W + F]. s is the scale before attention, whose weights
-        then stay as they are: rounding every weight anew would cost more than it saves. Where that
-        scale is small beside the other, the other one is taken. Folding is done in fp32.
+        With the bare normalisation N and any s and h, LN(x) W.T + b is
+        (s N(x) + h) (W diag(scale / s)).T + b + W (shift - h scale / s), so both products that
+        read x become one of [3W + F, C]; both that write the partial sum are one of [C, W + F].
+        s and h are those before attention, whose weights then stay as they are: rounding every
+        weight anew would cost more accuracy than the shorter way saves. Only channels in which
+        that scale vanishes beside the other, or the shift would drown the other's values, take
+        the other scale, or no shift. Folding is done in fp32.
         """
-        first, second = weights.norm_attention[0].float(), weights.norm_mlp[0].float()
+        (first, shift), (second, other) = (
+            (t[0].float(), t[1].float()) for t in (weights.norm_attention, weights.norm_mlp)
+        )
         scale = torch.where(first.abs() * 64 >= second.abs(), first, second)
         scale = torch.where(scale == 0, 1.0, scale)  # both are
+        keeps = (shift * second / scale).abs() <= second.abs() + other.abs()
+        shift = torch.where(keeps & (scale == first), shift, 0.0)
 
         def fold(
             norm: tuple[Tensor, Tensor], linear: tuple[Tensor, Tensor | None]
         ) -> tuple[Tensor, Tensor]:
             weight, bias = linear
-            wide = weight.float()
-            shift = (wide * norm[1].float()).sum(1)  # no product: some devices round those
-            wide *= norm[0].float() / scale
-            return wide.to(weight.dtype), shift if bias is None else shift + bias.float()
+            wide, ratio = weight.float(), norm[0].float() / scale
+            # no matrix product: some devices round its operands
+            added = (wide * (norm[1].float() - shift * ratio)).sum(1)
+            wide *= ratio
+            return wide.to(weight.dtype), added if bias is None else added + bias.float()
 
         qkv, qkv_bias = fold(weights.norm_attention, weights.query_key_value)
         up, up_bias = fold(weights.norm_mlp, weights.dense_h_to_4h)
@@ -263,6 +271,7 @@ class Backend:
             self.activation(weights.activation),
             qkv.shape[0],
             scale.to(qkv.dtype),
+            shift.to(qkv.dtype),
         )
 
     def layer_front(self, x: Tensor, packed: PackedLayer) -> tuple[Tensor, Tensor]:
@@ -270,7 +279,8 @@ class Backend:
 
         qkv may also come as a view [T, H, 3, D] of whatever layout suits the device.
         """
-        y = self.linear(F.layer_norm(x, x.shape[-1:], packed.scale, None, packed.eps), packed.front)
+        x = F.layer_norm(x, x.shape[-1:], packed.scale, packed.shift, packed.eps)
+        y = self.linear(x, packed.front)
         n = packed.qkv_width
         return y[:, :n], packed.activation(y[:, n:])
 
@@ -333,8 +343,10 @@ class Backend:
         self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         """Write k, v [T, H, D] to the slots [T] of the caches [N, P, H, D]."""
-        k_cache.flatten(0, 1).index_copy_(0, slot_mapping, k)
-        v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v)
+        size = k_cache.shape[1]
+        slots = (slot_mapping // size, slot_mapping % size)
+        k_cache[slots] = k
+        v_cache[slots] = v
 
     def rotary_paged_attention(
         self,

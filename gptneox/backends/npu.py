@@ -317,7 +317,8 @@ class NpuBackend(Backend):
     def layer_front(self, x: Tensor, packed: PackedLayer) -> tuple[Tensor, Tensor]:
         """Qkv as [T, H, 3, D]; the blocks of q, k and v are not copied here."""
         assert isinstance(packed, NpuLayer)
-        y = self.linear(F.layer_norm(x, x.shape[-1:], packed.scale, None, packed.eps), packed.front)
+        x = F.layer_norm(x, x.shape[-1:], packed.scale, packed.shift, packed.eps)
+        y = self.linear(x, packed.front)
         n = packed.qkv_width
         qkv = y[:, :n].view(len(y), 3, -1, packed.head_dim).transpose(1, 2)
         return qkv, packed.activation(y[:, n:])

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Logits on the NPU against Hugging Face in fp32, for a twin of every published checkpoint.
 
-The limit is 1.5 times the error that Hugging Face itself makes in fp16 on the CPU.
+The limit is the error that Hugging Face itself makes in fp16 on the CPU over the same positions:
+1.5 times its largest, and 1.25 times its root mean square, which single roundings move less.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from steps import BLOCK, Sequences
 from gptneox.engine.sequence import SamplingParams
 
 DTYPE = torch.float16
-LENGTHS = (1, 2, 15, 16, 17, 127, 128, 129)
+LENGTHS = (1, 2, 15, 16, 17, 127, 128, 129, 255)
 # Twins whose head_dim, rotary width, activation and residual form occur in no other.
 FEW = ("gpt-neox-20b", "pythia-1b", "pythia-2.8b", "relu-serial")
 
@@ -41,7 +42,7 @@ def twin(request, npu, chip, tmp_path_factory):
     if chip == "DUO without ATB" and request.param not in FEW:
         pytest.skip("the same operators as for another twin")
     directory = tmp_path_factory.mktemp("twin") / "checkpoint"
-    config = twins.FAMILY[request.param] | {"max_position_embeddings": 256}
+    config = twins.FAMILY[request.param] | {"max_position_embeddings": 320}
     model = twins.write_checkpoint(directory, config, dtype=DTYPE)
     vocab = config["vocab_size"]
     return SimpleNamespace(
@@ -50,22 +51,32 @@ def twin(request, npu, chip, tmp_path_factory):
 
 
 def reference(twin, ids):
-    """fp32 logits [S, V], and the error of Hugging Face in fp16."""
+    """fp32 logits [S, V], and how far Hugging Face in half precision is from them."""
     tokens = torch.tensor([ids])
     with torch.inference_mode():
         exact = twin.hf(tokens).logits[0]
-        return exact, (twin.half(tokens).logits[0].float() - exact).abs().max().item()
+        return exact, twin.half(tokens).logits[0].float() - exact
+
+
+def hold(errors, half_errors):
+    """Ours against those of Hugging Face, over all rows of a test."""
+    ours, theirs = (torch.cat([e.flatten() for e in x]) for x in (errors, half_errors))
+    largest = (ours.abs().max() / theirs.abs().max()).item()
+    mean = (ours.square().mean() / theirs.square().mean()).sqrt().item()
+    assert largest <= 1.5, f"{largest} times Hugging Face's largest error"
+    assert mean <= 1.25, f"{mean} times Hugging Face's mean error"
 
 
 def compare(tokens, twin):
     """Hold every logit against the limit."""
-    errors, limit = [], 0.0
+    errors, half_errors = [], []
     for i, ids in enumerate(tokens.ids):
         exact, half_error = reference(twin, ids[: tokens.done[i]])
         ours = torch.cat(tokens.logits[i])
-        errors.append((ours - exact[len(exact) - len(ours) :]).abs().max().item())
-        limit = max(limit, half_error)
-    assert max(errors) <= 1.5 * limit, f"errors {errors}, Hugging Face in fp16 {limit}"
+        start = len(exact) - len(ours)
+        errors.append(ours - exact[start:])
+        half_errors.append(half_error[start:])
+    hold(errors, half_errors)
 
 
 @pytest.fixture
@@ -78,9 +89,39 @@ def test_prefill_decode_and_chunks(twin, engine):
     tokens = Sequences(engine, twins.prompts([n + 24 for n in LENGTHS], twin.vocab))
     tokens.step(LENGTHS)
     tokens.step([1] * len(LENGTHS))
-    tokens.step([1, 20, 1, 3, 20, 2, 1, 20])  # chunks behind what is cached, next to decoding
+    tokens.step([1, 20, 1, 3, 20, 2, 1, 20, 9])  # chunks behind what is cached, next to decoding
     tokens.step([1] * len(LENGTHS))
     compare(tokens, twin)
+
+
+def test_64_decode_steps(twin, engine, request):
+    """Rows of different lengths, over the edge of a block and up to it."""
+    if "gpt-neox-20b" not in request.node.name and request.config.option.markexpr != "slow":
+        pytest.skip("every twin in the long run")
+    lengths = (1, 17, 64, 100)
+    tokens = Sequences(engine, twins.prompts([n + 64 for n in lengths], twin.vocab))
+    tokens.step(lengths)
+    for _ in range(64):
+        tokens.step([1] * len(lengths))
+    compare(tokens, twin)
+
+
+def test_bf16_on_a2(npu, chip, tmp_path):
+    """bf16 files of two forms, against Hugging Face's own error in bf16."""
+    if chip != "A2":
+        pytest.skip("of an A2")
+    for name in ("gpt-neox-20b", "redpajama-incite-3b"):
+        config = twins.FAMILY[name]
+        model = twins.write_checkpoint(tmp_path / name, config, dtype=torch.bfloat16)
+        half = copy.deepcopy(model).to(torch.bfloat16)
+        engine = twins.load_engine(tmp_path / name, npu, "auto", num_blocks=2)
+        assert engine.dtype == torch.bfloat16
+        lengths = (1, 17, 127)
+        tokens = Sequences(engine, twins.prompts([n + 3 for n in lengths], config["vocab_size"]))
+        tokens.step(lengths)
+        for _ in range(3):
+            tokens.step([1] * len(lengths))
+        compare(tokens, SimpleNamespace(hf=model, half=half))
 
 
 def test_prefix_cache_hit(twin, engine):
@@ -100,7 +141,8 @@ def test_flash_path(twin, npu):
 
     model = GPTNeoXForCausalLM.from_pretrained(str(twin.path), dtype="auto", device_map="npu")
     assert model.gpt_neox.embed_in.weight.dtype == DTYPE
-    for lengths in ((40, 40), (17, 40), (1, 1)):
+    errors, half_errors = [], []
+    for lengths in ((200, 200), (17, 200), (1, 1)):
         ids = twins.prompts([n + 3 for n in lengths], twin.vocab)
         longest = max(lengths)
         mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths])
@@ -119,12 +161,11 @@ def test_flash_path(twin, npu):
             )
             parts.append(out.logits.float().cpu())
         ours = torch.cat(parts, 1)
-        errors, limit = [], 0.0
         for row, (n, i) in enumerate(zip(lengths, ids, strict=True)):
             exact, half_error = reference(twin, i[: n + 3])
-            errors.append((ours[row, longest - n :] - exact).abs().max().item())
-            limit = max(limit, half_error)
-        assert max(errors) <= 1.5 * limit, f"{lengths}: {errors}, Hugging Face in fp16 {limit}"
+            errors.append(ours[row, longest - n :] - exact)
+            half_errors.append(half_error)
+    hold(errors, half_errors)
 
 
 def test_generates_what_hugging_face_does(twin, npu, request):
@@ -141,4 +182,4 @@ def test_generates_what_hugging_face_does(twin, npu, request):
         exact, half_error = reference(twin, prompt + output.token_ids)
         # Whatever was chosen is as likely as the best choice, within the rounding of fp16.
         for row, token in zip(exact[len(prompt) - 1 :], output.token_ids, strict=False):
-            assert row.max() - row[token] <= 3 * half_error
+            assert row.max() - row[token] <= 3 * half_error.abs().max()
