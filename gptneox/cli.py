@@ -118,7 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--debug", action="store_true", help="log more, and show tracebacks")
 
     group: Any = parser.add_argument_group("model")
-    parser_add, add = add, lambda name, **kw: _Parser.flag(group, name, **kw)
+    _, add = add, lambda name, **kw: _Parser.flag(group, name, **kw)
     add("--model_path", metavar="DIR", help="checkpoint; default: the embedded weights/neox-mini")
     add("--device", metavar="NAME", help="auto, npu, cuda or cpu")
     add("--dtype", metavar="NAME", help="auto, float16, bfloat16 or float32")
@@ -162,9 +162,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num_blocks", type=int, metavar="N", help="KV-cache blocks; default: from free memory")
     add("--enable_prefix_caching", type=_boolean, nargs="?", const=True, metavar="BOOL")
     add("--enable_chunked_prefill", type=_boolean, nargs="?", const=True, metavar="BOOL")
+    add("--graphs", metavar="NAME", help="auto, on or off: replay decode steps as graphs")
     add("--memory_fraction", type=float, metavar="X", help="share of free memory for the cache")
     add("--reserved_memory_gb", type=float, metavar="X", help="GiB kept free beside the cache")
-    del parser_add
     return parser
 
 

@@ -313,6 +313,11 @@ class EngineSection:
     )
     enable_chunked_prefill: bool = _setting(True, "split prompts longer than max_prefill_tokens")
     enable_prefix_caching: bool = _setting(True, "reuse the blocks of equal prompt beginnings")
+    graphs: str = _setting(
+        "auto",
+        "auto | on | off: replay decode steps as captured graphs; auto: not on an NPU",
+        env="GPTNEOX_GRAPHS",
+    )
     memory_fraction: float = _setting(
         0.9, "share of the free memory the KV cache may take", env="NPU_MEMORY_FRACTION"
     )
@@ -321,6 +326,7 @@ class EngineSection:
     )
 
     def __post_init__(self) -> None:
+        _one_of("engine", "graphs", self.graphs, ("auto", "on", "off"))
         if not 16 <= self.block_size <= 512:
             raise ConfigError(f"[engine] block_size is {self.block_size}; use 16 to 512")
         if self.max_prefill_tokens != -1 and self.max_prefill_tokens < 1:

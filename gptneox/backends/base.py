@@ -7,6 +7,7 @@ N blocks, P block_size, M blocks per sequence, K features in, F features out.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -118,6 +121,7 @@ class Backend:
     device_type = "cpu"
     pins_memory = False  # copies to the device overlap when they start in page-locked memory
     fuses_layers = False  # give parallel-residual layers to `pack_layer`
+    graphs = "auto"  # [engine] graphs: on, off, or auto, as the backend thinks best
 
     def __init__(self) -> None:
         self.device = torch.device(self.device_type)
@@ -453,6 +457,8 @@ class Backend:
 
     def capture(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """A step that replays as one launch where the device has graphs; here the step itself."""
+        if self.graphs == "on":
+            logger.warning("graphs are on, but %s has none: steps run as they are", self.name)
         return step
 
 

@@ -29,10 +29,12 @@ from gptneox.backends.base import (
 from gptneox.backends.npu_attention import (
     ACL_FORMAT_NZ,
     MAX_HEAD_DIM,
+    A2Attention,
     Choice,
     PlainAttention,
     choose,
 )
+from gptneox.backends.npu_graphs import MAX_PADDING, DecodeGraphs
 from gptneox.backends.npu_setup import (
     NNAL_SCRIPT,
     cann_findings,
@@ -91,6 +93,8 @@ class NpuBackend(Backend):
         self._attention: PlainAttention | None = None
         self._head_dim = self._rotary_dim = 0
         self._tables: dict[str, Choice] = {}
+        self._cache_shape = (0, 0)  # blocks and their size, as asked for
+        self._num_positions = 0
         self._angles: tuple[tuple[Any, Any], tuple[Tensor, Tensor]] | None = None
 
     @functools.cached_property
@@ -183,6 +187,9 @@ class NpuBackend(Backend):
             rotary,
             Choice("gelu", "npu_gelu", "F.gelu is the tanh form whatever it is asked for"),
             Choice("layer", "two products", "with a parallel residual; four with a serial one"),
+            Choice("decode steps", "as they are", "graphs: --graphs on, untried on a card")
+            if not self.is_310p
+            else Choice("decode steps", "as they are", "graphs are built for Atlas A2 only"),
             weights,
         ]
 
@@ -332,6 +339,7 @@ class NpuBackend(Backend):
         self, cos: Tensor, sin: Tensor, head_dim: int, *, fused: bool
     ) -> tuple[Tensor, Tensor]:
         """D/2 wide for q and k in `head_order`, else R/2."""
+        self._num_positions = len(cos)
         if fused and self._turns_whole_heads(head_dim):
             rest = head_dim // 2 - cos.shape[1]
             cos, sin = F.pad(cos, (0, rest), value=1.0), F.pad(sin, (0, rest))
@@ -389,6 +397,9 @@ class NpuBackend(Backend):
             self._attention = kind(self.ops, self.device)
             level = logging.WARNING if "slower" in reason else logging.INFO
             logger.log(level, "paged attention: %s (%s)", kind.operator, reason)
+        self._cache_shape = (num_blocks, block_size)
+        if not self._why_no_graphs():
+            num_blocks += -(-MAX_PADDING // block_size)
         try:
             return self._attention.allocate(num_blocks, block_size, num_heads, head_dim, dtype)
         except torch.OutOfMemoryError as error:
@@ -452,6 +463,37 @@ class NpuBackend(Backend):
             level = logging.WARNING if "slower" in reason else logging.INFO
             logger.log(level, "flash attention: %s (%s)", kind.operator, reason)
         return self._attention.dense(q, k_store, v_store, length, key_mask, scale)
+
+    # -- graphs ----------------------------------------------------------------------------------
+
+    def _why_no_graphs(self) -> str:
+        """Empty when decode steps are captured."""
+        if self.graphs != "on":
+            return "graphs are off until a card has confirmed them; --graphs on"
+        if self.is_310p:
+            return "the update of a captured operator is documented for Atlas A2 only"
+        if not isinstance(self._attention, A2Attention):
+            return "attention in plain torch takes its lengths from the host"
+        return ""
+
+    def capture(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Graphs where they were asked for; where there are none, that is said."""
+        if reason := self._why_no_graphs():
+            if self.graphs == "on":
+                logger.warning("graphs are on, but decode steps run as they are: %s", reason)
+            return step
+        num_blocks, block_size = self._cache_shape
+        return DecodeGraphs(
+            step,
+            self.ops,
+            forget=self._forget,
+            scratch_block=num_blocks,
+            block_size=block_size,
+            table_width=min(num_blocks, -(-self._num_positions // block_size)),
+        )
+
+    def _forget(self) -> None:
+        self._angles = None
 
 
 def head_order(head_dim: int, rotary_dim: int) -> list[int]:

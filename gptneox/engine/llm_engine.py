@@ -131,6 +131,7 @@ class LLMEngine:
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_positions = model.num_positions
         self.dtype = dtype
+        model.backend.graphs = settings.graphs
         num_blocks = settings.num_blocks or self._fit_blocks()
         config, ranks = model.config, model.group.world_size
         cache = PagedKVCache(

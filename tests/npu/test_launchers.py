@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The launchers themselves on emulated machines: one rank and two over hccl, both paths.
 
+neox-mini has to give the text that it gives on the CPU; a random twin of the 20B model, the ids
+that Hugging Face finds.
+
 And what a user is told when something is missing: one line with the remedy, exit status not 0.
 """
 
@@ -17,6 +20,7 @@ import torch
 import twins
 
 REPO = Path(__file__).resolve().parents[2]
+MAIN = (sys.executable, REPO / "main.py")
 PROMPTS = twins.prompts([17, 40], 288, seed=5)
 NUM_NEW = 8
 
@@ -58,36 +62,123 @@ def answers_of(done, output):
     return [json.loads(line)["token_ids"] for line in output.read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("name", "devices"), [("910B4", "0"), ("910B4", "0,1"), ("310P3", "0,1")])
+def matrix(*quick):
+    """Both chips with one device and two; what is not `quick` runs with -m slow."""
+    return [
+        pytest.param(name, devices, marks=() if (name, devices) in quick else pytest.mark.slow)
+        for name in ("910B4", "310P3")
+        for devices in ("0", "0,1")
+    ]
+
+
+@pytest.mark.parametrize(("name", "devices"), matrix(("910B4", "0,1")))
 def test_run_pa(machines, checkpoint, tmp_path, name, devices):
     path, expected = checkpoint
-    output = tmp_path / "answers.jsonl"
+    output, trace = tmp_path / "answers.jsonl", tmp_path / "trace"
     done = machines[name].run(
         *("bash", "run_pa.sh", path, *options(output)),
         ASCEND_RT_VISIBLE_DEVICES=devices,
         MASTER_PORT=free_port(),
+        FAKE_NPU_TRACE=str(trace),
     )
     assert answers_of(done, output) == expected
+    if devices == "0,1":
+        for rank in range(2):
+            check_reductions(Path(f"{trace}.{rank}").read_text(encoding="ascii").split(), name)
 
 
-@pytest.mark.parametrize("name", [pytest.param("910B4", marks=pytest.mark.slow), "310P3"])
-def test_cut_model_and_run(machines, checkpoint, tmp_path, name):
+def check_reductions(kernels, name):
+    """One all-reduce per layer and step, after the one product that makes the partial sum."""
+    last = ["Cat", "Addmm"] if name == "910B4" else ["Cat", "MatmulWeightNz", "InplaceAdd"]
+    places = [i for i, kernel in enumerate(kernels) if kernel == "c10d::allreduce_"]
+    assert len(places) == twins.FAMILY["gpt-neox-20b"]["num_hidden_layers"] * NUM_NEW
+    for i in places:
+        around = [k.removeprefix("aclnn") for k in kernels[i - len(last) : i + 2]]
+        assert around == [*last, "c10d::allreduce_", "Add"]
+
+
+@pytest.mark.parametrize(("name", "devices"), matrix(("310P3", "0,1")))
+def test_cut_model_and_run(machines, checkpoint, tmp_path, name, devices):
     path, expected = checkpoint
     copy, output = tmp_path / "checkpoint", tmp_path / "answers.jsonl"
     shutil.copytree(path, copy)
     done = machines[name].run(
         *("bash", "cut_model_and_run.sh", "inference", *options(output)),
         input_dir=str(copy),
-        world_size_="2",
-        ASCEND_RT_VISIBLE_DEVICES="0,1",
+        world_size_=str(len(devices.split(","))),
+        ASCEND_RT_VISIBLE_DEVICES=devices,
         MASTER_PORT=free_port(),
     )
     assert answers_of(done, output) == expected
 
 
+# -- the embedded checkpoint ---------------------------------------------------------------------
+
+MINI = REPO / "weights/neox-mini"
+TEXTS = ("What's deep learning?", "Once upon a time there was", "The sea")
+ASK = ("--input_texts", *TEXTS, "--max_batch_size", "2", "--max_output_length", "32")
+
+
+def printed(done):
+    """Questions, answers and token counts, less the two lines of speeds."""
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    lines = done.stdout.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("Question[0]"))
+    found = [x for x in lines[first:] if not x.startswith(("prefill: ", "decode: ", "total: "))]
+    assert sum(line.startswith("Generate[") for line in found) == len(TEXTS)
+    return found
+
+
+@pytest.fixture(scope="session")
+def texts_of_cpu(machines):
+    """What either path prints on the CPU, in fp32."""
+    found = {}
+    for attention in ("paged", "flash"):
+        done = machines["910B4"].run(
+            *(*MAIN, "--device", "cpu", "--dtype", "float32", "--attention", attention, *ASK)
+        )
+        found[attention] = printed(done)
+    return found
+
+
+@pytest.mark.parametrize(("name", "devices"), matrix(("910B4", "0"), ("310P3", "0,1")))
+def test_neox_mini_through_run_pa(machines, texts_of_cpu, name, devices):
+    done = machines[name].run(
+        *("bash", "run_pa.sh", *ASK), ASCEND_RT_VISIBLE_DEVICES=devices, MASTER_PORT=free_port()
+    )
+    assert f"on Ascend{name}" in done.stderr
+    assert printed(done) == texts_of_cpu["paged"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", ["0", "0,1"])
+def test_neox_mini_with_graphs(machines, texts_of_cpu, devices):
+    """Collectives are captured, too."""
+    done = machines["910B4"].run(
+        *("bash", "run_pa.sh", *ASK, "--graphs", "on"),
+        ASCEND_RT_VISIBLE_DEVICES=devices,
+        MASTER_PORT=free_port(),
+    )
+    assert "captured the decode step of 2 sequences" in done.stderr
+    assert printed(done) == texts_of_cpu["paged"]
+
+
+@pytest.mark.parametrize(("name", "devices"), matrix(("910B4", "0,1")))
+def test_neox_mini_through_cut_model_and_run(machines, texts_of_cpu, tmp_path, name, devices):
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(MINI, copy, ignore=shutil.ignore_patterns("part_model"))
+    done = machines[name].run(
+        *("bash", "cut_model_and_run.sh", "inference", *ASK),
+        input_dir=str(copy),
+        world_size_=str(len(devices.split(","))),
+        ASCEND_RT_VISIBLE_DEVICES=devices,
+        MASTER_PORT=free_port(),
+    )
+    assert printed(done) == texts_of_cpu["flash"]
+
+
 # -- what is said when something is missing ------------------------------------------------------
 
-MAIN = (sys.executable, REPO / "main.py")
 ONE_PROMPT = ("--load_tokenizer", "False", "--input_ids", "1,2,3")
 PAGED = ("--auto_attention", "paged", *ONE_PROMPT)
 

@@ -13,7 +13,9 @@ def activate() -> None:
 
     from .device import EmulatedDevice
 
-    EmulatedDevice().__enter__()
+    device = EmulatedDevice()
+    device.emulate_graphs()
+    device.__enter__()
     real_init = dist.init_process_group
 
     def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) -> Any:

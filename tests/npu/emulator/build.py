@@ -87,12 +87,16 @@ def build(out: Path, site: Path) -> None:
         for m in ENTRY_POINT.findall((site / "torch_npu/lib/libtorch_npu.so").read_bytes())
     }
     kernels = sorted(n for n in names if n + "GetWorkspaceSize" in names)
+    undefined = [n for n in names if n.endswith("GetMaxWorkspaceSize")]  # asked for by captures
     source = out / "stubs.c"
-    source.write_text(stub_source(missing_symbols(mine, others), kernels), encoding="ascii")
+    source.write_text(
+        stub_source(missing_symbols(mine, others) + undefined, kernels), encoding="ascii"
+    )
     main = out / "libascendcl.so"
     compile_library(main, source, Path(__file__).with_name("runtime.c"))
     # The others are empty and find their symbols through the first.
-    for name in {*missing_libraries(mine, others), "libopapi.so"} - {main.name}:
+    extra = {"libopapi.so", "libnnopbase.so"}  # opened at run time
+    for name in {*missing_libraries(mine, others), *extra} - {main.name}:
         flags = ("-Wl,--no-as-needed", f"-L{out}", "-l:libascendcl.so")
         compile_library(out / name, "-x", "c", os.devnull, *flags)
 

@@ -12,7 +12,7 @@ The stand-in libraries let the real torch_npu run on host memory, with kernels t
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .operators import REFERENCES
+from .operators import REFERENCES, DeviceLimit
 
 # Memory management: the real implementation is right as it is.
 REAL = {
@@ -28,6 +28,13 @@ REAL = {
     *("aten::new_empty_strided", "aten::set_", "aten::resize_", "aten::detach"),
     *("aten::record_stream", "aten::is_pinned", "aten::_pin_memory"),
     *("npu::empty_with_format", "npu::get_npu_format", "npu::get_storage_size"),
+    "npu::_npu_fused_infer_attention_score_get_max_workspace",
+    "npu::_npu_fused_infer_attention_score_infer_output",
+}
+# What waits for the device or leaves it, and so cannot be captured.
+NOT_CAPTURED = {
+    *("aten::nonzero", "aten::masked_select", "aten::unique_consecutive", "aten::_unique2"),
+    *("aten::_local_scalar_dense", "aten::equal", "aten::multinomial", "aten::is_nonzero"),
 }
 # The shape of the result depends on values, which a kernel that computes nothing cannot give.
 VALUE_DEPENDENT = {
@@ -73,6 +80,8 @@ class Call:
         self.schema = func._schema
         self.name: str = self.schema.name
         self.is_collective = self.name.startswith("c10d::")
+        if self.is_collective:  # gloo carries it, so no kernel is launched that writes itself down
+            ctypes.CDLL("libascendcl.so").fake_kernel(self.name.encode("ascii"))
         self.written: list[tuple[Tensor, Tensor]] = []  # (npu tensor, its new value on the host)
         written = {a.name for a in self.schema.arguments if a.alias_info and a.alias_info.is_write}
         names = [a.name for a in self.schema.arguments]
@@ -140,8 +149,42 @@ class Call:
         return got
 
 
+class Tape:
+    """What a graph captured: calls in order, and the task groups among them that are updated.
+
+    A group waits for an event that its update records; the next replay waits for the next one.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self.groups: dict[int, int] = {}  # handle -> index of its call
+        self.updated: set[int] = set()
+
+    def replay(self) -> None:
+        if missing := self.groups.keys() - self.updated:
+            raise DeviceLimit(f"the replay would wait for ever: {len(missing)} tasks not updated")
+        self.updated = set()
+        for func, args, kwargs, out in self.calls:
+            call = Call(func, args, kwargs)
+            want = call.reference()
+            if call.is_collective:  # in place
+                want[-1].wait()
+                continue
+            call.store_written()
+            for made, value in zip(tree_leaves(out), tree_leaves(want), strict=True):
+                if is_npu(made) and not any(value is host for _, host in call.written):
+                    on_host(made).copy_(value)
+
+
 class EmulatedDevice(TorchDispatchMode):
     """While active, npu tensors of this thread hold real numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tape: Tape | None = None  # of the graph that is being captured
+        self.tapes: dict[int, Tape] = {}  # task handle -> its graph's
+        self.group_start = 0
+        self.updating: int | None = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -157,6 +200,8 @@ class EmulatedDevice(TorchDispatchMode):
         ):
             with self:
                 return func.decompose(*args, **kwargs)
+        if self.tape is not None:
+            self.check_capture(name, leaves)
         got = None
         if any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns):
             got = func(*args, **kwargs)  # a view, or an operator that copies if it must
@@ -164,9 +209,87 @@ class EmulatedDevice(TorchDispatchMode):
             made = [x for x in tree_leaves(got) if isinstance(x, Tensor)]
             if all(x.untyped_storage().data_ptr() in memory for x in made):
                 return got
+        if self.updating is not None:  # new arguments for a captured task, which is not run now
+            func(*args, **kwargs)
+            tape = self.tapes[self.updating]
+            place = tape.groups[self.updating]
+            tape.calls[place] = (func, args, kwargs, tape.calls[place][3])
+            tape.updated.add(self.updating)
+            return tape.calls[place][3]
         call = Call(func, args, kwargs)
         want = call.reference()
         if got is None and name not in VALUE_DEPENDENT and not call.is_collective:
             got = func(*args, **kwargs)
         call.store_written()
-        return call.to_device(want, got)
+        out = call.to_device(want, got)
+        if self.tape is not None:
+            self.tape.calls.append((func, args, kwargs, out))
+        return out
+
+    @staticmethod
+    def check_capture(name: str, leaves: list[Any]) -> None:
+        if name in NOT_CAPTURED:
+            raise DeviceLimit(f"{name} waits for the device and cannot be captured")
+        on_cpu = [x for x in leaves if isinstance(x, Tensor) and not is_npu(x) and x.dim()]
+        leaves_device = any(isinstance(x, torch.device) and x.type == "cpu" for x in leaves)
+        if name in ("aten::copy_", "aten::_to_copy") and (on_cpu or leaves_device):
+            raise DeviceLimit(f"{name} between host and device cannot be captured")
+
+    def emulate_graphs(self) -> None:
+        """Real graphs are begun and ended, tasks too; what they hold is kept here."""
+        import torch_npu.npu.graphs as graphs
+
+        graph_class = torch.npu.NPUGraph
+        real = {n: getattr(graph_class, n) for n in ("capture_begin", "capture_end", "replay")}
+        task = {n: getattr(graphs, f"graph_task_{n}") for n in TASK_CALLS}
+
+        def capture_begin(graph: Any, *args: Any, **kwargs: Any) -> None:
+            real["capture_begin"](graph, *args, **kwargs)
+            graph.tape = self.tape = Tape()
+
+        def capture_end(graph: Any) -> None:
+            self.tape = None
+            real["capture_end"](graph)
+
+        def replay(graph: Any) -> None:
+            real["replay"](graph)
+            graph.tape.replay()
+
+        def group_begin(stream: Any) -> None:
+            task["group_begin"](stream)
+            assert self.tape is not None, "a task group outside of a capture"
+            self.group_start = len(self.tape.calls)
+
+        def group_end(stream: Any) -> Any:
+            real_handle = task["group_end"](stream)
+            assert self.tape is not None
+            assert len(self.tape.calls) == self.group_start + 1, "one operator per task group"
+            handle = Handle(len(self.tapes) + 1, real_handle)
+            self.tapes[handle.number] = self.tape
+            self.tape.groups[handle.number] = self.group_start
+            return handle
+
+        def update_begin(stream: Any, handle: Any) -> None:
+            task["update_begin"](stream, handle.real)
+            self.updating = handle.number
+
+        def update_end(stream: Any) -> None:
+            self.updating = None
+            task["update_end"](stream)
+
+        graph_class.capture_begin, graph_class.capture_end = capture_begin, capture_end
+        graph_class.replay = replay
+        for name, function in zip(
+            TASK_CALLS, (group_begin, group_end, update_begin, update_end), strict=True
+        ):
+            setattr(graphs, f"graph_task_{name}", function)
+
+
+TASK_CALLS = ("group_begin", "group_end", "update_begin", "update_end")
+
+
+class Handle(NamedTuple):
+    """A captured task: our number, and torch_npu's handle."""
+
+    number: int
+    real: Any

@@ -170,6 +170,8 @@ def fused_infer_attention_score(
     num_key_value_heads: int = 0,
     sparse_mode: int = 0,
     block_size: int = 0,
+    workspace: Tensor | None = None,
+    out: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     head_dim = query.shape[-1] // (num_heads if input_layout == "BSH" else 1)
     check_fia(given, input_layout, head_dim)
@@ -183,8 +185,8 @@ def fused_infer_attention_score(
             need(atten_mask.shape[-1] == k_rows.shape[1], "mask and keys differ in length")
         actual_seq_lengths_kv = per_row(actual_seq_lengths_kv, k_rows.shape[1], rows)
     q_lens = per_row(actual_seq_lengths, s, rows) if s > 1 else [1] * rows
-    out = torch.zeros_like(query)
-    out_rows = split_heads(out, input_layout, num_heads)
+    result = torch.zeros_like(query) if out is None else out[0].zero_()
+    out_rows = split_heads(result, input_layout, num_heads)
     for b, (n, length) in enumerate(zip(q_lens, actual_seq_lengths_kv or [], strict=True)):
         if block_table is not None:
             k, v = (cached_rows(c, block_table[b], length, num_heads) for c in (key, value))
@@ -198,7 +200,7 @@ def fused_infer_attention_score(
             need(s == 1, f"sparse_mode {sparse_mode} is not emulated")
             visible = None
         out_rows[b, :n] = attend(q[b, :n], k, v, scale, visible)
-    return out, torch.empty(0, dtype=torch.float32)
+    return result, torch.empty(0, dtype=torch.float32) if out is None else out[1]
 
 
 @reference("npu::npu_incre_flash_attention")

@@ -5,7 +5,8 @@
  *   FAKE_NPU_COUNT   devices (1)
  *   FAKE_NPU_SOC     Ascend910B4 or Ascend310P3 (Ascend910B4)
  *   FAKE_NPU_MEM     bytes of memory of each device (64 GiB)
- *   FAKE_NPU_TRACE   file that gets the name of every kernel that is launched
+ *   FAKE_NPU_TRACE   file that gets the name of every kernel that is launched; under torchrun each
+ *                    rank has its own, with the rank behind a dot
  */
 #define _GNU_SOURCE
 #include <stdint.h>
@@ -69,7 +70,6 @@ NOTHING(aclrtStreamWaitEvent)
 NOTHING(aclrtResetEvent)
 NOTHING(aclmdlRICaptureThreadExchangeMode)
 NOTHING(AddTensorAddrToCachedList)
-R aclmdlRICaptureGetInfo(P s, int *state, P *m) { if (state) *state = 0; return 0; }
 
 /* ---- memory: the size lies in a header before each block ---- */
 
@@ -134,11 +134,35 @@ void fake_kernel(const char *name) {
   static FILE *file;
   const char *path = getenv("FAKE_NPU_TRACE");
   if (!path) return;
-  if (!file) file = fopen(path, "a");
+  if (!file) {
+    char own[4096];
+    const char *rank = getenv("RANK");
+    snprintf(own, sizeof own, rank ? "%s.%s" : "%s", path, rank);
+    file = fopen(own, "a");
+  }
   if (!file) return;
   fprintf(file, "%s\n", name);
   fflush(file);
 }
+
+/* ---- graphs: device.py keeps what they do; a replay is one launch ---- */
+
+static P captured; /* the graph that is being captured */
+R aclmdlRICaptureBegin(P stream, int mode) { captured = calloc(1, 64); return 0; }
+R aclmdlRICaptureGetInfo(P stream, int *state, P *model) {
+  if (state) *state = captured != 0;
+  if (model) *model = captured;
+  return 0;
+}
+R aclmdlRICaptureEnd(P stream, P *model) { *model = captured; captured = 0; return 0; }
+R aclmdlRICaptureTaskGrpBegin(P stream) { return captured ? 0 : BAD_ARGUMENT; }
+R aclmdlRICaptureTaskGrpEnd(P stream, P *handle) { *handle = calloc(1, 64); return captured ? 0 : BAD_ARGUMENT; }
+R aclmdlRICaptureTaskUpdateBegin(P stream, P handle) { return handle ? 0 : BAD_ARGUMENT; }
+NOTHING(aclmdlRICaptureTaskUpdateEnd)
+NOTHING(aclmdlRIDestroy)
+NOTHING(aclDestroyAclOpExecutor)
+NOTHING(aclSetAclOpExecutorRepeatable)
+R aclmdlRIExecuteAsync(P model, P stream) { fake_kernel("graph"); return 0; }
 
 enum { DIMS = 12 };
 struct tensor { int dtype, format, dims; int64_t shape[DIMS]; };

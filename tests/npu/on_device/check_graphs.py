@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode steps as captured graphs: what they answer, what they launch, and where there are none."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import twins
+
+from gptneox.backends.npu import NpuBackend
+from gptneox.engine.sequence import SamplingParams
+
+NUM_NEW = 24
+
+
+@pytest.fixture
+def make_engine(tmp_path):
+    """Makes an engine of a fresh backend, so that nothing of another one is left in it."""
+
+    def make(graphs, name="gpt-neox-20b", **settings):
+        path = tmp_path / name
+        if not path.exists():
+            twins.write_checkpoint(path, twins.FAMILY[name], dtype=torch.float16)
+        backend = NpuBackend()
+        backend.setup(0)
+        return twins.load_engine(path, backend, "auto", graphs=graphs, **settings)
+
+    return make
+
+
+def answers(engine, vocab=288):
+    """Requests that join and leave: batches of 5 down to 1, blocks that fill up on the way."""
+    lengths = (3, 120, 40, 9, 126)
+    params = [
+        SamplingParams(max_new_tokens=NUM_NEW - 3 * i, ignore_eos=True, logprobs=0)
+        for i in range(len(lengths))
+    ]
+    outputs = engine.generate(twins.prompts(lengths, vocab, seed=4), params)
+    return [(o.token_ids, [step.logprob for step in o.logprobs]) for o in outputs]
+
+
+SETTINGS = {"num_blocks": 14, "max_batch_size": 5}
+
+
+@pytest.fixture
+def a2(chip):
+    if chip != "A2":
+        pytest.skip("of an A2")
+
+
+@pytest.mark.parametrize("name", ["gpt-neox-20b", "redpajama-incite-3b"])
+@pytest.mark.parametrize("block_size", [128, 16])
+def test_replays_answer_as_steps_do(a2, make_engine, name, block_size):
+    settings = SETTINGS | {"block_size": block_size}
+    if block_size == 16:
+        settings["num_blocks"] = 60
+    expected = answers(make_engine("off", name, **settings))
+    engine = make_engine("on", name, **settings)
+    for _ in range(2):  # captured, then known
+        found = answers(engine)
+        assert [ids for ids, _ in found] == [ids for ids, _ in expected]
+        for (_, ours), (_, theirs) in zip(found, expected, strict=True):
+            assert ours == theirs  # the same kernels on the same numbers
+    assert sorted(engine.runner.step._captured) == [1, 2, 4, 8]
+
+
+def test_a_step_is_one_launch(a2, make_engine, trace):
+    engine = make_engine("on", **SETTINGS)
+    answers(engine)
+    step, found = engine.runner.step, []
+
+    def traced(batch):
+        trace.clear()
+        hidden = step(batch)
+        found.append(trace.kernels())
+        return hidden
+
+    engine.runner.step = traced
+    engine.generate(twins.prompts([5], 288), SamplingParams(max_new_tokens=4, ignore_eos=True))
+    num_layers = twins.FAMILY["gpt-neox-20b"]["num_hidden_layers"]
+    copies = ["aclnnInplaceCopy"] * 5  # into the buffers
+    updates = ["aclnnFusedInferAttentionScoreV2"] * num_layers  # arguments only
+    assert len(found[0]) > len(copies) + num_layers + 1, "a prompt runs as it is"
+    for kernels in found[1:]:
+        assert [k for k in kernels if k not in copies] == [*updates, "graph"]
+        assert kernels.count("aclnnInplaceCopy") <= len(copies)
+
+
+def test_batches_beyond_the_largest_graph_run_as_they_are(a2, make_engine, monkeypatch):
+    monkeypatch.setattr("gptneox.backends.npu_graphs.SIZES", (1, 2))
+    expected = answers(make_engine("off", **SETTINGS))
+    engine = make_engine("on", **SETTINGS)
+    assert answers(engine) == expected
+    assert sorted(engine.runner.step._captured) == [1, 2]
+
+
+def test_a_replay_without_an_update_is_caught(a2, make_engine):
+    emulator = pytest.importorskip("emulator.operators", reason="a real device would hang")
+    engine = make_engine("on", **SETTINGS)
+    answers(engine)
+    _, graph, _ = engine.runner.step._captured[1]
+    with pytest.raises(emulator.DeviceLimit, match="wait for ever"):
+        graph.replay()
+
+
+def test_what_cannot_be_captured_is_an_error(a2, make_engine, monkeypatch):
+    pytest.importorskip("emulator.operators", reason="the message is the emulator's")
+    engine = make_engine("on", **SETTINGS)
+    attend = NpuBackend.paged_attention
+
+    def waits(self, q, *args):
+        q.sum().item()
+        return attend(self, q, *args)
+
+    monkeypatch.setattr(NpuBackend, "paged_attention", waits)
+    with pytest.raises(RuntimeError, match=r"cannot be captured as a graph \(.*--graphs off"):
+        answers(engine)
+
+
+def test_off_by_default_and_loud_where_there_are_none(make_engine, chip, caplog):
+    engine = make_engine("auto", **SETTINGS)
+    assert engine.runner.step == engine.runner._forward
+    with caplog.at_level(logging.WARNING):
+        engine = make_engine("on", **SETTINGS)
+    said = [r.message for r in caplog.records if "graphs are on, but" in r.message]
+    assert len(said) == (0 if chip == "A2" else 1)
+    if chip != "A2":
+        assert engine.runner.step == engine.runner._forward
+        assert "documented for Atlas A2 only" in said[0]
