@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gptneox.backends.base import ForwardBatch
-from gptneox.engine.sampler import Sampler, check_finite, token_logprobs
+from gptneox.engine.sampler import Sampler, check_finite, read_choice, token_logprobs
 from gptneox.engine.scheduler import Scheduled
 from gptneox.engine.sequence import Sequence
 from gptneox.kv_cache import PagedKVCache
@@ -51,7 +51,7 @@ class ModelRunner:
         if not rows:
             return []
         if len(rows) < hidden.shape[0]:
-            hidden = hidden[torch.tensor(rows, device=self.device)]
+            hidden = hidden[self._upload(rows, torch.int64)]
         logits = self.model.compute_logits(hidden)
         if self.measure:
             self.model.backend.synchronize()
@@ -80,20 +80,22 @@ class ModelRunner:
             cu_seqlens_q.append(len(input_ids))
             block_tables.append(table + [0] * (widest - len(table)))
 
-        def tensor(values: list[int] | list[list[int]], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
-
         return ForwardBatch(
-            input_ids=tensor(input_ids, torch.int64),
-            positions=tensor(positions, torch.int64),
-            slot_mapping=tensor(slots, torch.int64),
-            block_tables=tensor(block_tables, torch.int32),
-            cu_seqlens_q=tensor(cu_seqlens_q, torch.int32),
-            context_lens=tensor(context_lens, torch.int32),
+            input_ids=self._upload(input_ids, torch.int64),
+            positions=self._upload(positions, torch.int64),
+            slot_mapping=self._upload(slots, torch.int64),
+            block_tables=self._upload(block_tables, torch.int32),
+            cu_seqlens_q=self._upload(cu_seqlens_q, torch.int32),
+            context_lens=self._upload(context_lens, torch.int32),
             q_lens_list=q_lens,
             context_lens_list=context_lens,
             num_decodes=sum(n == 1 for n in q_lens),
         )
+
+    def _upload(self, values: list[int] | list[list[int]], dtype: torch.dtype) -> Tensor:
+        pin = self.model.backend.pins_memory
+        host = torch.tensor(values, dtype=dtype, pin_memory=pin)
+        return host.to(self.device, non_blocking=True)
 
     def _forward(self, batch: ForwardBatch) -> Tensor:
         self.cache.batch = batch
@@ -104,7 +106,11 @@ class ModelRunner:
     def _sample(self, logits: Tensor, seqs: list[Sequence]) -> list[int]:
         """Rank 0 chooses, every rank learns the choice."""
         if self.group.rank == 0:
-            token_ids = self.sampler(logits, seqs)
+            choice = self.sampler.choose(logits, seqs)
+        else:
+            choice = torch.empty(len(seqs) + 1, dtype=torch.int64, device=self.device)
+        token_ids = read_choice(self.group.broadcast(choice), logits, seqs)
+        if self.group.rank == 0:
             for i, seq in enumerate(seqs):
                 if seq.params.logprobs is not None:
                     seq.logprobs += token_logprobs(
@@ -113,11 +119,6 @@ class ModelRunner:
                         seq.params.logprobs,
                         seq.params.logprob_token_ids,
                     )
-        else:
-            token_ids = [0] * len(seqs)
-        if self.group.world_size > 1:
-            ids = torch.tensor(token_ids, device=self.device)
-            token_ids = self.group.broadcast(ids).tolist()
         return token_ids
 
     def _score_prompts(self, scheduled: list[Scheduled], hidden: Tensor) -> None:

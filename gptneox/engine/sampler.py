@@ -37,27 +37,35 @@ class Sampler:
         Raises:
             NonFiniteLogits: a logit is NaN or infinite; the message names the requests.
         """
+        return read_choice(self.choose(logits, seqs), logits, seqs)
+
+    def choose(self, logits: Tensor, seqs: Seq[Sequence]) -> Tensor:
+        """The choice of each row on the device, for `read_choice`; waits for no result.
+
+        Returns [S + 1] int64: S tokens, and whether the sum of all logits is finite.
+        """
         logits = logits.float()
-        check_finite(logits, [seq.request_id for seq in seqs])
-        plain = [s.params.temperature == 0 and s.params.repetition_penalty == 1 for s in seqs]
-        token_ids = logits.argmax(-1).tolist()
+        token_ids = logits.argmax(-1)
         for i, seq in enumerate(seqs):
-            if not plain[i]:
+            if seq.params.temperature != 0 or seq.params.repetition_penalty != 1:
                 token_ids[i] = self._choose(logits[i], seq)
-        return token_ids
+        finite = logits.sum(dtype=torch.float32).isfinite()
+        return torch.cat((token_ids, finite.view(1).to(torch.int64)))
 
     def forget(self, seq: Sequence) -> None:
         """Drop the generator of a finished sequence."""
         self._generators.pop(seq.request_id, None)
 
-    def _choose(self, logits: Tensor, seq: Sequence) -> int:
+    def _choose(self, logits: Tensor, seq: Sequence) -> Tensor:
         params = seq.params
         if params.repetition_penalty != 1:
             logits = penalize_repetition(logits, seq.token_ids, params.repetition_penalty)
         if params.temperature == 0:
-            return int(logits.argmax())
+            return logits.argmax()
         probs = filtered_probs(logits, params)
-        return int(torch.multinomial(probs.cpu(), 1, generator=self._generator(seq)))
+        # As torch.multinomial draws one token, but with noise of the sequence's own generator.
+        noise = torch.empty(probs.shape).exponential_(generator=self._generator(seq))
+        return (probs / noise.to(probs.device, non_blocking=True)).argmax()
 
     def _generator(self, seq: Sequence) -> torch.Generator:
         if seq.request_id not in self._generators:
@@ -68,6 +76,18 @@ class Sampler:
                 generator.manual_seed(seq.params.seed)
             self._generators[seq.request_id] = generator
         return self._generators[seq.request_id]
+
+
+def read_choice(choice: Tensor, logits: Tensor, seqs: Seq[Sequence]) -> list[int]:
+    """The token ids of `Sampler.choose`; the one place where a step waits for the device.
+
+    Raises:
+        NonFiniteLogits: see `Sampler`.
+    """
+    *token_ids, finite = choice.tolist()
+    if not finite:
+        check_finite(logits, [seq.request_id for seq in seqs])
+    return token_ids
 
 
 def check_finite(logits: Tensor, request_ids: Seq[int]) -> None:
@@ -93,7 +113,7 @@ def penalize_repetition(logits: Tensor, token_ids: list[int], penalty: float) ->
 
     Source: CTRL, arXiv:1909.05858; HF RepetitionPenaltyLogitsProcessor.
     """
-    seen = torch.tensor(sorted(set(token_ids)), device=logits.device)
+    seen = torch.tensor(sorted(set(token_ids))).to(logits.device, non_blocking=True)
     values = logits[seen]
     values = torch.where(values < 0, values * penalty, values / penalty)
     return logits.index_copy(0, seen, values.nan_to_num())  # finite for extreme penalties, too
@@ -110,7 +130,7 @@ def filtered_probs(logits: Tensor, params: SamplingParams) -> Tensor:
         values, order = logits.sort(descending=True)
         probs = values.softmax(-1)
         outside = probs.cumsum(-1) - probs >= params.top_p  # what comes before already suffices
-        logits = logits.index_fill(0, order[outside], -math.inf)
+        logits = logits.masked_fill(outside.scatter(0, order, outside), -math.inf)
     return logits.softmax(-1)
 
 
