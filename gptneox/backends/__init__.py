@@ -11,7 +11,7 @@ from gptneox.backends.base import Backend
 logger = logging.getLogger(__name__)
 
 # In the order that "auto" tries: name -> class in gptneox.backends.<name>.
-BACKENDS = {"npu": "NpuBackend", "cpu": "CpuBackend"}
+BACKENDS = {"npu": "NpuBackend", "cuda": "CudaBackend", "cpu": "CpuBackend"}
 
 
 def create(name: str) -> Backend:

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels against the base class, through Triton's interpreter, on CPU tensors.
+
+Run by test_cuda.py in a process of its own, with TRITON_INTERPRET=1 and triton on the path.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import twins
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_backends import BASE, assert_near, make_batch, make_cache, randn
+from triton.runtime import interpreter
+
+from gptneox.backends import cuda, cuda_kernels
+from gptneox.backends.base import Memory
+from gptneox.backends.cuda_graphs import DecodeGraphs
+from gptneox.engine.sequence import SamplingParams
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FAMILY = (16, 32, 48, 64, 80, 96, 128, 256)
+
+
+def widen_bfloat16_products() -> None:
+    """The interpreter keeps bfloat16 as integers, and multiplies those."""
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, d, *rest):
+        if a.dtype.scalar.is_bf16():
+            a, b = (self.create_fp_ext(x, interpreter.tl.float32) for x in (a, b))
+        return plain(self, a, b, d, *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+widen_bfloat16_products()
+
+
+class EmulatedCuda(cuda.CudaBackend):
+    """The backend with a CPU for a device, and graphs that run their step again."""
+
+    device_type, dist_backend, pins_memory = "cpu", "gloo", False
+    num_cores, capability = 1, (8, 0)
+
+    def __init__(self):
+        super().__init__()
+        self.num_captured = self.num_replayed = 0
+
+    def setup(self, local_rank, local_world_size=1, num_threads=0):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def memory(self):
+        return Memory(1 << 33, 1 << 33, 1)
+
+    def describe(self):
+        return "emulated"
+
+    def _record(self, run):
+        out = run()
+        self.num_captured += 1
+
+        def replay():
+            self.num_replayed += 1
+            out.copy_(run())
+
+        return replay, out
+
+
+def check(lengths, block_size, heads, head_dim, half, dtype, splits, seed):
+    """One step through kernels and base class: attention and what is in the caches."""
+    batch = make_batch(lengths, block_size, seed)
+    num_tokens = sum(batch.q_lens_list)
+    qkv = torch.stack([(2 - i % 2) * randn(num_tokens, heads, head_dim, seed=seed + i, dtype=dtype)
+                       for i in range(3)], 2)  # fmt: skip
+    angles = 7 * randn(max(batch.context_lens_list), half, seed=seed + 3)
+    rotary = (batch.positions, angles.cos(), angles.sin())
+    expected, actual = (make_cache(BASE, batch, block_size, heads, head_dim, dtype) for _ in "12")
+    result = expected.attend(0, qkv, rotary)
+    # As `layer_front` hands it over: columns of a wider product.
+    wide = torch.cat((qkv.flatten(1), torch.ones(num_tokens, 7, dtype=dtype)), 1)
+    view = wide[:, :-7].view(qkv.shape)
+    k_cache, v_cache = actual.layers[0]
+    arguments = (view, rotary, k_cache, v_cache, batch, head_dim**-0.5)
+    out = EmulatedCuda()._attend_by_kernels(*arguments, splits=splits)
+    assert_near(out, result)
+    for ours, theirs in zip((k_cache, v_cache), expected.layers[0], strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan()), "a foreign slot was written"
+        assert_near(ours.nan_to_num(), theirs.nan_to_num())
+
+
+@pytest.mark.parametrize("head_dim", FAMILY)
+def test_every_head_dim(head_dim):
+    dtype = DTYPES[FAMILY.index(head_dim) % 3]
+    lengths = [(20, 1), (16, 17), (0, 5)]
+    check(lengths, 16, 1, head_dim, max(1, head_dim // 8), dtype, splits=2, seed=head_dim)
+
+
+@given(
+    decodes=st.lists(st.integers(0, 150), max_size=2),
+    prompts=st.lists(st.tuples(st.integers(0, 40), st.integers(2, 40)), max_size=1),
+    block_size=st.sampled_from((5, 16, 128)),
+    heads=st.sampled_from((1, 2, 5)),
+    head_dim=st.sampled_from((32, 80, 96)),
+    share=st.sampled_from((8, 4, 2)),
+    dtype=st.sampled_from(DTYPES),
+    splits=st.sampled_from((1, 2, 8)),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=20, deadline=None, derandomize=True,
+          suppress_health_check=list(HealthCheck))  # fmt: skip
+def test_random_shapes(
+    decodes, prompts, block_size, heads, head_dim, share, dtype, splits, seed
+):  # fmt: skip
+    lengths = [(n, 1) for n in decodes] + prompts
+    if lengths:
+        check(lengths, block_size, heads, head_dim, head_dim // share, dtype, splits, seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_scores_stay_finite(dtype):
+    """Products of 128 * 128 * 64 = 2^20 are beyond fp16; equal keys share the weight."""
+    batch = make_batch([(20, 1), (0, 4)], 16)
+    cache = make_cache(BASE, batch, 16, 1, 64, dtype)
+    cache.layers[0][0].fill_(128)
+    qkv = torch.full((5, 1, 3, 64), 128, dtype=dtype)
+    qkv[:, :, 2] = randn(5, 1, 64, dtype=dtype)
+    rotary = (batch.positions, torch.ones(32, 1), torch.zeros(32, 1))
+    for splits in (1, 4):
+        out = EmulatedCuda()._attend_by_kernels(
+            qkv, rotary, *cache.layers[0], batch, 64**-0.5, splits=splits
+        )
+        assert_near(out[1:], torch.stack([qkv[1 : i + 2, :, 2].float().mean(0)
+                                          for i in range(4)]).to(dtype))  # fmt: skip
+        assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_rows_of_padding_touch_nothing(splits):
+    batch = make_batch([(3, 1), (0, 1)], 16)
+    batch.slot_mapping[1], batch.context_lens[1] = -1, 0
+    batch.block_tables[1] = 0
+    cache = make_cache(BASE, batch, 16, 1, 32, torch.float32)
+    before = [x.clone() for x in cache.layers[0]]
+    rotary = (batch.positions, torch.ones(32, 1), torch.zeros(32, 1))
+    out = EmulatedCuda()._attend_by_kernels(
+        randn(2, 1, 3, 32), rotary, *cache.layers[0], batch, 1.0, splits=splits
+    )
+    assert torch.equal(out[1], torch.zeros(1, 32))
+    written = int(batch.slot_mapping[0])
+    for cached, previous in zip(cache.layers[0], before, strict=True):
+        ours, old = cached.flatten(0, 1), previous.flatten(0, 1)
+        assert torch.isfinite(ours[written]).all()
+        ours[written] = old[written]
+        assert torch.equal(ours.isnan(), old.isnan())
+        assert torch.equal(ours.nan_to_num(), old.nan_to_num())
+
+
+# -- the backend as a whole ----------------------------------------------------------------------
+
+
+PROMPTS = twins.prompts([20, 3, 1], 304, seed=1)
+NUM_NEW = (5, 4, 6)  # batches of three, two and one sequence decode
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory):
+    """A checkpoint, and what Hugging Face answers to PROMPTS."""
+    directory = tmp_path_factory.mktemp("twin") / "checkpoint"
+    config = twins.FAMILY["pythia-1.4b"] | {"max_position_embeddings": 64}
+    model = twins.write_checkpoint(directory, config, sharpness=2.0)
+    answers = []
+    for prompt, num_new in zip(PROMPTS, NUM_NEW, strict=True):
+        ids = list(prompt)
+        for _ in range(num_new):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        answers.append(ids[len(prompt) :])
+    return SimpleNamespace(path=directory, answers=answers)
+
+
+def generate(twin, backend, **options):
+    sizes = {"num_blocks": 12, "block_size": 16, "max_batch_size": 3, "max_prefill_tokens": 16}
+    engine = twins.load_engine(twin.path, backend, **sizes, **options)
+    params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in NUM_NEW]
+    return engine, [o.token_ids for o in engine.generate(PROMPTS, params)]
+
+
+def test_engine_with_graphs_and_without(twin):
+    backend = EmulatedCuda()
+    engine, actual = generate(twin, backend)
+    assert actual == twin.answers
+    assert isinstance(engine.runner.step, DecodeGraphs)
+    assert sorted(engine.runner.step._captured) == [1, 2, 4]
+    assert backend.num_captured == 1 + 3  # the first one is the start-up's
+    assert backend.num_replayed > 5
+    assert all("Triton" in c.operator or c.step != "paged attention"
+               for c in backend.operator_table(1, 128, 16, torch.float32))  # fmt: skip
+
+
+def test_graphs_can_be_off_or_not_work(twin, caplog):
+    backend = EmulatedCuda()
+    engine, actual = generate(twin, backend, graphs="off")
+    assert not isinstance(engine.runner.step, DecodeGraphs)
+    assert actual == twin.answers
+    assert backend.operator_table(1, 128, 16, torch.float32)[1].reason == "--graphs off"
+    assert "graphs" not in caplog.text
+    backend.graphs, backend._why_no_graphs = "auto", lambda: "not here"
+    [_, steps, *_] = backend.operator_table(1, 128, 16, torch.float32)
+    assert (steps.operator, steps.reason) == ("eager", "not here")
+    assert "without graphs: not here" in caplog.text
+
+
+@pytest.mark.parametrize("fault", ["wrong", "nan", "raises"])
+def test_kernels_that_do_not_work_are_not_used(fault, twin, monkeypatch, caplog):
+    plain = cuda_kernels.decode
+
+    def decode(q, k_cache, v_cache, batch, out, scale, splits):
+        if fault == "raises":
+            raise OSError("no C compiler")
+        plain(q, k_cache, v_cache, batch, out, scale, splits)
+        out[1] += math.nan if fault == "nan" else 0.1
+
+    monkeypatch.setattr(cuda_kernels, "decode", decode)
+    backend = EmulatedCuda()
+    engine, actual = generate(twin, backend)
+    assert actual == twin.answers
+    assert not isinstance(engine.runner.step, DecodeGraphs)
+    [table, steps, *_] = backend.operator_table(1, 128, 16, torch.float32)
+    assert table.operator == "torch, fp32"
+    assert steps.operator == "eager"
+    words = {"wrong": "differ from torch by 1.0e-01", "nan": "differ", "raises": "no C compiler"}
+    assert words[fault] in table.reason
+    assert words[fault] in caplog.text
