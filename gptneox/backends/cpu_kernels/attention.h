@@ -92,43 +92,42 @@ void rotate_and_store(
 
 // -- one query -------------------------------------------------------------------------------------
 
-inline float dot(const float* q, const float* k, int64_t dim) {
-  float sum = 0;
-  for (int64_t d = 0; d < dim; ++d) {
-    sum += q[d] * k[d];
-  }
-  return sum;
+inline float total(Lanes x) {
+  Vec v;
+  std::memcpy(&v, &x, sizeof(v));
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, v);
 }
 
 // scores[i] = q . k_i for `count` tokens; N vectors of D = N * kVec.
 template <int N, typename C>
 inline void scores_of(const float* q, const C* k, int64_t stride, int64_t count, float* scores) {
-  Vec query[N];
+  Lanes query[N];
+#pragma GCC unroll 32
   for (int n = 0; n < N; ++n) {
-    query[n] = Vec::loadu(q + n * kVec);
+    query[n] = lanes(q + n * kVec);
   }
-  const auto add = [](Vec& x, Vec& y) { return x + y; };
   int64_t i = 0;
   for (; i + 4 <= count; i += 4, k += 4 * stride) {
-    Vec s0(0.f), s1(0.f), s2(0.f), s3(0.f);
-#pragma GCC unroll 16
+    Lanes s0{}, s1{}, s2{}, s3{};
+#pragma GCC unroll 32
     for (int n = 0; n < N; ++n) {
-      s0 = at::vec::fmadd(query[n], load(k + n * kVec), s0);
-      s1 = at::vec::fmadd(query[n], load(k + stride + n * kVec), s1);
-      s2 = at::vec::fmadd(query[n], load(k + 2 * stride + n * kVec), s2);
-      s3 = at::vec::fmadd(query[n], load(k + 3 * stride + n * kVec), s3);
+      s0 += query[n] * lanes(load(k + n * kVec));
+      s1 += query[n] * lanes(load(k + stride + n * kVec));
+      s2 += query[n] * lanes(load(k + 2 * stride + n * kVec));
+      s3 += query[n] * lanes(load(k + 3 * stride + n * kVec));
     }
-    scores[i] = at::vec::vec_reduce_all<float>(add, s0);
-    scores[i + 1] = at::vec::vec_reduce_all<float>(add, s1);
-    scores[i + 2] = at::vec::vec_reduce_all<float>(add, s2);
-    scores[i + 3] = at::vec::vec_reduce_all<float>(add, s3);
+    scores[i] = total(s0);
+    scores[i + 1] = total(s1);
+    scores[i + 2] = total(s2);
+    scores[i + 3] = total(s3);
   }
   for (; i < count; ++i, k += stride) {
-    Vec s(0.f);
+    Lanes s{};
+#pragma GCC unroll 32
     for (int n = 0; n < N; ++n) {
-      s = at::vec::fmadd(query[n], load(k + n * kVec), s);
+      s += query[n] * lanes(load(k + n * kVec));
     }
-    scores[i] = at::vec::vec_reduce_all<float>(add, s);
+    scores[i] = total(s);
   }
 }
 
@@ -136,19 +135,20 @@ inline void scores_of(const float* q, const C* k, int64_t stride, int64_t count,
 template <int N, typename C>
 inline void add_values(
     const float* p, const C* v, int64_t stride, int64_t count, float factor, float* out) {
-  Vec sum[N];
+  Lanes sum[N];
+#pragma GCC unroll 32
   for (int n = 0; n < N; ++n) {
-    sum[n] = Vec::loadu(out + n * kVec) * Vec(factor);
+    sum[n] = lanes(out + n * kVec) * factor;
   }
   for (int64_t i = 0; i < count; ++i, v += stride) {
-    const Vec weight(p[i]);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int n = 0; n < N; ++n) {
-      sum[n] = at::vec::fmadd(weight, load(v + n * kVec), sum[n]);
+      sum[n] += lanes(load(v + n * kVec)) * p[i];
     }
   }
+#pragma GCC unroll 32
   for (int n = 0; n < N; ++n) {
-    sum[n].store(out + n * kVec);
+    std::memcpy(out + n * kVec, &sum[n], sizeof(Lanes));
   }
 }
 
@@ -390,9 +390,9 @@ class PrefillTask {
     for (int64_t position = start / kKeys * kKeys; position < end; position += kKeys) {
       const int64_t known = std::min(kKeys, end - position);
       load_tile(step, keys, table, head, position, known);
-      transpose_keys(known);
+      transpose_keys();
       load_tile(step, values, table, head, position, known);
-      split_values(known);
+      split_values();
       for (int64_t b = 0; b * kRows < count; ++b) {
         const int rows = static_cast<int>(std::min<int64_t>(kRows, count - b * kRows));
         // Row r of the block sees positions [start, visible + r).
@@ -410,7 +410,7 @@ class PrefillTask {
   }
 
  private:
-  float* out_of(int64_t row) { // blocks of [padded / kCols][kRows][kCols] are gathered below
+  float* out_of(int64_t row) {
     return out_.data() + row * padded_;
   }
 
@@ -454,7 +454,7 @@ class PrefillTask {
   }
 
   // k_: panels of kCols keys, [2][depth][kCols].
-  void transpose_keys(int64_t known) {
+  void transpose_keys() {
     for (int64_t panel = 0; panel < kKeys / kCols; ++panel) {
       const float* from = rows_.data() + panel * kCols * padded_;
       float* to = k_.data() + panel * kCols * depth_;
@@ -471,11 +471,10 @@ class PrefillTask {
         }
       }
     }
-    (void)known;
   }
 
   // v_: panels of kCols values, [padded / kCols][kKeys][kCols].
-  void split_values(int64_t known) {
+  void split_values() {
     for (int64_t d = 0; d < padded_; d += kCols) {
       for (int64_t i = 0; i < kKeys; ++i) {
         std::memcpy(
@@ -483,7 +482,6 @@ class PrefillTask {
             kCols * sizeof(float));
       }
     }
-    (void)known;
   }
 
   void attend_block(int64_t b, int rows, int64_t position, int64_t start, int64_t visible) {

@@ -157,9 +157,9 @@ void fill_blocks(Blocks<F>& blocks, const Tensor& x) {
   const int64_t rows = x.size(0), depth = x.size(1);
   blocks.resize(rows, depth);
   const float* data = x.const_data_ptr<float>();
-  at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / depth), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      blocks.set_row(r, data + r * depth, depth);
+  at::parallel_for(0, blocks.num_blocks(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      blocks.fill(b, data + b * blocks.height * depth, depth);
     }
   });
 }
@@ -169,6 +169,22 @@ Blocks<F>& scratch(int which) {
   // Reused between calls: the activations of a step need no new pages.
   static thread_local Blocks<F> blocks[2];
   return blocks[which];
+}
+
+// Memory for what one call hands to the next: given out again once nobody holds it, so that the
+// layers of a step share it and touch no new pages.
+Tensor workspace(int which, at::IntArrayRef sizes, at::ScalarType type) {
+  static thread_local Tensor slots[3];
+  int64_t count = 1;
+  for (const int64_t size : sizes) {
+    count *= size;
+  }
+  Tensor& slot = slots[which];
+  if (!slot.defined() || slot.scalar_type() != type || slot.numel() < count ||
+      slot.storage().use_count() != 1) {
+    slot = at::empty({count}, at::TensorOptions().dtype(type));
+  }
+  return slot.narrow(0, 0, count).view(sizes);
 }
 
 // x [T, K] of any float type; returns act(x W.T + bias) in fp32.
@@ -223,21 +239,29 @@ struct Layer {
   std::pair<Tensor, Tensor> front(const Tensor& x) const {
     const Tensor rows = check_rows(x, qkv->depth, "x");
     const int64_t count = rows.size(0), width = rows.size(1);
-    Tensor y = at::empty({count, qkv->features}, rows.options());
-    Tensor mlp = at::empty({count, up->features}, rows.options());
+    Tensor y = workspace(0, {count, qkv->features}, at::kFloat);
+    Tensor mlp = workspace(1, {count, up->features}, at::kFloat);
     with_type(qkv->panels.scalar_type(), [&](auto zero) {
       using F = Format<decltype(zero)>;
       Blocks<F>* blocks[2] = {&scratch<F>(0), &scratch<F>(1)};
       blocks[0]->resize(count, width);
       blocks[1]->resize(count, width);
       const float* data = rows.const_data_ptr<float>();
-      at::parallel_for(0, count, std::max<int64_t>(1, 16384 / width), [&](int64_t b, int64_t e) {
-        std::vector<float> normed(width);
-        for (int64_t r = b; r < e; ++r) {
-          const Moments found = moments(data + r * width, width, eps);
+      at::parallel_for(0, blocks[0]->num_blocks(), 1, [&](int64_t begin, int64_t end) {
+        const int64_t height = blocks[0]->height;
+        std::vector<float> normed(height * width);
+        std::vector<Moments> found(height);
+        for (int64_t b = begin; b < end; ++b) {
+          const int known = blocks[0]->rows_of(b);
+          const float* from = data + b * height * width;
           for (int i = 0; i < 2; ++i) {
-            normalise(data + r * width, norms[i], found, normed.data());
-            blocks[i]->set_row(r, normed.data(), width);
+            for (int r = 0; r < known; ++r) {
+              if (i == 0) {
+                found[r] = moments(from + r * width, width, eps);
+              }
+              normalise(from + r * width, norms[i], found[r], normed.data() + r * width);
+            }
+            blocks[i]->fill(b, normed.data(), width);
           }
         }
       });
@@ -318,7 +342,7 @@ Tensor attention(
   step.cu_seqlens = cu_seqlens.const_data_ptr<int32_t>();
   step.context_lens = context_lens.const_data_ptr<int32_t>();
   step.starts = starts ? starts->const_data_ptr<int32_t>() : nullptr;
-  Tensor out = at::empty({x.size(0), x.size(1), x.size(3)}, x.options());
+  Tensor out = workspace(2, {x.size(0), x.size(1), x.size(3)}, x.scalar_type());
   static thread_local std::vector<float> q;
   q.resize(std::max<size_t>(q.size(), out.numel()));
   with_type(x.scalar_type(), [&](auto x_zero) {

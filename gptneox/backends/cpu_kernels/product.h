@@ -46,60 +46,72 @@ struct Packed {
   }
 };
 
-// Activations [T, K] as blocks of kRows rows, each transposed to [K padded / kStep][rows].
+// Activations [T, K] as blocks of rows, each transposed to [K padded / kStep][rows]. Rows are
+// spread evenly over as few blocks of at most kRows as they need.
 template <typename F>
 struct Blocks {
   using Scalar = typename F::Scalar;
   std::vector<Scalar> data;
-  int64_t rows = 0, steps = 0;
+  int64_t rows = 0, steps = 0, height = 1;
 
   void resize(int64_t num_rows, int64_t depth) {
     rows = num_rows;
     steps = round_up(depth, kDepth) / F::kStep;
+    const int64_t count = std::max<int64_t>(1, (rows + kRows - 1) / kRows);
+    height = std::max<int64_t>(1, (rows + count - 1) / count);
     if (static_cast<int64_t>(data.size()) < rows * steps) {
       data.resize(rows * steps);
     }
   }
-  // Block `index` holds the rows from kRows * index on.
+  // Block `index` holds the rows from height * index on.
   Scalar* block(int64_t index) {
-    return data.data() + index * kRows * steps;
+    return data.data() + index * height * steps;
   }
   const Scalar* block(int64_t index) const {
-    return data.data() + index * kRows * steps;
+    return data.data() + index * height * steps;
   }
   int rows_of(int64_t index) const {
-    return static_cast<int>(std::min<int64_t>(kRows, rows - index * kRows));
+    return static_cast<int>(std::min<int64_t>(height, rows - index * height));
   }
   int64_t num_blocks() const {
-    return (rows + kRows - 1) / kRows;
+    return (rows + height - 1) / height;
   }
 
-  // Write row `r` from fp32 values.
-  void set_row(int64_t r, const float* x, int64_t depth) {
-    const int64_t index = r / kRows;
+  // Write block `index` from its rows, fp32 [rows, depth] in one piece.
+  void fill(int64_t index, const float* x, int64_t depth) {
+    // So many values of K at a time that what they are scattered to stays in the first-level cache.
+    constexpr int64_t kAtOnce = 256;
     const int count = rows_of(index);
-    Scalar* out = block(index) + r % kRows;
-    if constexpr (F::kStep == 1) {
-      for (int64_t k = 0; k < depth; ++k) {
-        out[k * count] = x[k];
+    Scalar* out = block(index);
+    for (int64_t k = 0; k < steps * F::kStep; k += kAtOnce) {
+      for (int r = 0; r < count; ++r) {
+        fill_part(out + k / F::kStep * count + r, count, x + r * depth, depth, k, kAtOnce);
       }
-      for (int64_t k = depth; k < steps; ++k) {
-        out[k * count] = 0;
+    }
+  }
+
+ private:
+  // Entries [k, k + length) of one row, `count` scalars apart; zeros from `depth` on.
+  void fill_part(Scalar* out, int count, const float* x, int64_t depth, int64_t k, int64_t length) {
+    const int64_t end = std::min(k + length, steps * F::kStep);
+    if constexpr (F::kStep == 1) {
+      for (; k < end; ++k, out += count) {
+        *out = k < depth ? x[k] : 0.f;
       }
     } else {
-      const auto bits = [](float value) {
-        return static_cast<uint32_t>(c10::BFloat16(value).x);
-      };
-      int64_t k = 0;
-      for (; k + 1 < depth; k += 2) {
-        out[k / 2 * count] = bits(x[k]) | bits(x[k + 1]) << 16;
-      }
-      if (k < depth) {
-        out[k / 2 * count] = bits(x[k]);
-        k += 2;
-      }
-      for (; k / 2 < steps; k += 2) {
-        out[k / 2 * count] = 0;
+      alignas(64) Scalar pairs[kVec];
+      for (; k < end; k += 2 * kVec) {
+        alignas(64) float padded[2 * kVec] = {};
+        const float* from = x + k;
+        if (k + 2 * kVec > depth) {
+          std::memcpy(padded, from, std::max<int64_t>(0, depth - k) * sizeof(float));
+          from = padded;
+        }
+        at::vec::convert_float_bfloat16(Vec::loadu(from), Vec::loadu(from + kVec)).store(pairs);
+        const int64_t known = std::min<int64_t>(kVec, (end - k) / 2);
+        for (int64_t i = 0; i < known; ++i, out += count) {
+          *out = pairs[i];
+        }
       }
     }
   }
@@ -196,7 +208,8 @@ void finish(const Output<F, Y>& out, int64_t panel, int64_t row, int rows, float
 // Entries of K that are multiplied in one go when there are many rows: a chunk of a panel then
 // stays in the second-level cache while all rows pass.
 constexpr int64_t kChunk = 1024;
-constexpr int64_t kBlockRows = 20 * kRows;
+// Bytes of activations that pass together: every panel reads them again, from the last-level cache.
+constexpr int64_t kSpanBytes = int64_t{3} << 20;
 
 // Few rows: every panel is read once, from front to back.
 template <typename F, typename Y>
@@ -212,7 +225,7 @@ void panel_few(const Output<F, Y>& out, int64_t panel) {
       run_tile<F>(rows, weight, term.x->block(b), term.x->steps, c, accumulate);
       accumulate = true;
     }
-    finish(out, panel, b * kRows, rows, c);
+    finish(out, panel, b * out.terms[0].x->height, rows, c);
   }
 }
 
@@ -250,7 +263,8 @@ void panel_many(
     }
   }
   for (int64_t b = first; b < last; ++b) {
-    finish(out, panel, b * kRows, out.terms[0].x->rows_of(b), c + (b - first) * kRows * kCols);
+    const auto* x = out.terms[0].x;
+    finish(out, panel, b * x->height, x->rows_of(b), c + (b - first) * kRows * kCols);
   }
 }
 
@@ -272,13 +286,17 @@ void run(const std::vector<Output<F, Y>>& outputs) {
   };
   const int64_t threads = at::get_num_threads();
   const bool few = rows <= 2 * kRows;
-  const int64_t span = kBlockRows / kRows;
-  const int64_t sweeps = few ? 1 : (num_blocks + span - 1) / span;
+  int64_t bytes = 0;
+  for (const auto& term : outputs[0].terms) {
+    bytes += rows * term.x->steps * static_cast<int64_t>(sizeof(typename F::Scalar));
+  }
+  const int64_t sweeps = few ? 1 : std::min((bytes + kSpanBytes - 1) / kSpanBytes, num_blocks);
+  const int64_t span = (num_blocks + sweeps - 1) / sweeps;
   WorkQueue queue(total * sweeps, std::min<int64_t>(8, total / (threads * 4)));
   on_all_threads([&] {
     std::vector<float> c, wide;
     if (!few) {
-      c.resize(kBlockRows * kCols);
+      c.resize(span * kRows * kCols);
       wide.resize(F::kStep == 1 ? kChunk * kCols : 0);
     }
     int64_t begin, end;

@@ -53,6 +53,22 @@ inline Vec load(const c10::BFloat16* p) {
   return out;
 }
 
+// The compiler's own vector type: unlike arrays of Vec, arrays of it stay in registers.
+typedef float Lanes __attribute__((vector_size(kVec * sizeof(float))));
+
+inline Lanes lanes(const Vec& x) {
+  static_assert(sizeof(Vec) == sizeof(Lanes));
+  Lanes out;
+  std::memcpy(&out, &x, sizeof(out));
+  return out;
+}
+
+inline Lanes lanes(const float* p) {
+  Lanes out;
+  std::memcpy(&out, p, sizeof(out));
+  return out;
+}
+
 // How a weight type is multiplied: Weight is what memory holds, Scalar one entry of a transposed
 // block of activations, kStep the values of K that one entry stands for.
 template <typename W>
@@ -60,12 +76,12 @@ struct Format {
   using Weight = W;
   using Scalar = float;
   static constexpr int kStep = 1;
-  using Operand = Vec;
+  using Operand = Lanes;
   static Operand operand(const W* p) {
-    return load(p);
+    return lanes(load(p));
   }
-  static Vec multiply_add(const Scalar& a, const Operand& b, const Vec& c) {
-    return at::vec::fmadd(Vec(a), b, c);
+  static Lanes multiply_add(Scalar a, Operand b, Lanes c) {
+    return c + b * a; // contracted to one instruction
   }
 };
 
@@ -80,8 +96,9 @@ struct Format<c10::BFloat16> {
   static Operand operand(const Weight* p) {
     return (__m512bh)_mm512_loadu_si512(p);
   }
-  static Vec multiply_add(const Scalar& a, const Operand& b, const Vec& c) {
-    return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), b);
+  static Lanes multiply_add(Scalar a, Operand b, Lanes c) {
+    return (Lanes)_mm512_dpbf16_ps(
+        (__m512)c, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), b);
   }
 };
 #endif
@@ -97,11 +114,15 @@ inline void tile(
   // Few rows need several chains of sums to hide the latency of a multiply-add.
   constexpr int kChains = R == 1 ? 8 : R <= 3 ? 4 : R <= 6 && kRows > 6 ? 2 : 1;
   constexpr int64_t kStride = kCols * F::kStep;
-  Vec sum[kChains][R][2];
+  Lanes sum[kChains][R][2];
+#pragma GCC unroll 8
   for (int u = 0; u < kChains; ++u) {
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      for (int j = 0; j < 2; ++j) {
-        sum[u][r][j] = accumulate && u == 0 ? Vec::loadu(c + r * kCols + j * kVec) : Vec(0.f);
+      sum[u][r][0] = sum[u][r][1] = Lanes{};
+      if (accumulate && u == 0) {
+        sum[u][r][0] = lanes(c + r * kCols);
+        sum[u][r][1] = lanes(c + r * kCols + kVec);
       }
     }
   }
@@ -109,26 +130,27 @@ inline void tile(
 #pragma GCC unroll 8
     for (int u = 0; u < kChains; ++u) {
       const auto* p = panel + (k + u) * kStride;
-#if defined(__GNUC__)
       // Beyond the end of a panel lies the next one, or nothing: a prefetch does not fault.
       __builtin_prefetch(reinterpret_cast<const char*>(p) + 1024);
-#endif
       const auto b0 = F::operand(p), b1 = F::operand(p + kStride / 2);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
-        const auto& x = a[(k + u) * R + r];
+        const auto x = a[(k + u) * R + r];
         sum[u][r][0] = F::multiply_add(x, b0, sum[u][r][0]);
         sum[u][r][1] = F::multiply_add(x, b1, sum[u][r][1]);
       }
     }
   }
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
-      Vec total = sum[0][r][j];
+      Lanes total = sum[0][r][j];
+#pragma GCC unroll 8
       for (int u = 1; u < kChains; ++u) {
-        total = total + sum[u][r][j];
+        total += sum[u][r][j];
       }
-      total.store(c + r * kCols + j * kVec);
+      std::memcpy(c + r * kCols + j * kVec, &total, sizeof(total));
     }
   }
 }
