@@ -558,6 +558,8 @@ class Environment:
     visible_devices: str = ""  # ASCEND_RT_VISIBLE_DEVICES
     ascend_home: str = ""  # ASCEND_HOME_PATH, which CANN's set_env.sh sets
     master_port: int = 0  # MASTER_PORT; 0: the launcher's own
+    hccl_base_port: int = 60000  # HCCL_IF_BASE_PORT: first of 16 host ports
+    hccl_port_range: str = ""  # HCCL_HOST_SOCKET_PORT_RANGE, which goes before it
     timeit: bool = False  # TIMEIT: `perf_mode = detail` splits each step into its parts
     modeltest_data_dir: str = ""  # MODELTEST_DATA_DIR; empty: tests/modeltest/data
     modeltest_output_dir: str = ""  # MODELTEST_OUTPUT_DIR; empty: tests/modeltest/outputs
@@ -609,6 +611,8 @@ class Environment:
             visible_devices=environ.get("ASCEND_RT_VISIBLE_DEVICES", ""),
             ascend_home=environ.get("ASCEND_HOME_PATH", ""),
             master_port=integer("MASTER_PORT"),
+            hccl_base_port=integer("HCCL_IF_BASE_PORT", 60000),
+            hccl_port_range=environ.get("HCCL_HOST_SOCKET_PORT_RANGE", ""),
             timeit=integer("TIMEIT") == 1,
             modeltest_data_dir=environ.get("MODELTEST_DATA_DIR", ""),
             modeltest_output_dir=environ.get("MODELTEST_OUTPUT_DIR", ""),

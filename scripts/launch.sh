@@ -93,6 +93,49 @@ set_port() {
   export MASTER_PORT=$port
 }
 
+# busy_port FIRST: prints the first of 16 ports from there on that somebody listens on, if any. The
+# kernel's table knows every address; HCCL listens on that of a network card, not on 127.0.0.1.
+busy_port() {
+  local table local_address state port
+  for table in /proc/net/tcp /proc/net/tcp6; do
+    [[ -r $table ]] || continue
+    while read -r _ local_address _ state _; do
+      [[ $state == 0A ]] || continue
+      port=$((16#${local_address##*:}))
+      if ((port >= $1 && port < $1 + 16)); then
+        printf '%s\n' "$port"
+        return 0
+      fi
+    done <"$table"
+  done
+}
+
+# set_hccl_ports: on NPUs several ranks meet on 16 host ports from HCCL_IF_BASE_PORT (60000) on. The
+# user's are checked; else the next free 16 are taken, unless several hosts have to agree on them.
+# HCCL_HOST_SOCKET_PORT_RANGE goes before HCCL_IF_BASE_PORT and lets HCCL choose by itself.
+set_hccl_ports() {
+  local base=${HCCL_IF_BASE_PORT:-60000} busy free
+  ((NUM_PROCESSES > 1 || ${#NODE_ARGUMENTS[@]} > 0)) || return 0
+  [[ -n ${ASCEND_RT_VISIBLE_DEVICES:-} ]] || command -v npu-smi >/dev/null || return 0
+  [[ -z ${HCCL_HOST_SOCKET_PORT_RANGE:-} ]] || return 0
+  if [[ ! $base =~ ^[1-9][0-9]{3,4}$ ]] || ((base < 1024 || base > 65520)); then
+    die 2 "HCCL_IF_BASE_PORT='$base' is not a port number from 1024 to 65520"
+  fi
+  free=$base busy=$(busy_port "$base")
+  if [[ -z $busy && -n ${HCCL_IF_BASE_PORT:-} ]]; then
+    return 0
+  fi
+  while [[ -n $(busy_port "$free") ]] || ! take_port "$free"; do
+    ((free += 16, free <= 65520)) ||
+      die 1 "no 16 free ports for HCCL from $base on; set HCCL_IF_BASE_PORT to the first of 16"
+  done
+  ((free != base)) || return 0
+  if [[ -n ${HCCL_IF_BASE_PORT:-} || ${#NODE_ARGUMENTS[@]} -gt 0 ]]; then
+    die 1 "port ${busy:-$base}, one of HCCL's 16 from $base on, is taken; type: export HCCL_IF_BASE_PORT=$free"
+  fi
+  export HCCL_IF_BASE_PORT=$free
+}
+
 # Sets OMP_NUM_THREADS, where it is unset and several ranks share the cores: torchrun alone would
 # set 1.
 set_threads() {
@@ -119,6 +162,7 @@ read_launch_settings() {
   read_world_size
   read_nodes
   set_port "$1"
+  set_hccl_ports
   set_threads
   set_overflow_mode
   export BIND_CPU="${BIND_CPU-1}" IS_QUANT="${IS_QUANT-0}"

@@ -115,10 +115,70 @@ def test_why_the_import_failed(error, remedy):
     assert "\n" not in text
 
 
+BROKEN_NPU = {
+    "another version": ("2.1.0", "", "is made for torch 2.1.0, but torch is"),
+    "libgomp too late": (
+        None,
+        "raise ImportError('/x/libgomp-d2.so.1: cannot allocate memory in static TLS block')",
+        "type: export LD_PRELOAD=/x/libgomp-d2.so.1",
+    ),
+    "no NNAL": (
+        None,
+        "raise OSError('libatb.so: cannot open shared object file: No such file or directory')",
+        "type: source /usr/local/Ascend/nnal/atb/set_env.sh",
+    ),
+}
+
+
+@pytest.mark.parametrize("situation", BROKEN_NPU)
+def test_a_torch_npu_that_does_not_work(situation, tmp_path, tiny_checkpoint):
+    """From the command line to the exit status: one line with the remedy, and on the page too."""
+    version, code, remedy = BROKEN_NPU[situation]
+    version = version or npu_setup.release(npu_setup.torch.__version__)
+    (tmp_path / "torch_npu").mkdir()
+    (tmp_path / "torch_npu/__init__.py").write_text(code)
+    info = tmp_path / f"torch_npu-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch_npu\nVersion: {version}\n")
+    page = run("--device", "npu", "--model_path", tiny_checkpoint, PYTHONPATH=str(tmp_path))
+    assert page.returncode == 1
+    assert "FAIL npu:" in page.stdout
+    assert remedy in page.stdout
+    done = subprocess.run(
+        [sys.executable, REPO / "main.py", "--device", "npu", "--model_path", tiny_checkpoint],
+        env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "device 'npu' cannot be used: " in errors[0]
+    assert remedy in errors[0]
+    assert "Traceback" not in done.stderr
+
+
 def test_versions_that_do_not_fit():
     assert npu_setup.version_conflict("2.13.0+cpu", "2.13.0") == ""
     assert npu_setup.version_conflict("2.7.1", "2.7.1.post2") == ""
     assert "pip install torch_npu==2.9.0" in npu_setup.version_conflict("2.9.0+cpu", "2.8.0")
+
+
+def test_hccl_ports():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        base = min(port - 3, 65520)
+        found = npu_setup.hccl_finding(base, "")
+        assert found.ok is None
+        assert f"{port} is taken" in found.text
+        assert "type: export HCCL_IF_BASE_PORT=" in found.text
+        assert npu_setup.hccl_finding(base, "60000-60050").ok
+        free = int(found.text.rsplit("=", 1)[1])
+        assert npu_setup.hccl_finding(free, "").ok
 
 
 def test_cann_versions(tmp_path):

@@ -30,7 +30,7 @@ sys.exit({STUB_STATUS})
 
 # Settings of the machine the tests run on that would change what a launcher does.
 SETTINGS = re.compile(
-    r"(ASCEND_|MASTER_|OMP_|PYTHON|TORCHRUN|RANK|LOCAL_RANK|WORLD_SIZE|NNODES|NODE_RANK"
+    r"(ASCEND_|MASTER_|HCCL_|LD_PRELOAD|OMP_|PYTHON|TORCHRUN|RANK|LOCAL_RANK|WORLD_SIZE|NNODES|NODE_RANK"
     r"|TP_WORLD_SIZE|BIND_CPU|IS_QUANT|INF_NAN|CUDA_VISIBLE)"
 )
 
@@ -318,6 +318,74 @@ def test_two_jobs_started_at_once_get_two_ports(tmp_path: Path) -> None:
         check=True,
     ).stdout.split()
     assert len(set(ports)) == 2
+
+
+@pytest.fixture
+def hccl_base() -> Iterator[int]:
+    """First of 16 ports, of which the fifth is listened on at an address that is not 127.0.0.1."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.2", 0))
+        listener.listen()
+        yield listener.getsockname()[1] - 4
+
+
+def test_busy_hccl_ports_are_named(launch, weights: Path, hccl_base: int) -> None:
+    base = str(hccl_base)
+    call = launch(weights, ASCEND_RT_VISIBLE_DEVICES="0,1", HCCL_IF_BASE_PORT=base)
+    assert call.status == 1
+    assert f"port {hccl_base + 4}, one of HCCL's 16 from {base} on, is taken" in call.stderr
+    assert "type: export HCCL_IF_BASE_PORT=" in call.stderr
+    assert not call.program, "nothing has started"
+    free = call.stderr.strip().rsplit("=", 1)[1]
+    call = launch(weights, ASCEND_RT_VISIBLE_DEVICES="0,1", HCCL_IF_BASE_PORT=free)
+    assert (call.program, call.env["HCCL_IF_BASE_PORT"]) == ("torchrun", free)
+    span = {"HCCL_HOST_SOCKET_PORT_RANGE": "60000-60050", "HCCL_IF_BASE_PORT": base}
+    assert launch(weights, ASCEND_RT_VISIBLE_DEVICES="0,1", **span).program == "torchrun"
+    assert launch(weights, ASCEND_RT_VISIBLE_DEVICES="0", HCCL_IF_BASE_PORT=base).program
+    wrong = launch(weights, ASCEND_RT_VISIBLE_DEVICES="0,1", HCCL_IF_BASE_PORT="80")
+    assert wrong.status == 2
+    assert "HCCL_IF_BASE_PORT='80'" in wrong.stderr
+
+
+def test_default_hccl_ports_step_aside(launch, weights: Path) -> None:
+    with socket.socket() as listener:
+        try:
+            listener.bind(("127.0.0.2", 60007))
+            listener.listen()
+        except OSError:
+            pass  # taken it is
+        call = launch(weights, ASCEND_RT_VISIBLE_DEVICES="0,1")
+    assert call.program == "torchrun"
+    assert int(call.env["HCCL_IF_BASE_PORT"]) % 16 == 60000 % 16
+    assert int(call.env["HCCL_IF_BASE_PORT"]) > 60000
+
+
+@pytest.fixture
+def torch_folder(tmp_path: Path, stubs: Path) -> Path:
+    """An aarch64 machine whose torch brings a libgomp of its own."""
+    write_program(stubs / "uname", "echo aarch64")
+    folder = tmp_path / "site"
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch/__init__.py").touch()
+    (folder / "torch.libs").mkdir()
+    (folder / "torch.libs/libgomp-d22c30c5.so.1.0.0").touch()
+    return folder
+
+
+def test_libgomp_of_torch_is_loaded_first_on_aarch64(launch, weights, stubs, torch_folder) -> None:
+    library = str(torch_folder / "torch.libs/libgomp-d22c30c5.so.1.0.0")
+    env = {"PYTHONPATH": str(torch_folder)}
+    assert launch(weights, **env).env["LD_PRELOAD"] == library
+    assert launch(weights, LD_PRELOAD="/x/other.so", **env).env["LD_PRELOAD"] == (
+        f"{library}:/x/other.so"
+    )
+    mine = "/x/libgomp.so.1"
+    assert launch(weights, LD_PRELOAD=mine, **env).env["LD_PRELOAD"] == mine
+    (torch_folder / "torch.libs/libgomp-d22c30c5.so.1.0.0").unlink()
+    write_program(stubs / "ldconfig", "echo '\tlibgomp.so.1 (libc6,AArch64) => /y/libgomp.so.1'")
+    assert launch(weights, **env).env["LD_PRELOAD"] == "/y/libgomp.so.1"
+    write_program(stubs / "uname", "echo x86_64")
+    assert "LD_PRELOAD" not in launch(weights, **env).env
 
 
 @pytest.mark.parametrize(("chip", "mode"), [("310P3", "0"), ("910B3", None)])

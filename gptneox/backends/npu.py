@@ -39,6 +39,7 @@ from gptneox.backends.npu_setup import (
     NNAL_SCRIPT,
     cann_findings,
     explain_import_error,
+    hccl_finding,
     release,
     version_conflict,
 )
@@ -274,7 +275,10 @@ class NpuBackend(Backend):
         atb = "there" if self.has_atb else "missing"
         if self.is_310p and not self.has_atb:
             atb += f": attention takes slower operators; type: source {NNAL_SCRIPT}"
-        return [*findings, Finding(True, "NNAL (ATB)", atb)]
+        findings.append(Finding(True, "NNAL (ATB)", atb))
+        if asked > 1 or environment.world_size > 1:
+            findings.append(hccl_finding(environment.hccl_base_port, environment.hccl_port_range))
+        return findings
 
     def describe_operators(self, head_dim: int, rotary_dim: int, block_size: int) -> list[Finding]:
         """The operator table of a model."""

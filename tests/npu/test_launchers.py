@@ -230,6 +230,19 @@ def test_bf16_on_duo(machines, checkpoint):
     assert "dtype bfloat16 is not served on Ascend310P3; use float16" in last_line(done)
 
 
+def test_quantized_weights_are_refused(machines, checkpoint, tmp_path):
+    run = machines["910B4"].run
+    done = run("bash", "run_pa.sh", checkpoint[0], *ONE_PROMPT, "--device", "npu", IS_QUANT="1")
+    assert "IS_QUANT=1, but quantization is not built yet; unset IS_QUANT" in last_line(done)
+    config = json.loads((checkpoint[0] / "config.json").read_text(encoding="utf-8"))
+    for entry in checkpoint[0].iterdir():
+        (tmp_path / entry.name).symlink_to(entry)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantize": "w8a8"}))
+    done = run(*MAIN, "--device", "npu", "--model_path", tmp_path, *PAGED)
+    assert "is quantized (w8a8), which is not built yet; use the float" in last_line(done)
+
+
 def test_unknown_chip(machines, checkpoint):
     command = (*MAIN, "--device", "npu", "--model_path", checkpoint[0], *PAGED)
     done = machines["910B4"].run(*command, FAKE_NPU_SOC="Ascend910A")
@@ -243,6 +256,7 @@ def test_doctor(machines, checkpoint, name):
     lines = done.stdout.splitlines()
     assert lines[-1] == "A run would start."
     assert sum(line.startswith("ok   device ") for line in lines) == 2
+    assert "HCCL" not in done.stdout
     assert any("3 layers, 2 heads of 96, 24 of them rotated" in line for line in lines)
     table = done.stdout[done.stdout.index("paged attention:") :]
     expected = {
@@ -253,3 +267,20 @@ def test_doctor(machines, checkpoint, name):
     assert all(text in table for text in expected[name])
     if name == "310P3-without-ATB":
         assert "type: source /usr/local/Ascend/nnal/atb/set_env.sh" in done.stdout
+
+
+def test_doctor_where_something_is_short(machines, checkpoint):
+    run, command = machines["910B4"].run, (*MAIN, "doctor", "--model_path", checkpoint[0])
+    busy = free_port()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", int(busy)))
+        listener.listen()
+        done = run(*command, ASCEND_RT_VISIBLE_DEVICES="0,1", HCCL_IF_BASE_PORT=busy)
+    assert f"note HCCL ports:        {busy} is taken" in done.stdout
+    assert "type: export HCCL_IF_BASE_PORT=" in done.stdout
+    done = run(*command, ASCEND_RT_VISIBLE_DEVICES="0,1,2")
+    assert done.returncode == 1
+    assert "FAIL devices:           3 listed in ASCEND_RT_VISIBLE_DEVICES, 2 found" in done.stdout
+    done = run(*command, FAKE_NPU_MEM=str(64 << 20))
+    assert done.returncode == 1
+    assert "room for a KV cache of 0 tokens; use more devices" in done.stdout
