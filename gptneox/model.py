@@ -101,6 +101,8 @@ class Layer(nn.Module):
             assert self.packed is not None, "forward before the weights were loaded"
             qkv, mlp = self.backend.layer_front(x, self.packed)
             attended = self.attention.attend(qkv, angles, kv)
+            if self.group.world_size == 1:
+                return self.backend.layer_back(attended, mlp, self.packed, x)
             partial = self.backend.layer_back(attended, mlp, self.packed)
             return x + self.group.all_reduce(partial)
         partial = self.attention(self.input_layernorm(x), angles, kv)

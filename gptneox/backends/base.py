@@ -288,9 +288,15 @@ class Backend:
         n = packed.qkv_width
         return y[:, :n], packed.activation(y[:, n:])
 
-    def layer_back(self, attended: Tensor, mlp: Tensor, packed: PackedLayer) -> Tensor:
-        """attended [T, W] and mlp [T, F] to this rank's partial sum [T, C]."""
-        return self.linear(torch.cat((attended, mlp), 1), packed.back)
+    def layer_back(
+        self, attended: Tensor, mlp: Tensor, packed: PackedLayer, residual: Tensor | None = None
+    ) -> Tensor:
+        """attended [T, W] and mlp [T, F] to this rank's partial sum [T, C].
+
+        With `residual` [T, C] the sum with it, which may be written over it.
+        """
+        partial = self.linear(torch.cat((attended, mlp), 1), packed.back)
+        return partial if residual is None else residual + partial
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """x [T, C]; statistics in fp32."""

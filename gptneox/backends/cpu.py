@@ -131,11 +131,13 @@ class CpuBackend(Backend):
         qkv, mlp = packed.front.front(x)
         return qkv, mlp
 
-    def layer_back(self, attended: Tensor, mlp: Tensor, packed: PackedLayer) -> Tensor:
-        """attended [T, W] and mlp [T, F]; returns the partial sum [T, C]."""
+    def layer_back(
+        self, attended: Tensor, mlp: Tensor, packed: PackedLayer, residual: Tensor | None = None
+    ) -> Tensor:
+        """attended [T, W] and mlp [T, F]; returns the partial sum [T, C], or adds it in place."""
         if self.kernels is None:
-            return super().layer_back(attended, mlp, packed)
-        partial = packed.back.back(attended, mlp, None)
+            return super().layer_back(attended, mlp, packed, residual)
+        partial = packed.back.back(attended, mlp, residual)
         assert isinstance(partial, Tensor)
         return partial
 
