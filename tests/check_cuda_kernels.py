@@ -63,7 +63,7 @@ class EmulatedCuda(cuda.CudaBackend):
     def describe(self):
         return "emulated"
 
-    def _record(self, run):
+    def _record(self, run, pools):
         out = run()
         self.num_captured += 1
 

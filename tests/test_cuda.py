@@ -14,6 +14,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -173,6 +174,45 @@ def test_running_out_of_memory_keeps_its_kind() -> None:
     graphs = DecodeGraphs(FakeModel().step, record, torch.device("cpu"), 4)
     with pytest.raises(torch.OutOfMemoryError):
         graphs(decode_batch(1))
+
+
+def test_graphs_of_a_model_share_a_pool(monkeypatch) -> None:
+    """The order of torch's calls around a capture; the pool of a trial is not used again."""
+    seen = []
+
+    class Stream:
+        def wait_stream(self, other):
+            seen.append("wait")
+
+    class Graph:
+        def pool(self):
+            return "pool"
+
+        def replay(self):
+            seen.append("replay")
+
+    @contextmanager
+    def graph(made, pool, stream, capture_error_mode):
+        seen.append(("capture", pool, capture_error_mode))
+        yield
+
+    @contextmanager
+    def on(stream):
+        yield
+
+    names = {"current_stream": Stream, "Stream": Stream, "CUDAGraph": Graph}
+    for name, value in (names | {"graph": graph, "stream": on}).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    backend, pools = create("cuda"), []
+    for expected in (None, "pool"):
+        replay, _ = backend._record(lambda: seen.append("run"), pools)
+        capture = ("capture", expected, "thread_local")
+        assert seen == ["wait", "run", "run", "wait", capture, "run"]
+        replay()
+        assert seen.pop() == "replay"
+        seen.clear()
+    backend._record(lambda: None, [])
+    assert seen[2][1] is None
 
 
 # -- the device's life, without one --------------------------------------------------------------

@@ -56,7 +56,6 @@ class CudaBackend(Backend):
         self._choices: tuple[Any, ...] | None = None  # the shapes they were chosen for
         self._reason = ""
         self._graph_reason: str | None = None  # why not; None: not tried yet
-        self._graph_pool: Any = None
         self._num_blocks = 0
 
     # -- the device's life -----------------------------------------------------------------------
@@ -334,7 +333,7 @@ class CudaBackend(Backend):
         """Empty when this device captures and replays."""
         x = torch.zeros(8, device=self.device)
         try:
-            replay, out = self._record(lambda: x + 1)
+            replay, out = self._record(lambda: x + 1, [])
             x.fill_(2)
             replay()
             if out.tolist() != [3.0] * 8:
@@ -456,13 +455,19 @@ class CudaBackend(Backend):
         """Replays decode steps where the table says CUDA graphs; it has said why not elsewhere."""
         if self._kernels is None or self._graph_reason:
             return step
-        return DecodeGraphs(step, self._record, self.device, self._num_blocks)
+        pools: list[Any] = []
+        return DecodeGraphs(
+            step, lambda run: self._record(run, pools), self.device, self._num_blocks
+        )
 
-    def _record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def _record(
+        self, run: Callable[[], Tensor], pools: list[Any]
+    ) -> tuple[Callable[[], None], Tensor]:
         """Run twice on a stream of its own, so that everything lazy has happened, then capture.
 
-        All graphs share one pool of memory: they replay one after the other, and what one
-        returns is used up before the next.
+        The graphs of one model share a pool of memory, kept in `pools` (none before the first,
+        and no longer than they live): they replay one after the other, and what one returns is
+        used up before the next.
         """
         cuda: Any = torch.cuda
         current, side = cuda.current_stream(), cuda.Stream()
@@ -474,10 +479,14 @@ class CudaBackend(Backend):
         graph = cuda.CUDAGraph()
         # thread_local: NCCL's watchdog asks for events from a thread of its own meanwhile.
         with cuda.graph(
-            graph, pool=self._graph_pool, stream=side, capture_error_mode="thread_local"
+            graph,
+            pool=pools[0] if pools else None,
+            stream=side,
+            capture_error_mode="thread_local",
         ):
             out = run()
-        self._graph_pool = self._graph_pool or graph.pool()
+        if not pools:
+            pools.append(graph.pool())
         return graph.replay, out
 
 
