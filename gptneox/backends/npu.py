@@ -172,7 +172,7 @@ class NpuBackend(Backend):
     def operator_table(self, head_dim: int, rotary_dim: int, block_size: int = 128) -> list[Choice]:
         """Every operator of a layer that this chip gives a choice of, with the reason."""
         paged, paged_reason = choose(self.is_310p, self.has_atb, head_dim, block_size)
-        dense, dense_reason = choose(self.is_310p, self.has_atb, head_dim, 16)
+        dense, dense_reason = self._choose_dense(head_dim)
         rotary = Choice(
             "rotary", "npu_rotary_mul", f"{rotary_dim} of {head_dim} dimensions are rotated"
         )
@@ -193,6 +193,10 @@ class NpuBackend(Backend):
             else Choice("decode steps", "as they are", "graphs are built for Atlas A2 only"),
             weights,
         ]
+
+    def _choose_dense(self, head_dim: int) -> tuple[type[PlainAttention], str]:
+        """There are no blocks on the flash path: any size that sets no limit stands for them."""
+        return choose(self.is_310p, self.has_atb, head_dim, 16 if self.is_310p else 128)
 
     def collectives(self, requested: str) -> str:
         """Hccl; lccl on request, where the chip has the links for it.
@@ -462,7 +466,7 @@ class NpuBackend(Backend):
     ) -> Tensor:
         """The stores are given whole, because a slice of them is not contiguous."""
         if self._attention is None:
-            kind, reason = choose(self.is_310p, self.has_atb, q.shape[-1], 16)
+            kind, reason = self._choose_dense(q.shape[-1])
             self._attention = kind(self.ops, self.device)
             level = logging.WARNING if "slower" in reason else logging.INFO
             logger.log(level, "flash attention: %s (%s)", kind.operator, reason)
