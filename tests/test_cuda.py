@@ -33,8 +33,8 @@ from gptneox.backends.cuda_graphs import SIZES, DecodeGraphs
 from gptneox.engine.llm_engine import LLMEngine
 from gptneox.engine.sequence import SamplingParams
 
-# Where torch has not brought a Triton of its own. Never in the main environment: a CUDA build of
-# torch wants exactly its own release.
+# Never in the main environment, where a CUDA build of torch wants exactly its own release. That one
+# is not asked either: the interpreter of triton 3.6 fails with the numpy of today.
 TRITON = "triton==3.7.0"
 SITE = REPO / ".triton_site"  # ignored by git through a file of its own
 
@@ -42,28 +42,27 @@ SITE = REPO / ".triton_site"  # ignored by git through a file of its own
 @pytest.fixture(scope="session")
 def triton_environment() -> dict[str, str]:
     """The environment of a process that can import triton; skips where it is not to be had."""
-    folders = [str(REPO / "tests")]
-    if importlib.util.find_spec("triton") is None:
-        SITE.mkdir(exist_ok=True)
-        (SITE / ".gitignore").write_text("*\n", encoding="ascii")
-        with (SITE / ".lock").open("a") as lock:  # tests run side by side
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not list(SITE.glob(f"{TRITON.replace('==', '-')}.dist-info/RECORD")):
-                command = ("pip", "install", "--no-deps", "--upgrade", "--target", str(SITE))
-                done = subprocess.run(
-                    [sys.executable, "-m", *command, TRITON],
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                )
-                if done.returncode:
-                    last = done.stderr.strip().splitlines()[-1:]
-                    pytest.skip(f"{TRITON} cannot be had: {last}")
-        folders.append(str(SITE))
+    SITE.mkdir(exist_ok=True)
+    (SITE / ".gitignore").write_text("*\n", encoding="ascii")
+    with (SITE / ".lock").open("a") as lock:  # tests run side by side
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not list(SITE.glob(f"{TRITON.replace('==', '-')}.dist-info/RECORD")):
+            command = ("pip", "install", "--no-deps", "--upgrade", "--target", str(SITE))
+            done = subprocess.run(
+                [sys.executable, "-m", *command, TRITON],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode:
+                last = done.stderr.strip().splitlines()[-1:]
+                pytest.skip(f"{TRITON} cannot be had: {last}")
     inherited = {k: v for k, v in clean_environ().items() if not k.startswith("PYTEST_")}
-    if SITE.exists():
-        inherited["TRITON_CACHE_DIR"] = str(SITE / "cache")
-    return inherited | {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
+    return inherited | {
+        "PYTHONPATH": os.pathsep.join((str(REPO / "tests"), str(SITE))),
+        "TRITON_CACHE_DIR": str(SITE / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def run_checks(name: str, folder: Path, environment: dict[str, str], *options: str) -> None:
