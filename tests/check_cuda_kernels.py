@@ -103,6 +103,12 @@ def test_every_head_dim(head_dim):
     check(lengths, 16, 1, head_dim, max(1, head_dim // 8), dtype, splits=2, seed=head_dim)
 
 
+@pytest.mark.parametrize("splits", [1, 2, 4, 16])
+def test_a_context_shared_by_programs(splits):
+    """Tiles are 64 tokens wide: 200 tokens make four parts, the last of them short."""
+    check([(199, 1), (70, 1)], 16, 1, 128, 16, torch.float16, splits, seed=splits)
+
+
 @given(
     decodes=st.lists(st.integers(0, 150), max_size=2),
     prompts=st.lists(st.tuples(st.integers(0, 40), st.integers(2, 40)), max_size=1),
