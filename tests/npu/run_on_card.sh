@@ -25,5 +25,6 @@ check "logits of the 20B twin against Hugging Face" \
   tests/npu/on_device/check_parity.py -k gpt-neox-20b "$@"
 check "shape rules of every operator" \
   tests/npu/on_device/check_operators.py "$@"
+check "decode steps as graphs (Atlas A2)" tests/npu/on_device/check_graphs.py "$@"
 check "logits of every twin" tests/npu/on_device/check_parity.py -k "not gpt-neox-20b" "$@"
 exit "$failed"

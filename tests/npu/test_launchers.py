@@ -97,7 +97,7 @@ def check_reductions(kernels, name):
         assert around == [*last, "c10d::allreduce_", "Add"]
 
 
-@pytest.mark.parametrize(("name", "devices"), matrix(("310P3", "0,1")))
+@pytest.mark.parametrize(("name", "devices"), matrix())
 def test_cut_model_and_run(machines, checkpoint, tmp_path, name, devices):
     path, expected = checkpoint
     copy, output = tmp_path / "checkpoint", tmp_path / "answers.jsonl"
@@ -141,7 +141,7 @@ def texts_of_cpu(machines):
     return found
 
 
-@pytest.mark.parametrize(("name", "devices"), matrix(("910B4", "0"), ("310P3", "0,1")))
+@pytest.mark.parametrize(("name", "devices"), matrix(("910B4", "0")))
 def test_neox_mini_through_run_pa(machines, texts_of_cpu, name, devices):
     done = machines[name].run(
         *("bash", "run_pa.sh", *ASK), ASCEND_RT_VISIBLE_DEVICES=devices, MASTER_PORT=free_port()
@@ -163,7 +163,7 @@ def test_neox_mini_with_graphs(machines, texts_of_cpu, devices):
     assert printed(done) == texts_of_cpu["paged"]
 
 
-@pytest.mark.parametrize(("name", "devices"), matrix(("910B4", "0,1")))
+@pytest.mark.parametrize(("name", "devices"), matrix(("310P3", "0,1")))
 def test_neox_mini_through_cut_model_and_run(machines, texts_of_cpu, tmp_path, name, devices):
     copy = tmp_path / "checkpoint"
     shutil.copytree(MINI, copy, ignore=shutil.ignore_patterns("part_model"))
@@ -275,10 +275,9 @@ def test_doctor_where_something_is_short(machines, checkpoint):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", int(busy)))
         listener.listen()
-        done = run(*command, ASCEND_RT_VISIBLE_DEVICES="0,1", HCCL_IF_BASE_PORT=busy)
+        done = run(*command, ASCEND_RT_VISIBLE_DEVICES="0,1,2", HCCL_IF_BASE_PORT=busy)
     assert f"note HCCL ports:        {busy} is taken" in done.stdout
     assert "type: export HCCL_IF_BASE_PORT=" in done.stdout
-    done = run(*command, ASCEND_RT_VISIBLE_DEVICES="0,1,2")
     assert done.returncode == 1
     assert "FAIL devices:           3 listed in ASCEND_RT_VISIBLE_DEVICES, 2 found" in done.stdout
     done = run(*command, FAKE_NPU_MEM=str(64 << 20))

@@ -12,7 +12,7 @@ import twins
 from gptneox.backends.npu import NpuBackend
 from gptneox.engine.sequence import SamplingParams
 
-NUM_NEW = 24
+NUM_NEW = 16
 
 
 @pytest.fixture
@@ -50,8 +50,9 @@ def a2(chip):
         pytest.skip("of an A2")
 
 
-@pytest.mark.parametrize("name", ["gpt-neox-20b", "redpajama-incite-3b"])
-@pytest.mark.parametrize("block_size", [128, 16])
+@pytest.mark.parametrize(
+    ("name", "block_size"), [("gpt-neox-20b", 128), ("redpajama-incite-3b", 16)]
+)
 def test_replays_answer_as_steps_do(a2, make_engine, name, block_size):
     settings = SETTINGS | {"block_size": block_size}
     if block_size == 16:
