@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast GPT-NeoX runs here, alone, over a range, or beside other engines.
+
+See docs/benchmarks.md, or `python tools/bench.py --help`. Exit status: 0 done, 1 something failed
+(what could be measured is written), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # this toolkit itself
+
+from benchmark import arguments, engines
+from benchmark.errors import UsageError, WorkerError
+
+REQUIRED = ("torch", "transformers", "safetensors")
+
+
+def say(text: str) -> None:
+    """A notice; standard output is for the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Do what the flags say; returns the exit status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that engines are ended, too
+    try:
+        return run(argv)
+    except KeyboardInterrupt:
+        say("bench.py: interrupted")
+        return 130
+    except (UsageError, WorkerError, ValueError, OSError, RuntimeError) as error:
+        say(f"bench.py: error: {error}")
+        is_usage = isinstance(error, (UsageError, ValueError, FileNotFoundError))
+        return 2 if is_usage else 1
+
+
+def run(argv: Sequence[str]) -> int:
+    """As `main`, with errors as exceptions.
+
+    Raises:
+        ValueError, OSError, RuntimeError: with a message for the user.
+    """
+    args = arguments.parse(argv)
+    if missing := [name for name in REQUIRED if importlib.util.find_spec(name) is None]:
+        raise UsageError(
+            f"{sys.executable} has no {', '.join(missing)}; run this with the Python of the "
+            "environment that the launchers use (.venv/bin/python)"
+        )
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib; pip install .[plot] adds it")
+    if args.write_docs:
+        from benchmark.results import write_docs
+
+        write_docs(args.write_docs, args.sources)
+        return 0
+    if args.install or args.install_only:
+        for name in args.against or engines.PEERS:
+            engines.install(engines.ENGINES[name], args.cache, say)
+        if args.install_only:
+            return 0
+    for name in args.against:  # what is missing is said before anything is built
+        engines.interpreter(engines.ENGINES[name], args.cache)
+    from benchmark.tasks import measure  # torch is loaded here, so that wrong usage answers at once
+
+    return measure(args, list(argv), say)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A result: what it says about itself, its file, and its tables as text or Markdown."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from benchmark.engines import OURS
+from benchmark.errors import UsageError
+from benchmark.models import Model
+from benchmark.process import ROOT
+from gptneox.evaluation.report import counted, number, share, table
+
+FORMAT = "gptneox benchmark 1"
+Result = dict[str, Any]
+Row = Sequence[str]
+Summary = Mapping[str, Mapping[str, float]]
+# Takes a header and rows, gives a table.
+Draw = Callable[[Row, Sequence[Row]], str]
+
+
+def describe(model: Model, command: Sequence[str]) -> Result:
+    """What every result begins with."""
+    return {
+        "format": FORMAT,
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shareable(command, model.name),
+        "revision": revision(),
+        "machine": machine(),
+        "model": {
+            "name": model.name,
+            "num_parameters": model.config.num_parameters,
+            "num_layers": model.config.num_layers,
+            "hidden_size": model.config.hidden_size,
+        },
+    }
+
+
+def shareable(command: Sequence[str], model_name: str) -> str:
+    """The flags that matter to a figure, without paths of the machine it was made on."""
+    shown: list[str] = []
+    rest = iter(command)
+    for item in rest:
+        flag, sign, _ = item.partition("=")
+        if flag in ("--plot", "--install"):
+            continue
+        if flag in ("--model", "--output-dir", "--cache", "--timeout"):
+            if not sign:
+                next(rest, None)
+            if flag == "--model":
+                shown += [flag, model_name]
+            continue
+        shown.append(item)
+    return shlex.join(shown)
+
+
+def machine() -> dict[str, Any]:
+    """The computer, as far as the system tells."""
+    memory = 0
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "architecture": platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory / 2**30, 1),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def revision() -> str:
+    """The commit that is measured, with a + when files differ from it; empty outside git."""
+    git = ("git", "-C", str(ROOT))
+    try:
+        done = subprocess.run(
+            [*git, "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def write(result: Result, path: Path) -> None:
+    """The JSON file, whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read(path: Path) -> Result:
+    """A JSON file that `write` has written.
+
+    Raises:
+        UsageError: it is missing, or something else.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is no result of this benchmark: {error}") from error
+    if not isinstance(result, dict) or result.get("format") != FORMAT:
+        raise UsageError(f'{path} is no result of this benchmark: "format" is not {FORMAT!r}')
+    return result
+
+
+_RATIOS = (
+    "Ratios of one round, median (least to largest); above 1 this toolkit is faster, for memory "
+    "below 1 it is smaller."
+)
+_QUEUE = (
+    "Requests queued at once and run to their end by a model that takes no time, in seconds of one "
+    "processor."
+)
+
+# -- tables --------------------------------------------------------------------------------------
+
+
+def markdown_table(header: Row, rows: Sequence[Row]) -> str:
+    """As `gptneox.evaluation.report.table`, for a document."""
+    ruler = ["---", *("---:" for _ in header[1:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ruler, *rows))
+
+
+def title(result: Result) -> str:
+    """Model, machine, device and how it was run."""
+    return (
+        f"{result['model']['name']} in {result['dtype']} on {result['description']} "
+        f"({result['device']}, {counted(result['threads'], 'thread')})"
+    )
+
+
+def as_text(result: Result) -> str:
+    """For the terminal."""
+    return "\n".join(_blocks(result, table))
+
+
+def as_markdown(result: Result) -> str:
+    """For a document."""
+    return "\n\n".join(_blocks(result, markdown_table))
+
+
+def _blocks(result: Result, draw: Draw) -> list[str]:
+    blocks = {"cases": _cases, "requests": _requests, "overhead": _overhead}[result["kind"]]
+    lines = [*blocks(result, draw)]
+    lines += [f"Note: {note}." for note in result["notes"]]
+    return lines
+
+
+def _middle(key: str, digits: int, divisor: float = 1.0) -> Callable[[Summary], str]:
+    """A column with the median of a metric."""
+    return lambda summary: number(summary[key]["median"] / divisor, digits)
+
+
+_PREFILL_COLUMNS: dict[str, Callable[[Summary], str]] = {
+    "prefill tok/s": _middle("prefill_tokens_per_s", 1),
+    "first ms": _middle("first_token_ms", 1),
+    "of products": lambda summary: share(summary["share_of_matmul"]["median"]),
+    "peak GiB": _middle("peak_bytes", 2, 2**30),
+}
+_COLUMNS = {
+    "prefill tok/s": _PREFILL_COLUMNS["prefill tok/s"],
+    "decode tok/s": _middle("decode_tokens_per_s", 1),
+    "first ms": _PREFILL_COLUMNS["first ms"],
+    "token p50 ms": lambda summary: number(summary["inter_token_ms"]["p50"]),
+    "p99 ms": lambda summary: number(summary["inter_token_ms"]["p99"]),
+    "of bandwidth": lambda summary: share(summary["share_of_bandwidth"]["median"]),
+    "of products": _PREFILL_COLUMNS["of products"],
+    "peak GiB": _PREFILL_COLUMNS["peak GiB"],
+}
+
+
+def limits_line(result: Result) -> str:
+    """What the machine reached by itself, over the whole run."""
+    values = [case["bandwidth"] for case in result["cases"]]
+    low = min(value["min"] for value in values) / 1e9
+    high = max(value["max"] for value in values) / 1e9
+    products = ", ".join(
+        f"{value / 1e9:.0f} GFLOP/s in {dtype}" for dtype, value in result["matmul"].items()
+    )
+    foreign = max(case["foreign_share"] for case in result["cases"])
+    return (
+        f"Reading memory reached {low:.1f} to {high:.1f} GB/s, large products {products}; other "
+        f"programs took up to {foreign:.0%} of the processors during a case."
+    )
+
+
+def label(result: Result, name: str) -> str:
+    """An engine's name, with its width where that is not the asked one."""
+    dtype = result["engines"][name]["dtype"]
+    return name if dtype == result["dtype"] else f"{name} ({dtype})"
+
+
+def _shape(case: Mapping[str, Any]) -> list[str]:
+    return [str(case[key]) for key in ("batch", "prompt", "output")]
+
+
+def _cases(result: Result, draw: Draw) -> list[str]:
+    columns = _PREFILL_COLUMNS if result["curve"] == "prompt" else _COLUMNS
+    rows = [
+        [label(result, name), *_shape(case), *(show(summary) for show in columns.values())]
+        for case in result["cases"]
+        for name, summary in case["summary"].items()
+    ]
+    parts = [limits_line(result), draw(("engine", "batch", "prompt", "new", *columns), rows)]
+    if ratios := _ratio_rows(result):
+        header = (f"{OURS} /", "batch", "prompt", "new", "prefill", "decode", "memory",
+            "same first token")  # fmt: skip
+        parts += [_RATIOS, draw(header, ratios)]
+    return parts
+
+
+def _ratio_rows(result: Result) -> list[list[str]]:
+    rows = []
+    for case in result["cases"]:
+        for name, ratio in case["ratios"].items():
+            rows.append(
+                [
+                    label(result, name),
+                    *_shape(case),
+                    spread(ratio["prefill_tokens_per_s"]),
+                    spread(ratio["decode_tokens_per_s"]),
+                    spread(ratio["peak_bytes"]),
+                    share(case["agreement"][name]),
+                ]
+            )
+    return rows
+
+
+def spread(value: Mapping[str, float]) -> str:
+    """Median (least to largest)."""
+    return f"{value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})"
+
+
+def median_run(runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The run that as many took longer than as took less."""
+    return sorted(runs, key=lambda run: run["first_token_ms"]["p99"])[(len(runs) - 1) // 2]
+
+
+def _requests(result: Result, draw: Draw) -> list[str]:
+    header = ("engine", "requests", "seconds", "prompt tok/s", "new tok/s", "first p50 ms",
+        "first p99 ms", "token p50 ms", "p99 ms", "peak GiB")  # fmt: skip
+    rows = []
+    for case in result["cases"]:
+        for name, runs in case["runs"].items():
+            run = median_run(runs)
+            rows.append(
+                [
+                    label(result, name),
+                    str(case["requests"]),
+                    number(run["seconds"], 1),
+                    number(run["prompt_tokens_per_s"], 1),
+                    number(run["output_tokens_per_s"], 1),
+                    *(number(run["first_token_ms"][p], 1) for p in ("p50", "p99")),
+                    *(number(run["inter_token_ms"][p]) for p in ("p50", "p99")),
+                    number(run["peak_bytes"] / 2**30),
+                ]
+            )
+    prompt, output = result["mean_lengths"]
+    what = (
+        f"{result['arrivals_per_s']:g} requests per second on average, up to "
+        f"{result['max_batch']} at once; prompts of {prompt} and answers of {output} tokens on "
+        "average, every length up to twice that equally likely."
+    )
+    return [what, draw(header, rows)]
+
+
+def _overhead(result: Result, draw: Draw) -> list[str]:
+    step, queue = result["step"], result["queue"]
+    rows = [
+        [name, number(ms, 3), share(ms / step["total_ms"])] for name, ms in step["parts_ms"].items()
+    ]
+    rows.append(["total", number(step["total_ms"], 3), "100%"])
+    queue_rows = [
+        [
+            str(size["requests"]),
+            number(size["add_s"], 3),
+            number(size["steps_s"], 3),
+            number((size["add_s"] + size["steps_s"]) / size["requests"] * 1e6, 1),
+        ]
+        for size in queue
+    ]
+    outside = 1 - step["parts_ms"]["model"] / step["total_ms"]
+    what = (
+        f"A decode step of {step['batch']} rows at {step['context']} tokens, medians of "
+        f"{step['steps']} steps; {outside:.1%} of it is spent beside the model."
+    )
+    return [
+        what,
+        draw(("part", "ms", "share"), rows),
+        _QUEUE,
+        draw(("requests", "queueing s", "steps s", "µs per request"), queue_rows),
+    ]
+
+
+# -- the document --------------------------------------------------------------------------------
+
+BEGIN = "<!-- results: begin (made by tools/bench.py --write-docs) -->"
+END = "<!-- results: end -->"
+
+
+def write_docs(document: Path, sources: Sequence[Path]) -> None:
+    """Put the results between the two marks of a document, in the order given.
+
+    Raises:
+        UsageError: a source is no result, or the document has not both marks once.
+    """
+    found = [read(path) for path in sources]
+    try:
+        text = document.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--write-docs {document}: {error}") from error
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise UsageError(
+            f"--write-docs {document}: the lines {BEGIN!r} and {END!r} must stand there once, in "
+            "this order"
+        )
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    body = "\n\n".join(_section(result) for result in found)
+    temporary = document.with_name(f".{document.name}.{os.getpid()}")
+    temporary.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}", encoding="utf-8")
+    temporary.replace(document)
+
+
+def _section(result: Result) -> str:
+    """One result under a heading, with what is needed to have it again."""
+    kind = {"cases": "speed", "requests": "requests over time", "overhead": "time beside the model"}
+    what = f"{result['curve']} curve" if result.get("curve") else kind[result["kind"]]
+    versions = "; ".join(
+        f"{name} ({', '.join(f'{k} {v}' for k, v in about['versions'].items())})"
+        for name, about in result["engines"].items()
+    )
+    where = f"{result['description']}, {result['device']}, {counted(result['threads'], 'thread')}"
+    facts = [where, f"{result['date'][:10]}, commit {result['revision'] or 'unknown'}", versions]
+    if result["kind"] != "overhead":
+        facts.insert(2, f"{counted(result['runs'], 'round')}")
+    return "\n\n".join(
+        [
+            f"### {result['model']['name']}, {result['dtype']}: {what}",
+            f"{'; '.join(facts)}.",
+            f"```shell\npython tools/bench.py {result['command']}\n```",
+            as_markdown(result),
+        ]
+    )

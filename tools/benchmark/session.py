@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines side by side: each in its own process, taking turns on the same work."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from benchmark import figures, seal
+from benchmark.arguments import Case
+from benchmark.engines import ENGINES, OURS, Engine, interpreter
+from benchmark.errors import WorkerError
+from benchmark.models import Model
+from benchmark.process import WorkerProcess, worker_environment
+from gptneox.evaluation.report import counted
+
+PROMPT_SEED = 1
+# Prompt tokens that engines with a budget per step may compute at once.
+MAX_PREFILL_TOKENS = 8192
+ARRIVALS_PREFILL_TOKENS = 2048
+_PROBE = "benchmark.workers.probe"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How everything is run."""
+
+    device: str
+    dtype: str
+    threads: int
+    cache: Path
+    timeout_s: float
+
+
+@dataclass
+class Contestant:
+    """An engine under the name it has in the tables."""
+
+    name: str
+    engine: Engine
+    environment: Mapping[str, str] = field(default_factory=dict)
+    process: WorkerProcess | None = None
+    about: dict[str, Any] = field(default_factory=dict)  # what its worker said when it had loaded
+
+
+class Session:
+    """Processes of one invocation. Use it as a context: at the end none is left."""
+
+    def __init__(self, model: Model, options: Options, say: Say) -> None:
+        self.model, self.options, self.say = model, options, say
+        self.contestants: list[Contestant] = []
+        self.notes: list[str] = []
+        self.limits: dict[str, Any] = {}
+        self.device = ""
+        self.matmul: dict[str, float] = {}
+        self._probe: WorkerProcess | None = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        processes = [c.process for c in self.contestants] + [self._probe]
+        for process in filter(None, processes):
+            process.close()
+            if error is None:  # the log of one that failed is kept
+                process.log.unlink(missing_ok=True)
+
+    # -- the machine -----------------------------------------------------------------------------
+
+    def measure_limits(self) -> None:
+        """Start the probe: which device it is, and what its products reach.
+
+        Raises:
+            WorkerError: the device cannot be used.
+        """
+        self._probe = self._start("probe", Path(sys.executable), _PROBE, {}, True)
+        self.limits = self._probe.ask(
+            "limits", device=self.options.device, threads=self.options.threads
+        )
+        self.device = self.limits["device"]
+        self._measure_matmul()
+
+    def _measure_matmul(self) -> None:
+        """FLOP/s of large products; the best that was ever reached is the peak."""
+        assert self._probe is not None, "measure_limits comes first"
+        dtypes = list(dict.fromkeys([self.options.dtype, "float32"]))
+        for name, value in self._probe.ask("matmul", dtypes=dtypes)["matmul"].items():
+            self.matmul[name] = max(value, self.matmul.get(name, 0.0))
+
+    def bandwidth(self) -> float:
+        """Bytes per second that reading reaches at this moment."""
+        assert self._probe is not None, "measure_limits comes first"
+        return float(self._probe.ask("bandwidth")["bandwidth"])
+
+    def matmul_peak(self, dtype: str) -> float:
+        """FLOP/s of products for weights of a dtype; widening them to float32 is always open."""
+        return max(self.matmul.get(dtype, 0.0), self.matmul["float32"])
+
+    # -- loading ---------------------------------------------------------------------------------
+
+    def load(
+        self, contestants: Sequence[Contestant], cases: Sequence[Case], prefill_tokens: int
+    ) -> None:
+        """Load one after another; a peer that fails is left out, with a note.
+
+        Raises:
+            WorkerError: this toolkit's own engine failed.
+            RuntimeError: together they cannot fit the memory.
+        """
+        self._check_memory(len(contestants), cases)
+        for contestant in contestants:
+            self.say(f"loading {contestant.name}")
+            with self._or_without(contestant):
+                self._load(contestant, cases, prefill_tokens)
+
+    def _load(self, contestant: Contestant, cases: Sequence[Case], prefill_tokens: int) -> None:
+        engine, options = contestant.engine, self.options
+        if self.device not in engine.devices:
+            raise WorkerError(f"{engine.name} is measured on {', '.join(engine.devices)} only")
+        python = interpreter(engine, options.cache)
+        environment = {**engine.environment, **contestant.environment}
+        converted = self._convert(engine, python) if engine.converts else None
+        contestant.process = self._start(
+            contestant.name, python, engine.module, environment, not engine.pip
+        )
+        self.contestants.append(contestant)
+        contestant.about = contestant.process.ask(
+            "load",
+            model=str(self.model.path),
+            converted=str(converted) if converted else None,
+            dtype=options.dtype,
+            device=self.device,
+            threads=options.threads,
+            cases=[[case.batch, case.prompt, case.output] for case in cases],
+            prefill_tokens=prefill_tokens,
+            scratch=str(options.cache / "scratch"),
+        )
+
+    def _convert(self, engine: Engine, python: Path) -> Path:
+        """The checkpoint in the engine's own format, made in a process that ends afterwards."""
+        folder = self.options.cache / "converted" / self.model.key
+        folder /= f"{engine.name}-{self.options.dtype}"
+        recipe = {
+            "format": 1,
+            "model": self.model.identity,
+            "dtype": self.options.dtype,
+            "pip": [list(arguments) for arguments in engine.pip],
+        }
+
+        def build(target: Path) -> None:
+            self.say(f"converting {self.model.name} for {engine.name}")
+            process = self._start(
+                f"{engine.name}-convert", python, engine.module, engine.environment, False
+            )
+            try:
+                process.ask(
+                    "convert",
+                    model=str(self.model.path),
+                    target=str(target),
+                    dtype=self.options.dtype,
+                )
+            finally:
+                process.close()
+            process.log.unlink(missing_ok=True)
+
+        return seal.make(folder, recipe, build, self.say)
+
+    def _start(
+        self,
+        name: str,
+        python: Path,
+        module: str,
+        extra: Mapping[str, str],
+        same_interpreter: bool,
+    ) -> WorkerProcess:
+        options = self.options
+        environment = worker_environment(
+            os.environ, extra, options.threads, same_interpreter=same_interpreter
+        )
+        safe = "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
+        log = options.cache / "logs" / f"{safe}-{os.getpid()}.log"
+        return WorkerProcess(name, python, module, environment, log, options.timeout_s)
+
+    def _check_memory(self, num_engines: int, cases: Sequence[Case]) -> None:
+        """Refuse what cannot fit, before the machine runs out."""
+        config, item = self.model.config, figures.ITEM_BYTES[self.options.dtype]
+        rows = max(case.batch * (case.prompt + case.output) for case in cases)
+        one = config.num_parameters * item + rows * config.kv_bytes_per_token(item)
+        free = self.limits["free_bytes"]
+        if num_engines * one > free:
+            raise RuntimeError(
+                f"{num_engines} engines hold {self.model.name} at the same time, at least "
+                f"{num_engines * one / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free: name fewer "
+                "in --against, or take a smaller model or batch"
+            )
+
+    @contextmanager
+    def _or_without(self, contestant: Contestant) -> Iterator[None]:
+        """A failure within ends a peer, not the measurement; that of our own engine goes on."""
+        try:
+            yield
+        except WorkerError as error:
+            if contestant.name == OURS:
+                raise
+            self._drop(contestant, error)
+
+    def _drop(self, contestant: Contestant, error: WorkerError) -> None:
+        self.notes.append(f"{contestant.name} is left out ({' '.join(error.reason.split())})")
+        self.say(f"{contestant.name} is left out: {error}")
+        if contestant.process:
+            contestant.process.close()
+        if contestant in self.contestants:
+            self.contestants.remove(contestant)
+
+    # -- measuring -------------------------------------------------------------------------------
+
+    def measure(self, case: Case, num_rounds: int) -> dict[str, Any]:
+        """Warm up, then let everybody run the same prompts in turn, `num_rounds` times."""
+        for contestant in list(self.contestants):
+            self.say(f"{case}: warming up {contestant.name}")
+            with self._or_without(contestant):
+                self._ask(contestant, "prepare", **vars(case))
+                self._run(contestant, case, prompts(self.model.config.vocab_size, case, 0))
+        self._measure_matmul()
+        rounds = []
+        for number in range(1, num_rounds + 1):
+            self.say(f"{case}: round {number} of {num_rounds}")
+            rounds.append(self._round(case, number))
+        return self._summarize(case, rounds)
+
+    def _round(self, case: Case, number: int) -> dict[str, Any]:
+        bandwidth = self.bandwidth()
+        rows = prompts(self.model.config.vocab_size, case, number)
+        runs: dict[str, Any] = {}
+        for contestant in list(self.contestants):
+            with self._or_without(contestant):
+                run = self._run(contestant, case, rows)
+                dtype = contestant.about["dtype"]
+                limits = {"bandwidth": bandwidth, "matmul": self.matmul_peak(dtype)}
+                run |= figures.shares(run, case, self.model.config, dtype, limits)
+                runs[contestant.name] = run
+        return {"bandwidth": bandwidth, "runs": runs}
+
+    def _summarize(self, case: Case, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+        by_name = {c.name: [r["runs"][c.name] for r in rounds] for c in self.contestants}
+        dtypes = {c.name: c.about["dtype"] for c in self.contestants}
+        everything = [run for runs in by_name.values() for run in runs]
+        cores = os.cpu_count() or 1
+        result: dict[str, Any] = vars(case) | {
+            "foreign_share": sum(run["foreign_cpu_s"] for run in everything)
+            / (sum(run["wall_s"] for run in everything) * cores),
+            "bandwidth": figures.spread([r["bandwidth"] for r in rounds]),
+            "summary": {name: figures.summarize(runs) for name, runs in by_name.items()},
+            "ratios": {},
+            "agreement": {},
+            "rounds": rounds,
+        }
+        for name, runs in by_name.items():
+            if name != OURS:
+                result["ratios"][name] = figures.ratios(by_name[OURS], runs)
+                share = result["agreement"][name] = figures.agreement(by_name[OURS], runs)
+                if share < _least_agreement(dtypes[OURS], dtypes[name]):
+                    self.notes.append(
+                        f"{case}: {name} chose {OURS}'s first token for {share:.0%} of the rows "
+                        "only; rounding alone seldom does that, so look at its conversion"
+                    )
+        return result
+
+    def serve(self, requests: Sequence[tuple[float, list[int], int]], num_rounds: int) -> Any:
+        """Requests that arrive over time, after a few to warm up."""
+        result: dict[str, Any] = {"requests": len(requests), "bandwidth": [], "runs": {}}
+        for contestant in list(self.contestants):
+            with self._or_without(contestant):
+                self._ask(contestant, "arrivals", requests=requests[:2])
+        for number in range(1, num_rounds + 1):
+            self.say(f"{counted(len(requests), 'request')}: round {number} of {num_rounds}")
+            result["bandwidth"].append(self.bandwidth())
+            for contestant in list(self.contestants):
+                with self._or_without(contestant):
+                    answer = self._ask(contestant, "arrivals", requests=requests)
+                    run = figures.arrival_figures(answer, requests)
+                    result["runs"].setdefault(contestant.name, []).append(run)
+        return result
+
+    def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
+        """Something that only this toolkit's own engine answers."""
+        return self._ask(self.contestants[0], op, **arguments)
+
+    def _run(
+        self, contestant: Contestant, case: Case, rows: Sequence[Sequence[int]]
+    ) -> dict[str, Any]:
+        """One turn, with what else the processors did meanwhile."""
+        idle = [c for c in self.contestants if c is not contestant]
+        idle_before, busy_before = _cpu_seconds(idle), machine_busy_seconds()
+        own_before = _cpu_seconds([contestant]) + sum(os.times()[:2])
+        start = time.perf_counter()
+        answer = self._ask(contestant, "run", prompts=rows, num_new=case.output)
+        wall_s = time.perf_counter() - start
+        own = _cpu_seconds([contestant]) + sum(os.times()[:2]) - own_before
+        idle_s = _cpu_seconds(idle) - idle_before
+        return figures.run_figures(answer, case) | {
+            "wall_s": wall_s,
+            "idle_engines_cpu_s": idle_s,
+            "foreign_cpu_s": max(0.0, machine_busy_seconds() - busy_before - own - idle_s),
+        }
+
+    def _ask(self, contestant: Contestant, op: str, **arguments: Any) -> dict[str, Any]:
+        assert contestant.process is not None, f"{contestant.name} was not started"
+        return contestant.process.ask(op, **arguments)
+
+
+def contestants(
+    against: Sequence[str], variants: Sequence[tuple[str, dict[str, str]]]
+) -> list[Contestant]:
+    """Everything that takes part, in the order of turns: ours, its variants, the others."""
+    ours = ENGINES[OURS]
+    return [
+        Contestant(OURS, ours),
+        *(Contestant(name, ours, environment) for name, environment in variants),
+        *(Contestant(name, ENGINES[name]) for name in against),
+    ]
+
+
+def _least_agreement(*dtypes: str) -> float:
+    """Share of equal first tokens below which it may be another model."""
+    return 0.95 if set(dtypes) == {"float32"} else 0.5
+
+
+def prompts(vocab_size: int, case: Case, number: int) -> list[list[int]]:
+    """The rows of a round, the same for every engine: random ids, never 0 (end of text)."""
+    generator = random.Random(f"{PROMPT_SEED} {case} {number}")
+    return [
+        [generator.randrange(1, vocab_size) for _ in range(case.prompt)] for _ in range(case.batch)
+    ]
+
+
+def _cpu_seconds(group: Sequence[Contestant]) -> float:
+    return sum(c.process.cpu_seconds() for c in group if c.process)
+
+
+def machine_busy_seconds() -> float:
+    """Processor time that anything has used since the start. Source: proc(5), stat."""
+    try:
+        text = Path("/proc/stat").read_text(encoding="ascii")
+    except OSError:
+        return 0.0
+    user, nice, system, _, _, irq, soft_irq = map(int, text.split("\n", 1)[0].split()[1:8])
+    return (user + nice + system + irq + soft_irq) / os.sysconf("SC_CLK_TCK")

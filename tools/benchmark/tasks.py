@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The measurements: cases beside peers, curves, requests over time, what a step costs."""
+
+from __future__ import annotations
+
+import random
+from argparse import Namespace
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from benchmark import arguments, results
+from benchmark.arguments import Case
+from benchmark.engines import ENGINES, OURS, Engine
+from benchmark.models import open_model
+from benchmark.session import (
+    ARRIVALS_PREFILL_TOKENS,
+    MAX_PREFILL_TOKENS,
+    Contestant,
+    Options,
+    Say,
+    Session,
+    contestants,
+)
+from gptneox.evaluation.performance import cache_bytes
+
+REQUEST_SEED = 2
+QUEUE_SIZES = (1000, 10000)
+_OVERHEAD = "benchmark.workers.overhead"
+
+
+def measure(args: Namespace, command: Sequence[str], say: Say) -> int:
+    """Measure what the flags say, print it, write the files; returns the exit status.
+
+    Raises:
+        ValueError, OSError, RuntimeError: with a message for the user.
+    """
+    model = open_model(args.model, args.dtype, args.cache, say)
+    options = Options(args.device, args.dtype, args.threads, args.cache, args.timeout)
+    cases = _cases(args, model.config.max_position_embeddings)
+    with Session(model, options, say) as session:
+        session.measure_limits()
+        result = results.describe(model, command) | {
+            "device": session.device,
+            "description": session.limits["description"],
+            "threads": args.threads,
+            "dtype": args.dtype,
+            "runs": args.runs,
+            "curve": args.curve,
+            "matmul": session.matmul,
+            "notes": session.notes,
+        }
+        path = args.output_dir / _file_name(args, model.name)
+        task = _measure_overhead if args.overhead else _measure_requests
+        if not args.overhead and args.curve != "requests":
+            task = _measure_cases
+        task(session, args, cases, result, path)
+        wanted = 1 + len(args.variant) + len(args.against)
+        is_whole = len(session.contestants) == wanted
+    files = [path]
+    if args.plot:
+        from benchmark.plots import write_plot
+
+        files += write_plot(path, result)
+    print(results.title(result))
+    print(results.as_text(result))
+    print("Files: " + ", ".join(map(str, files)))
+    return 0 if is_whole else 1
+
+
+def _file_name(args: Namespace, model_name: str) -> str:
+    what = "overhead" if args.overhead else args.curve or "speed"
+    return f"{model_name}-{args.dtype}-{what}-{datetime.now().astimezone():%Y%m%d-%H%M%S}.json"
+
+
+def _cases(args: Namespace, max_positions: int) -> list[Case]:
+    if args.overhead:
+        return [Case(max(args.batch), args.prompt, args.output)]
+    if args.curve == "requests":  # the longest that may come, side by side
+        prompt, output = 2 * args.prompt - 1, 2 * args.output - 1
+        return arguments.check_positions([Case(args.max_batch, prompt, output)], max_positions)
+    return arguments.cases(args, max_positions)
+
+
+def _engines(session: Session) -> dict[str, Any]:
+    return {
+        c.name: c.about | {"engine": c.engine.name, "environment": dict(c.environment)}
+        for c in session.contestants
+    }
+
+
+# -- cases ---------------------------------------------------------------------------------------
+
+
+def _measure_cases(
+    session: Session, args: Namespace, cases: list[Case], result: results.Result, path: Path
+) -> None:
+    """Every case, engines in turn; the file is written after each, so that none is lost."""
+    prefill_tokens = min(MAX_PREFILL_TOKENS, max(case.batch * case.prompt for case in cases))
+    session.load(contestants(args.against, args.variant), cases, prefill_tokens)
+    result |= {"kind": "cases", "engines": _engines(session), "cases": []}
+    _note_cache(session, args)
+    for case in cases:
+        result["cases"].append(session.measure(case, args.runs))
+        results.write(result, path)
+
+
+def _note_cache(session: Session, args: Namespace) -> None:
+    """Small weights stay in the processor, whose bandwidth is another one."""
+    weights = session.model.config.num_decode_parameters * 2
+    if session.device == "cpu" and weights < cache_bytes():
+        session.notes.append(
+            f"the weights ({weights / 1e6:.0f} MB in two bytes each) fit the processor's cache "
+            f"({cache_bytes() / 1e6:.0f} MB), so decoding may exceed the memory bandwidth"
+        )
+
+
+# -- requests over time --------------------------------------------------------------------------
+
+
+def _measure_requests(
+    session: Session, args: Namespace, cases: list[Case], result: results.Result, path: Path
+) -> None:
+    session.load(contestants(args.against, args.variant), cases, ARRIVALS_PREFILL_TOKENS)
+    result |= {
+        "kind": "requests",
+        "engines": _engines(session),
+        "arrivals_per_s": args.arrivals,
+        "max_batch": args.max_batch,
+        "mean_lengths": [args.prompt, args.output],
+        "cases": [],
+    }
+    for count in args.points or arguments.CURVES["requests"]:
+        requests = draw_requests(
+            count, args.arrivals, args.prompt, args.output, session.model.config.vocab_size
+        )
+        result["cases"].append(session.serve(requests, args.runs))
+        results.write(result, path)
+
+
+def draw_requests(
+    count: int, per_second: float, prompt: int, output: int, vocab_size: int
+) -> list[tuple[float, list[int], int]]:
+    """Requests of a Poisson process: moment in seconds, prompt, new tokens.
+
+    Lengths are even from 1 to 2 n - 1, so n on average; the first request comes at once.
+    """
+    generator = random.Random(REQUEST_SEED)
+    requests = []
+    now = 0.0
+    for _ in range(count):
+        length = generator.randint(1, 2 * prompt - 1)
+        ids = [generator.randrange(1, vocab_size) for _ in range(length)]
+        requests.append((now, ids, generator.randint(1, 2 * output - 1)))
+        now += generator.expovariate(per_second)
+    return requests
+
+
+# -- what a step costs beside the model ----------------------------------------------------------
+
+
+def _measure_overhead(
+    session: Session, args: Namespace, cases: list[Case], result: results.Result, path: Path
+) -> None:
+    engine = Engine(OURS, _OVERHEAD, devices=ENGINES[OURS].devices)
+    session.load([Contestant(OURS, engine)], cases, cases[0].batch * cases[0].prompt)
+    step = session.ask("overhead", **vars(cases[0]))
+    session.say(f"queueing {' and '.join(map(str, QUEUE_SIZES))} requests")
+    queue = session.ask("queue", sizes=QUEUE_SIZES)["queue"]
+    result |= {"kind": "overhead", "engines": _engines(session), "step": step, "queue": queue}
+    results.write(result, path)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This toolkit's paged engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from benchmark.workers.worker import Answer, Load, SteppingWorker, serve
+from gptneox.backends import select
+from gptneox.backends.base import Backend
+from gptneox.config import EngineSection
+from gptneox.engine.llm_engine import LLMEngine
+from gptneox.engine.sequence import SamplingParams
+
+
+class Ours(SteppingWorker):
+    """The paged engine without a tokenizer and without the prefix cache."""
+
+    packages = ("torch",)
+    backend: Backend
+    engine: LLMEngine
+
+    def load(self, load: Load) -> Answer:
+        """See `Worker`."""
+        self.backend = select(load.device)
+        self.backend.setup(0, num_threads=load.threads)
+        self.engine = LLMEngine.from_pretrained(
+            load.model,
+            engine_section(load),
+            self.backend,
+            dtype=load.dtype,
+            with_tokenizer=False,
+        )
+        return {"dtype": str(self.engine.dtype).removeprefix("torch.")}
+
+    def add(self, prompt: list[int], num_new: int) -> int:
+        """See `SteppingWorker`."""
+        params = SamplingParams(max_new_tokens=num_new, ignore_eos=True)
+        return self.engine.add_request(prompt, params)
+
+    def step(self) -> Sequence[tuple[int, list[int]]]:
+        """See `SteppingWorker`."""
+        return [(output.request_id, output.new_token_ids) for output in self.engine.step()]
+
+    def peak_bytes(self) -> int:
+        """Of the device where it has memory of its own."""
+        if self.backend.device.type == "cpu":
+            return super().peak_bytes()
+        return self.backend.memory().peak
+
+
+def engine_section(load: Load) -> EngineSection:
+    """[engine] with room for every case, all of its rows side by side.
+
+    Blocks are counted here because the module that could do it loads transformers, whose memory
+    would then be this engine's.
+    """
+    size = EngineSection().block_size
+    # One spare block for each row but the first: so many does the scheduler keep.
+    blocks = [batch * -(-(p + o) // size) + batch - 1 for batch, p, o in load.cases]
+    return EngineSection(
+        max_batch_size=load.max_batch,
+        max_input_length=max(prompt for _, prompt, _ in load.cases),
+        max_output_length=max(output for _, _, output in load.cases),
+        max_prefill_tokens=load.prefill_tokens,
+        num_blocks=max(blocks),
+        enable_prefix_caching=False,
+    )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    serve(Ours())
