@@ -106,7 +106,7 @@ class CpuBackend(Backend):
             weights.dense,
             weights.dense_4h_to_h,
         )
-        dense_bias, out_bias = weights.dense[1], weights.dense_4h_to_h[1].float()
+        dense_bias, out_bias = weights.dense[1], weights.dense_4h_to_h[1].float().contiguous()
         if dense_bias is not None:
             out_bias = out_bias + dense_bias.float()
         qkv_bias = weights.query_key_value[1]
@@ -114,8 +114,8 @@ class CpuBackend(Backend):
             [t.float().contiguous() for t in (*weights.norm_attention, *weights.norm_mlp)],
             [self.kernels.pack(weight) for weight, _ in named],
             [
-                None if qkv_bias is None else qkv_bias.float(),
-                weights.dense_h_to_4h[1].float(),
+                None if qkv_bias is None else qkv_bias.float().contiguous(),
+                weights.dense_h_to_4h[1].float().contiguous(),
                 out_bias,
             ],
             weights.eps,
@@ -152,7 +152,7 @@ class CpuBackend(Backend):
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         """In panels for the kernels, else in oneDNN's blocked layout."""
         if self.kernels is not None:
-            wide = None if bias is None else bias.float()
+            wide = None if bias is None else bias.float().contiguous()
             return PackedLinear(self.kernels.pack(weight), wide, weight.shape[1], weight.shape[0])
         fast = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and self.fast_bf16)
         if not (self.has_onednn and fast):
@@ -177,7 +177,8 @@ class CpuBackend(Backend):
         if self.kernels is None:
             return super().allocate_kv_cache(num_blocks, block_size, num_heads, head_dim, dtype)
         shape = (num_blocks, num_heads, block_size, head_dim)
-        k, v = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+        like = torch.empty(0, dtype=dtype)
+        k, v = self.kernels.allocate(shape, like), self.kernels.allocate(shape, like)
         return k.transpose(1, 2), v.transpose(1, 2)
 
     def rotary_paged_attention(

@@ -38,6 +38,23 @@ struct Step {
   const int32_t* starts; // [B] first visible position, or null
 };
 
+// Round `count` values to the cache's type.
+template <typename C>
+inline void store_rounded(const float* x, int64_t count, C* out) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<C, float>) {
+    std::memcpy(out, x, count * sizeof(float));
+    return;
+  } else {
+    for (; i + 2 * kVec <= count; i += 2 * kVec) {
+      at::vec::convert_from_float<C>(Vec::loadu(x + i), Vec::loadu(x + i + kVec)).store(out + i);
+    }
+  }
+  for (; i < count; ++i) {
+    out[i] = static_cast<C>(x[i]);
+  }
+}
+
 // Rotate and scale queries into q [T, H, D]; rotate keys and write both to their slots.
 template <typename X, typename C>
 void rotate_and_store(
@@ -54,6 +71,8 @@ void rotate_and_store(
   const int64_t heads = step.num_heads, dim = step.head_dim;
   const int64_t grain = std::max<int64_t>(1, 8192 / (heads * dim));
   at::parallel_for(0, step.num_tokens, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> buffer(dim);
+    float* row = buffer.data();
     for (int64_t t = begin; t < end; ++t) {
       const float* c = cos + positions[t] * half;
       const float* s = sin + positions[t] * half;
@@ -71,20 +90,27 @@ void rotate_and_store(
           out[i] = static_cast<float>(x[i]) * scale;
         }
         x += dim;
-        C* k = keys.data + block * keys.block + h * keys.head + offset * keys.token;
         for (int64_t i = 0; i < half; ++i) {
           const float a = x[i], b = x[half + i];
-          k[i] = static_cast<C>(a * c[i] - b * s[i]);
-          k[half + i] = static_cast<C>(b * c[i] + a * s[i]);
+          row[i] = a * c[i] - b * s[i];
+          row[half + i] = b * c[i] + a * s[i];
         }
         for (int64_t i = 2 * half; i < dim; ++i) {
-          k[i] = static_cast<C>(static_cast<float>(x[i]));
+          row[i] = x[i];
         }
+        store_rounded(
+            row, dim, keys.data + block * keys.block + h * keys.head + offset * keys.token);
         x += dim;
-        C* v = values.data + block * values.block + h * values.head + offset * values.token;
-        for (int64_t i = 0; i < dim; ++i) {
-          v[i] = static_cast<C>(static_cast<float>(x[i]));
+        const float* value = row;
+        if constexpr (std::is_same_v<X, float>) {
+          value = x;
+        } else {
+          for (int64_t i = 0; i < dim; ++i) {
+            row[i] = x[i];
+          }
         }
+        store_rounded(
+            value, dim, values.data + block * values.block + h * values.head + offset * values.token);
       }
     }
   });
@@ -187,28 +213,32 @@ Kernels<C> kernels_for(int64_t dim) {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-// Largest value, then exp(x - largest) in place; returns the sum. `count` > 0.
+// Raise `largest` to that of x, then exp(x - largest) in place; returns the sum. `count` is a
+// multiple of the vector, entries that do not count are minus infinity; one of them counts, or did.
 inline float softmax_part(float* x, int64_t count, float& largest) {
-  float top = largest;
-  for (int64_t i = 0; i < count; ++i) {
-    top = std::max(top, x[i]);
+  Vec top(largest);
+  for (int64_t i = 0; i < count; i += kVec) {
+    top = at::vec::maximum(top, Vec::loadu(x + i));
   }
-  largest = top;
-  const Vec shift(top);
-  float sum = 0;
-  int64_t i = 0;
-  Vec total(0.f);
-  for (; i + kVec <= count; i += kVec) {
+  largest = at::vec::vec_reduce_all<float>(
+      [](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, top);
+  const Vec shift(largest);
+  Vec sum(0.f);
+  for (int64_t i = 0; i < count; i += kVec) {
     const Vec e = (Vec::loadu(x + i) - shift).exp();
     e.store(x + i);
-    total = total + e;
+    sum = sum + e;
   }
-  sum = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, total);
-  for (; i < count; ++i) {
-    x[i] = std::exp(x[i] - top);
-    sum += x[i];
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, sum);
+}
+
+template <typename C>
+inline void prefetch(const C* rows, int64_t stride, int64_t count, int64_t dim) {
+  for (int64_t i = 0; i < count; ++i, rows += stride) {
+    for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(C))) {
+      __builtin_prefetch(rows + d);
+    }
   }
-  return sum;
 }
 
 // Running softmax over positions [begin, end) of one sequence and head: the weighted sum of the
@@ -239,6 +269,7 @@ void attend_one(
     const int64_t block = table[position / step.block_size];
     const C* k = keys.data + block * keys.block + head * keys.head + offset * keys.token;
     const C* v = values.data + block * values.block + head * values.head + offset * values.token;
+    prefetch(v, values.token, count, dim); // arrives while the scores are computed
     if (kernels.scores) {
       kernels.scores(q, k, keys.token, count, p);
     } else {
@@ -250,8 +281,13 @@ void attend_one(
         p[i] = s;
       }
     }
+    if (position + count < end && count < step.block_size - offset) {
+      prefetch(k + count * keys.token, keys.token, std::min(kTile, end - position - count), dim);
+    }
     const float before = largest;
-    const float part = softmax_part(p, count, largest);
+    const int64_t padded = round_up(count, kVec);
+    std::fill(p + count, p + padded, kMinusInfinity);
+    const float part = softmax_part(p, padded, largest);
     const float factor = before == largest ? 1.f : std::exp(before - largest);
     sum = sum * factor + part;
     if (kernels.values) {
@@ -503,7 +539,9 @@ class PrefillTask {
       if (high > low) {
         float& largest = largest_[row_index];
         const float before = largest;
-        const float part = softmax_part(row + low, high - low, largest);
+        std::fill(row, row + low, kMinusInfinity);
+        std::fill(row + high, row + kKeys, kMinusInfinity);
+        const float part = softmax_part(row, kKeys, largest);
         factor = before == largest ? 1.f : std::exp(before - largest);
         sum_[row_index] = sum_[row_index] * factor + part;
       }

@@ -21,23 +21,26 @@ namespace {
 
 using at::Tensor;
 
-// Memory for weights that are read from front to back: in huge pages where the system gives them.
-Tensor allocate(int64_t panels, int64_t depth, at::ScalarType type) {
-  const size_t bytes = panels * depth * kCols * c10::elementSize(type);
+// Memory that is read from front to back, weights and caches: in huge pages where the system gives
+// them.
+Tensor allocate(at::IntArrayRef sizes, at::ScalarType type) {
+  size_t bytes = c10::elementSize(type);
+  for (const int64_t size : sizes) {
+    bytes *= size;
+  }
   constexpr size_t kPage = size_t{2} << 20;
   if (bytes < kPage) {
-    return at::empty({panels, depth, kCols}, at::TensorOptions().dtype(type));
+    return at::empty(sizes, at::TensorOptions().dtype(type));
   }
   void* data = nullptr;
   TORCH_CHECK_WITH(
       OutOfMemoryError, posix_memalign(&data, kPage, bytes) == 0, "not enough memory for ", bytes,
-      " bytes of weights");
+      " bytes");
 #if defined(__linux__)
   madvise(data, bytes, MADV_HUGEPAGE);
 #endif
   return at::from_blob(
-      data, {panels, depth, kCols}, [](void* p) { std::free(p); },
-      at::TensorOptions().dtype(type));
+      data, sizes, [](void* p) { std::free(p); }, at::TensorOptions().dtype(type));
 }
 
 template <typename W>
@@ -87,7 +90,7 @@ std::shared_ptr<Packed> pack(const Tensor& weight) {
   const Tensor source = weight.contiguous();
   with_type(weight.scalar_type(), [&](auto zero) {
     packed->panels = allocate(
-        (packed->features + kCols - 1) / kCols, round_up(packed->depth, kDepth),
+        {(packed->features + kCols - 1) / kCols, round_up(packed->depth, kDepth), kCols},
         weight.scalar_type());
     pack_into<decltype(zero)>(source, packed->panels);
   });
@@ -141,8 +144,14 @@ inline void normalise(const float* x, const Norm& norm, const Moments& m, float*
   }
 }
 
-inline const float* bias_of(const std::optional<Tensor>& bias) {
-  return bias ? bias->const_data_ptr<float>() : nullptr;
+const float* bias_of(const std::optional<Tensor>& bias, int64_t features) {
+  if (!bias) {
+    return nullptr;
+  }
+  TORCH_CHECK_VALUE(
+      bias->dim() == 1 && bias->numel() == features && bias->is_contiguous(), "bias has shape ",
+      bias->sizes(), "; [", features, "] without gaps is expected");
+  return bias->const_data_ptr<float>();
 }
 
 Tensor check_rows(const Tensor& x, int64_t width, const char* name) {
@@ -175,6 +184,8 @@ Blocks<F>& scratch(int which) {
 // layers of a step share it and touch no new pages.
 Tensor workspace(int which, at::IntArrayRef sizes, at::ScalarType type) {
   static thread_local Tensor slots[3];
+  // What was made in inference mode could not be written to outside of it.
+  const c10::InferenceMode ordinary(false);
   int64_t count = 1;
   for (const int64_t size : sizes) {
     count *= size;
@@ -204,7 +215,7 @@ Tensor linear(
     fill_blocks(blocks, rows);
     Output<F, float> out;
     out.terms = {{weight.get(), &blocks}};
-    out.bias = bias_of(bias);
+    out.bias = bias_of(bias, weight->features);
     out.activation = static_cast<Activation>(activation);
     out.y = y.data_ptr<float>();
     out.stride = weight->features;
@@ -216,8 +227,11 @@ Tensor linear(
 Tensor layer_norm(const Tensor& x, const Tensor& scale, const Tensor& shift, double eps) {
   const Tensor rows = check_rows(x, scale.numel(), "x");
   const Norm norm{scale.to(at::kFloat).contiguous(), shift.to(at::kFloat).contiguous()};
+  TORCH_CHECK_VALUE(
+      shift.numel() == scale.numel(), "shift has ", shift.numel(), " values; ", scale.numel(),
+      " are expected");
   Tensor y = at::empty_like(rows);
-  const int64_t width = rows.size(1);
+  const int64_t width = std::max<int64_t>(1, rows.size(1));
   at::parallel_for(0, rows.size(0), std::max<int64_t>(1, 16384 / width), [&](int64_t b, int64_t e) {
     for (int64_t r = b; r < e; ++r) {
       const float* row = rows.const_data_ptr<float>() + r * width;
@@ -234,6 +248,18 @@ struct Layer {
   std::optional<Tensor> qkv_bias, up_bias, out_bias; // fp32
   float eps;
   Activation activation;
+
+  void check() const {
+    const int64_t width = qkv->depth;
+    bool fits = up->depth == width && dense->features == width && down->features == width;
+    for (const Norm& norm : norms) {
+      fits = fits && norm.scale.numel() == width && norm.shift.numel() == width;
+    }
+    for (const auto& weight : {up, dense, down}) {
+      fits = fits && weight->panels.scalar_type() == qkv->panels.scalar_type();
+    }
+    TORCH_CHECK_VALUE(fits, "the weights of a layer differ in width or dtype");
+  }
 
   // x fp32 [T, C] to qkv [T, 3W] and the activated MLP [T, F], both fp32.
   std::pair<Tensor, Tensor> front(const Tensor& x) const {
@@ -267,11 +293,11 @@ struct Layer {
       });
       Output<F, float> first, second;
       first.terms = {{qkv.get(), blocks[0]}};
-      first.bias = bias_of(qkv_bias);
+      first.bias = bias_of(qkv_bias, qkv->features);
       first.y = y.data_ptr<float>();
       first.stride = qkv->features;
       second.terms = {{up.get(), blocks[1]}};
-      second.bias = bias_of(up_bias);
+      second.bias = bias_of(up_bias, up->features);
       second.activation = activation;
       second.y = mlp.data_ptr<float>();
       second.stride = up->features;
@@ -288,8 +314,10 @@ struct Layer {
     const Tensor m = check_rows(mlp, down->depth, "mlp");
     Tensor y = residual ? *residual : at::empty({a.size(0), dense->features}, a.options());
     TORCH_CHECK_VALUE(
-        y.is_contiguous() && y.scalar_type() == at::kFloat && y.size(0) == a.size(0) &&
-            y.size(1) == dense->features,
+        m.size(0) == a.size(0), "mlp has ", m.size(0), " rows, attended has ", a.size(0));
+    TORCH_CHECK_VALUE(
+        y.dim() == 2 && y.is_contiguous() && y.scalar_type() == at::kFloat &&
+            y.size(0) == a.size(0) && y.size(1) == dense->features,
         "residual has shape ", y.sizes(), "; a contiguous float32 [", a.size(0), ", ",
         dense->features, "] is expected");
     with_type(dense->panels.scalar_type(), [&](auto zero) {
@@ -299,7 +327,7 @@ struct Layer {
       fill_blocks(second, m);
       Output<F, float> out;
       out.terms = {{dense.get(), &first}, {down.get(), &second}};
-      out.bias = bias_of(out_bias);
+      out.bias = bias_of(out_bias, dense->features);
       out.y = y.data_ptr<float>();
       out.stride = dense->features;
       out.residual = residual ? out.y : nullptr;
@@ -308,6 +336,40 @@ struct Layer {
     return y;
   }
 };
+
+// What the loops index memory by: one look at each is nothing beside the work that follows.
+void check_indices(
+    const Step& step, const int64_t* positions, int64_t num_positions, int64_t num_blocks) {
+  const int64_t num_slots = num_blocks * step.block_size;
+  for (int64_t t = 0; t < step.num_tokens; ++t) {
+    TORCH_CHECK_INDEX(
+        positions[t] >= 0 && positions[t] < num_positions, "position ", positions[t],
+        " is outside of the rotary table, which has ", num_positions);
+    TORCH_CHECK_INDEX(
+        step.slots[t] >= 0 && step.slots[t] < num_slots, "slot ", step.slots[t],
+        " is outside of the cache, which has ", num_slots);
+  }
+  int64_t rows = 0;
+  for (int64_t b = 0; b < step.num_seqs; ++b) {
+    const int64_t length = step.cu_seqlens[b + 1] - step.cu_seqlens[b];
+    const int64_t context = step.context_lens[b], start = step.starts ? step.starts[b] : 0;
+    const int64_t used = (context + step.block_size - 1) / step.block_size;
+    rows += length;
+    TORCH_CHECK_INDEX(
+        step.cu_seqlens[b] == rows - length && (b < step.num_decodes ? length == 1 : length >= 0) &&
+            length <= context && start >= 0 && start < context && used <= step.max_blocks,
+        "sequence ", b, " has ", length, " new tokens of ", context, " from ", start, " on and ",
+        step.max_blocks, " blocks of ", step.block_size);
+    for (int64_t i = 0; i < used; ++i) {
+      const int64_t block = step.block_tables[b * step.max_blocks + i];
+      TORCH_CHECK_INDEX(
+          block >= 0 && block < num_blocks, "block ", block, " is outside of the cache, which has ",
+          num_blocks);
+    }
+  }
+  TORCH_CHECK_INDEX(
+      rows == step.num_tokens, "the sequences have ", rows, " tokens, qkv has ", step.num_tokens);
+}
 
 // qkv [T, H, 3, D]; returns [T, H, D] of its type. Caches are [N, P, H, D], any strides but D's.
 Tensor attention(
@@ -325,10 +387,32 @@ Tensor attention(
     double scale,
     const std::optional<Tensor>& starts) {
   const Tensor x = qkv.contiguous();
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.size(2) == 3, "qkv has shape ", x.sizes());
   TORCH_CHECK_VALUE(
-      k_cache.dim() == 4 && k_cache.stride(3) == 1 && v_cache.stride(3) == 1,
-      "the cache is not [N, P, H, D] with contiguous D");
+      x.dim() == 4 && x.size(2) == 3, "qkv has shape ", x.sizes(), "; [T, H, 3, D] is expected");
+  for (const Tensor& cache : {k_cache, v_cache}) {
+    TORCH_CHECK_VALUE(
+        cache.dim() == 4 && cache.sizes() == k_cache.sizes() && cache.size(2) == x.size(1) &&
+            cache.size(3) == x.size(3) && cache.stride(3) == 1 &&
+            cache.scalar_type() == k_cache.scalar_type(),
+        "a cache has shape ", cache.sizes(), "; [N, P, ", x.size(1), ", ", x.size(3),
+        "] is expected, both of one dtype and with D in one piece");
+  }
+  TORCH_CHECK_VALUE(
+      cos.dim() == 2 && cos.sizes() == sin.sizes() && 2 * cos.size(1) <= x.size(3),
+      "the rotary tables have shapes ", cos.sizes(), " and ", sin.sizes(), " for heads of ",
+      x.size(3));
+  TORCH_CHECK_VALUE(
+      slots.numel() == x.size(0) && positions.numel() == x.size(0) && block_tables.dim() == 2 &&
+          block_tables.size(0) == context_lens.numel() &&
+          cu_seqlens.numel() == context_lens.numel() + 1 && num_decodes >= 0 &&
+          num_decodes <= context_lens.numel() &&
+          (!starts || starts->numel() == context_lens.numel()),
+      "the step's tensors do not belong together");
+  // Parts of larger tensors may come, such as the columns in use of the block tables.
+  const Tensor tables[] = {
+      slots.contiguous(), block_tables.contiguous(), cu_seqlens.contiguous(),
+      context_lens.contiguous(), positions.contiguous(), cos.contiguous(), sin.contiguous(),
+      starts ? starts->contiguous() : Tensor()};
   Step step{};
   step.num_tokens = x.size(0);
   step.num_decodes = num_decodes;
@@ -336,12 +420,14 @@ Tensor attention(
   step.num_heads = x.size(1);
   step.head_dim = x.size(3);
   step.block_size = k_cache.size(1);
-  step.slots = slots.const_data_ptr<int64_t>();
-  step.block_tables = block_tables.const_data_ptr<int32_t>();
+  step.slots = tables[0].const_data_ptr<int64_t>();
+  step.block_tables = tables[1].const_data_ptr<int32_t>();
   step.max_blocks = block_tables.size(1);
-  step.cu_seqlens = cu_seqlens.const_data_ptr<int32_t>();
-  step.context_lens = context_lens.const_data_ptr<int32_t>();
-  step.starts = starts ? starts->const_data_ptr<int32_t>() : nullptr;
+  step.cu_seqlens = tables[2].const_data_ptr<int32_t>();
+  step.context_lens = tables[3].const_data_ptr<int32_t>();
+  step.starts = starts ? tables[7].const_data_ptr<int32_t>() : nullptr;
+  const int64_t* where = tables[4].const_data_ptr<int64_t>();
+  check_indices(step, where, cos.size(0), k_cache.size(0));
   Tensor out = workspace(2, {x.size(0), x.size(1), x.size(3)}, x.scalar_type());
   static thread_local std::vector<float> q;
   q.resize(std::max<size_t>(q.size(), out.numel()));
@@ -351,8 +437,8 @@ Tensor attention(
       using C = decltype(c_zero);
       const Cache<C> keys(k_cache), values(v_cache);
       rotate_and_store<X, C>(
-          step, x.const_data_ptr<X>(), positions.const_data_ptr<int64_t>(),
-          cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), cos.size(1),
+          step, x.const_data_ptr<X>(), where, tables[5].const_data_ptr<float>(),
+          tables[6].const_data_ptr<float>(), cos.size(1),
           static_cast<float>(scale), q.data(), keys, values);
       X* y = out.data_ptr<X>();
       if (step.num_decodes > 0) {
@@ -396,6 +482,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         layer->out_bias = biases.at(2);
         layer->eps = static_cast<float>(eps);
         layer->activation = static_cast<Activation>(activation);
+        layer->check();
         return layer;
       }))
       .def("front", &Layer::front, Release())
@@ -404,5 +491,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("linear", &linear, Release());
   m.def("layer_norm", &layer_norm, Release());
   m.def("attention", &attention, Release());
+  m.def("allocate", [](std::vector<int64_t> sizes, const at::Tensor& like) {
+    return allocate(sizes, like.scalar_type());
+  });
   m.def("describe", &describe);
 }
