@@ -565,7 +565,7 @@ class Environment:
     modeltest_output_dir: str = ""  # MODELTEST_OUTPUT_DIR; empty: tests/modeltest/outputs
     modeltest_log_to_file: bool = False  # MODELTEST_LOG_TO_FILE: also log under outputs/logs
     cpu_kernels: str = "auto"  # GPTNEOX_CPU_KERNELS: on refuses to go without, off is plain torch
-    cache_folder: Path = Path()  # XDG_CACHE_HOME/gptneox-ascend; ~/.cache by default
+    cache_home: str = ""  # XDG_CACHE_HOME; empty: ~/.cache
     cxx: str = ""  # CXX: the compiler of the CPU kernels
 
     @classmethod
@@ -618,8 +618,7 @@ class Environment:
             modeltest_output_dir=environ.get("MODELTEST_OUTPUT_DIR", ""),
             modeltest_log_to_file=integer("MODELTEST_LOG_TO_FILE") == 1,
             cpu_kernels=kernels,
-            cache_folder=Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-            / "gptneox-ascend",
+            cache_home=environ.get("XDG_CACHE_HOME", ""),
             cxx=environ.get("CXX", ""),
         )
 

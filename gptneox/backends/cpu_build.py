@@ -114,7 +114,8 @@ def _built(environment: Environment) -> Path:
     key = hashlib.sha256("\0".join(parts).encode())
     for source in sorted(SOURCES.iterdir()):
         key.update(source.name.encode() + source.read_bytes())
-    folder = environment.cache_folder / "cpu_kernels" / key.hexdigest()[:16]
+    cache = Path(environment.cache_home or "~/.cache").expanduser()
+    folder = cache / "gptneox-ascend" / "cpu_kernels" / key.hexdigest()[:16]
     library = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if library.is_file():
         return library
