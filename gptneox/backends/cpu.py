@@ -125,7 +125,7 @@ class CpuBackend(Backend):
         return PackedLayer(layer, layer, weights.eps, act, len(weights.query_key_value[0]))
 
     def layer_front(self, x: Tensor, packed: PackedLayer) -> tuple[Tensor, Tensor]:
-        """x [T, C]; returns qkv [T, 3W] and the activated MLP [T, F]."""
+        """x [T, C]; returns qkv [T, 3W] and the activated MLP as `layer_back` reads it."""
         if self.kernels is None:
             return super().layer_front(x, packed)
         qkv, mlp = packed.front.front(x)
@@ -134,7 +134,7 @@ class CpuBackend(Backend):
     def layer_back(
         self, attended: Tensor, mlp: Tensor, packed: PackedLayer, residual: Tensor | None = None
     ) -> Tensor:
-        """attended [T, W] and mlp [T, F]; returns the partial sum [T, C], or adds it in place."""
+        """attended [T, W] and `layer_front`'s MLP; the partial sum [T, C], or added in place."""
         if self.kernels is None:
             return super().layer_back(attended, mlp, packed, residual)
         partial = packed.back.back(attended, mlp, residual)

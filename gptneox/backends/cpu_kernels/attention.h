@@ -397,7 +397,6 @@ class PrefillTask {
         k_(kKeys * depth_),
         v_(kKeys * padded_),
         q_(kQueryBlocks * kRows * depth_),
-        p_(kKeys * kRows),
         out_(kQueryBlocks * kRows * padded_),
         largest_(kQueryBlocks * kRows),
         sum_(kQueryBlocks * kRows) {}
@@ -521,53 +520,45 @@ class PrefillTask {
   }
 
   void attend_block(int64_t b, int rows, int64_t position, int64_t start, int64_t visible) {
-    alignas(64) float s[kRows * kKeys], c[kRows * kCols];
+    alignas(64) float s[kRows * kKeys];
     for (int64_t panel = 0; panel < kKeys / kCols; ++panel) {
       run_tile<Format<float>>(
-          rows, k_.data() + panel * kCols * depth_, q_.data() + b * kRows * depth_, depth_, c,
-          false);
-      for (int r = 0; r < rows; ++r) {
-        std::memcpy(s + r * kKeys + panel * kCols, c + r * kCols, kCols * sizeof(float));
-      }
+          rows, k_.data() + panel * kCols * depth_, q_.data() + b * kRows * depth_, depth_,
+          s + panel * kCols, kKeys, false);
     }
     for (int r = 0; r < rows; ++r) {
       float* row = s + r * kKeys;
       const int64_t row_index = b * kRows + r;
       const int64_t low = std::clamp<int64_t>(start - position, 0, kKeys);
       const int64_t high = std::clamp<int64_t>(visible + r - position, low, kKeys);
-      float factor = 1.f;
-      if (high > low) {
-        float& largest = largest_[row_index];
-        const float before = largest;
-        std::fill(row, row + low, kMinusInfinity);
-        std::fill(row + high, row + kKeys, kMinusInfinity);
-        const float part = softmax_part(row, kKeys, largest);
-        factor = before == largest ? 1.f : std::exp(before - largest);
-        sum_[row_index] = sum_[row_index] * factor + part;
+      if (high == low) {
+        std::fill(row, row + kKeys, 0.f);
+        continue;
       }
-      for (int64_t i = 0; i < kKeys; ++i) {
-        p_[i * rows + r] = i >= low && i < high ? row[i] : 0.f;
+      std::fill(row, row + low, kMinusInfinity);
+      std::fill(row + high, row + kKeys, kMinusInfinity);
+      float& largest = largest_[row_index];
+      const float before = largest;
+      const float part = softmax_part(row, kKeys, largest);
+      if (before == largest) {
+        sum_[row_index] += part;
+        continue;
       }
-      if (factor != 1.f) {
-        float* out = out_of(row_index);
-        for (int64_t d = 0; d < padded_; d += kVec) {
-          (Vec::loadu(out + d) * Vec(factor)).store(out + d);
-        }
+      const float factor = std::exp(before - largest);
+      sum_[row_index] = sum_[row_index] * factor + part;
+      float* out = out_of(row_index);
+      for (int64_t d = 0; d < padded_; d += kVec) {
+        (Vec::loadu(out + d) * Vec(factor)).store(out + d);
       }
     }
     for (int64_t d = 0; d < padded_; d += kCols) {
-      run_tile<Format<float>>(rows, v_.data() + d * kKeys, p_.data(), kKeys, c, false);
-      for (int r = 0; r < rows; ++r) {
-        float* out = out_of(b * kRows + r) + d;
-        for (int j = 0; j < kCols; j += kVec) {
-          (Vec::loadu(out + j) + Vec::loadu(c + r * kCols + j)).store(out + j);
-        }
-      }
+      run_tile<Format<float>, kKeys>(
+          rows, v_.data() + d * kKeys, s, kKeys, out_of(b * kRows) + d, padded_, true);
     }
   }
 
   int64_t dim_, depth_, padded_;
-  std::vector<float> rows_, k_, v_, q_, p_, out_, largest_, sum_;
+  std::vector<float> rows_, k_, v_, q_, out_, largest_, sum_;
 };
 
 template <typename Y, typename C>

@@ -213,13 +213,12 @@ Tensor linear(
     using F = Format<decltype(zero)>;
     auto& blocks = scratch<F>(0);
     fill_blocks(blocks, rows);
-    Output<F, float> out;
+    Output<F> out;
     out.terms = {{weight.get(), &blocks}};
     out.bias = bias_of(bias, weight->features);
     out.activation = static_cast<Activation>(activation);
     out.y = y.data_ptr<float>();
-    out.stride = weight->features;
-    run<F, float>({out});
+    run<F>({out});
   });
   return y;
 }
@@ -261,12 +260,12 @@ struct Layer {
     TORCH_CHECK_VALUE(fits, "the weights of a layer differ in width or dtype");
   }
 
-  // x fp32 [T, C] to qkv [T, 3W] and the activated MLP [T, F], both fp32.
+  // x fp32 [T, C] to qkv fp32 [T, 3W] and the activated MLP, packed as `back` reads it.
   std::pair<Tensor, Tensor> front(const Tensor& x) const {
     const Tensor rows = check_rows(x, qkv->depth, "x");
     const int64_t count = rows.size(0), width = rows.size(1);
     Tensor y = workspace(0, {count, qkv->features}, at::kFloat);
-    Tensor mlp = workspace(1, {count, up->features}, at::kFloat);
+    Tensor mlp; // Blocks of [T, F], their 32-bit entries in one row
     with_type(qkv->panels.scalar_type(), [&](auto zero) {
       using F = Format<decltype(zero)>;
       Blocks<F>* blocks[2] = {&scratch<F>(0), &scratch<F>(1)};
@@ -291,30 +290,33 @@ struct Layer {
           }
         }
       });
-      Output<F, float> first, second;
+      Output<F> first, second;
       first.terms = {{qkv.get(), blocks[0]}};
       first.bias = bias_of(qkv_bias, qkv->features);
       first.y = y.data_ptr<float>();
-      first.stride = qkv->features;
       second.terms = {{up.get(), blocks[1]}};
       second.bias = bias_of(up_bias, up->features);
       second.activation = activation;
-      second.y = mlp.data_ptr<float>();
-      second.stride = up->features;
-      run<F, float>({first, second});
+      using Scalar = typename F::Scalar;
+      static_assert(sizeof(Scalar) == sizeof(int32_t));
+      mlp = workspace(1, {Blocks<F>::count(count, up->features)}, at::kInt);
+      if (round_up(up->features, kCols) < round_up(up->features, kDepth)) {
+        mlp.zero_(); // the panels do not reach the end of the padded depth
+      }
+      Blocks<F> packed;
+      packed.bind(reinterpret_cast<Scalar*>(mlp.data_ptr<int32_t>()), count, up->features);
+      second.packed = &packed;
+      run<F>({first, second});
     });
     return {y, mlp};
   }
 
-  // attended [T, W] and mlp [T, F] to the partial sum [T, C]; with `residual` it is added there,
-  // in place.
+  // attended [T, W] and `front`'s mlp to the partial sum [T, C]; with `residual` it is added
+  // there, in place.
   Tensor back(
       const Tensor& attended, const Tensor& mlp, const std::optional<Tensor>& residual) const {
     const Tensor a = check_rows(attended, dense->depth, "attended");
-    const Tensor m = check_rows(mlp, down->depth, "mlp");
     Tensor y = residual ? *residual : at::empty({a.size(0), dense->features}, a.options());
-    TORCH_CHECK_VALUE(
-        m.size(0) == a.size(0), "mlp has ", m.size(0), " rows, attended has ", a.size(0));
     TORCH_CHECK_VALUE(
         y.dim() == 2 && y.is_contiguous() && y.scalar_type() == at::kFloat &&
             y.size(0) == a.size(0) && y.size(1) == dense->features,
@@ -322,16 +324,21 @@ struct Layer {
         dense->features, "] is expected");
     with_type(dense->panels.scalar_type(), [&](auto zero) {
       using F = Format<decltype(zero)>;
-      auto &first = scratch<F>(0), &second = scratch<F>(1);
+      auto& first = scratch<F>(0);
       fill_blocks(first, a);
-      fill_blocks(second, m);
-      Output<F, float> out;
+      TORCH_CHECK_VALUE(
+          mlp.scalar_type() == at::kInt && mlp.is_contiguous() &&
+              mlp.numel() == Blocks<F>::count(a.size(0), down->depth),
+          "mlp is not what `front` returned for the ", a.size(0), " rows of attended");
+      Blocks<F> second;
+      second.bind(
+          reinterpret_cast<typename F::Scalar*>(mlp.data_ptr<int32_t>()), a.size(0), down->depth);
+      Output<F> out;
       out.terms = {{dense.get(), &first}, {down.get(), &second}};
       out.bias = bias_of(out_bias, dense->features);
       out.y = y.data_ptr<float>();
-      out.stride = dense->features;
       out.residual = residual ? out.y : nullptr;
-      run<F, float>({out});
+      run<F>({out});
     });
     return y;
   }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matrix products with packed weights: y = act(sum over terms of x_i W_i.T + bias) + residual.
+// Matrix products with packed weights: y = act(sum over terms of x_i W_i.T + bias) + residual, in
+// fp32, or packed for the product that follows.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -14,22 +15,20 @@ namespace gptneox {
 
 enum class Activation : int { kNone = 0, kGeluErf = 1, kGeluTanh = 2, kSilu = 3, kRelu = 4 };
 
-inline Vec activate(Activation kind, const Vec& x) {
-  switch (kind) {
-    case Activation::kNone:
-      return x;
-    case Activation::kGeluErf:
-      return x * Vec(0.5f) * (Vec(1.f) + (x * Vec(0.70710678118654752f)).erf());
-    case Activation::kGeluTanh: {
-      const Vec inner = Vec(0.79788456080286536f) * (x + Vec(0.044715f) * x * x * x);
-      return x * Vec(0.5f) * (Vec(1.f) + inner.tanh());
-    }
-    case Activation::kSilu:
-      return x / (Vec(1.f) + x.neg().exp());
-    case Activation::kRelu:
-      return at::vec::maximum(x, Vec(0.f));
+template <Activation kind>
+inline Vec activate(const Vec& x) {
+  if constexpr (kind == Activation::kGeluErf) {
+    return x * Vec(0.5f) * (Vec(1.f) + (x * Vec(0.70710678118654752f)).erf());
+  } else if constexpr (kind == Activation::kGeluTanh) {
+    const Vec inner = Vec(0.79788456080286536f) * (x + Vec(0.044715f) * x * x * x);
+    return x * Vec(0.5f) * (Vec(1.f) + inner.tanh());
+  } else if constexpr (kind == Activation::kSilu) {
+    return x / (Vec(1.f) + x.neg().exp());
+  } else if constexpr (kind == Activation::kRelu) {
+    return at::vec::maximum(x, Vec(0.f));
+  } else {
+    return x;
   }
-  return x;
 }
 
 // A matrix [F, K] in panels: tensor [ceil(F / kCols), K padded, kCols] of the weight's type.
@@ -51,24 +50,33 @@ struct Packed {
 template <typename F>
 struct Blocks {
   using Scalar = typename F::Scalar;
-  std::vector<Scalar> data;
   int64_t rows = 0, steps = 0, height = 1;
 
+  // In memory of its own, kept for the next time.
   void resize(int64_t num_rows, int64_t depth) {
+    bind(nullptr, num_rows, depth);
+    if (static_cast<int64_t>(own_.size()) < rows * steps) {
+      own_.resize(rows * steps);
+    }
+    data_ = own_.data();
+  }
+  // In memory for `count(num_rows, depth)` scalars.
+  void bind(Scalar* data, int64_t num_rows, int64_t depth) {
+    data_ = data;
     rows = num_rows;
     steps = round_up(depth, kDepth) / F::kStep;
-    const int64_t count = std::max<int64_t>(1, (rows + kRows - 1) / kRows);
-    height = std::max<int64_t>(1, (rows + count - 1) / count);
-    if (static_cast<int64_t>(data.size()) < rows * steps) {
-      data.resize(rows * steps);
-    }
+    const int64_t blocks = std::max<int64_t>(1, (rows + kRows - 1) / kRows);
+    height = std::max<int64_t>(1, (rows + blocks - 1) / blocks);
+  }
+  static int64_t count(int64_t num_rows, int64_t depth) {
+    return num_rows * (round_up(depth, kDepth) / F::kStep);
   }
   // Block `index` holds the rows from height * index on.
   Scalar* block(int64_t index) {
-    return data.data() + index * height * steps;
+    return data_ + index * height * steps;
   }
   const Scalar* block(int64_t index) const {
-    return data.data() + index * height * steps;
+    return data_ + index * height * steps;
   }
   int rows_of(int64_t index) const {
     return static_cast<int>(std::min<int64_t>(height, rows - index * height));
@@ -90,7 +98,30 @@ struct Blocks {
     }
   }
 
+  // Write entries [k, k + kCols) of all rows of a block from a tile [rows][kCols].
+  void fill_tile(int64_t index, int64_t k, const float* tile) {
+    const int count = rows_of(index);
+    Scalar* out = block(index) + k / F::kStep * count;
+    const int64_t width = std::min<int64_t>(kCols / F::kStep, steps - k / F::kStep);
+    for (int r = 0; r < count; ++r, tile += kCols) {
+      if constexpr (F::kStep == 1) {
+        for (int64_t i = 0; i < width; ++i) {
+          out[i * count + r] = tile[i];
+        }
+      } else {
+        alignas(64) Scalar pairs[kVec];
+        at::vec::convert_float_bfloat16(Vec::loadu(tile), Vec::loadu(tile + kVec)).store(pairs);
+        for (int64_t i = 0; i < width; ++i) {
+          out[i * count + r] = pairs[i];
+        }
+      }
+    }
+  }
+
  private:
+  Scalar* data_ = nullptr;
+  std::vector<Scalar> own_;
+
   // Entries [k, k + length) of one row, `count` scalars apart; zeros from `depth` on.
   void fill_part(Scalar* out, int count, const float* x, int64_t depth, int64_t k, int64_t length) {
     const int64_t end = std::min(k + length, steps * F::kStep);
@@ -124,14 +155,14 @@ struct Term {
 };
 
 // One output of a run: all terms have the same features and rows.
-template <typename F, typename Y>
+template <typename F>
 struct Output {
   std::vector<Term<F>> terms;
   const float* bias = nullptr; // [features]
   Activation activation = Activation::kNone;
-  Y* y = nullptr; // [T, stride]
-  int64_t stride = 0;
-  const Y* residual = nullptr; // [T, stride], added last; may be y itself
+  float* y = nullptr; // [T, features]
+  const float* residual = nullptr; // [T, features], added last; may be y itself
+  Blocks<F>* packed = nullptr; // instead of y: as the next product reads it
 };
 
 // Threads take small groups of panels from a counter, so that one that is disturbed does less.
@@ -163,44 +194,64 @@ inline void on_all_threads(Body&& body) {
   });
 }
 
-template <typename F, typename Y>
-void finish(const Output<F, Y>& out, int64_t panel, int64_t row, int rows, float* c) {
-  const int64_t features = out.terms[0].weight->features;
-  const int64_t first = panel * kCols;
+// Bias and activation of a tile c [rows][kCols], in place; columns beyond the features stay zero.
+template <Activation kind>
+void activate_tile(const float* bias, int64_t width, int rows, float* c) {
+  Vec added[2] = {Vec(0.f), Vec(0.f)};
+  if (bias) {
+    for (int j = 0; j < 2 && j * kVec < width; ++j) {
+      added[j] = Vec::loadu(bias + j * kVec, std::min<int64_t>(kVec, width - j * kVec));
+    }
+  }
+  for (int i = 0; i < 2 * rows; ++i, c += kVec) {
+    activate<kind>(Vec::loadu(c) + added[i % 2]).store(c);
+  }
+}
+
+// A finished tile of block `b`: sums c [rows][kCols] to where they belong.
+template <typename F>
+void finish(const Output<F>& out, int64_t panel, int64_t b, float* c) {
+  const auto* x = out.terms[0].x;
+  const int rows = x->rows_of(b);
+  const int64_t features = out.terms[0].weight->features, first = panel * kCols;
   const int64_t width = std::min<int64_t>(kCols, features - first);
+  const float* bias = out.bias ? out.bias + first : nullptr;
+  switch (out.activation) {
+    case Activation::kNone:
+      if (bias) {
+        activate_tile<Activation::kNone>(bias, width, rows, c);
+      }
+      break;
+    case Activation::kGeluErf:
+      activate_tile<Activation::kGeluErf>(bias, width, rows, c);
+      break;
+    case Activation::kGeluTanh:
+      activate_tile<Activation::kGeluTanh>(bias, width, rows, c);
+      break;
+    case Activation::kSilu:
+      activate_tile<Activation::kSilu>(bias, width, rows, c);
+      break;
+    case Activation::kRelu:
+      activate_tile<Activation::kRelu>(bias, width, rows, c);
+      break;
+  }
+  if (out.packed) {
+    out.packed->fill_tile(b, first, c);
+    return;
+  }
+  const int64_t offset = b * x->height * features + first;
   for (int r = 0; r < rows; ++r, c += kCols) {
-    Y* y = out.y + (row + r) * out.stride + first;
+    float* y = out.y + offset + r * features;
+    const float* residual = out.residual ? out.residual + offset + r * features : nullptr;
     if (width == kCols) {
       for (int j = 0; j < kCols; j += kVec) {
-        Vec value = Vec::loadu(c + j);
-        if (out.bias) {
-          value = value + Vec::loadu(out.bias + first + j);
-        }
-        value = activate(out.activation, value);
-        if constexpr (std::is_same_v<Y, float>) {
-          if (out.residual) {
-            value = value + Vec::loadu(out.residual + (y - out.y) + j);
-          }
-          value.store(y + j);
-        } else {
-          value.store(c + j);
-        }
-      }
-      if constexpr (std::is_same_v<Y, float>) {
-        continue;
+        const Vec value = Vec::loadu(c + j);
+        (residual ? value + Vec::loadu(residual + j) : value).store(y + j);
       }
     } else {
-      float padded[kCols] = {};
-      if (out.bias) {
-        std::memcpy(padded, out.bias + first, width * sizeof(float));
+      for (int64_t j = 0; j < width; ++j) {
+        y[j] = residual ? c[j] + residual[j] : c[j];
       }
-      for (int j = 0; j < kCols; j += kVec) {
-        activate(out.activation, Vec::loadu(c + j) + Vec::loadu(padded + j)).store(c + j);
-      }
-    }
-    for (int64_t j = 0; j < width; ++j) {
-      const float added = out.residual ? static_cast<float>(out.residual[(y - out.y) + j]) : 0.f;
-      y[j] = static_cast<Y>(c[j] + added);
     }
   }
 }
@@ -212,28 +263,28 @@ constexpr int64_t kChunk = 1024;
 constexpr int64_t kSpanBytes = int64_t{3} << 20;
 
 // Few rows: every panel is read once, from front to back.
-template <typename F, typename Y>
-void panel_few(const Output<F, Y>& out, int64_t panel) {
+template <typename F>
+void panel_few(const Output<F>& out, int64_t panel) {
   alignas(64) float c[kRows * kCols];
   const int64_t num_blocks = out.terms[0].x->num_blocks();
   for (int64_t b = 0; b < num_blocks; ++b) {
-    const int rows = out.terms[0].x->rows_of(b);
     bool accumulate = false;
     for (const auto& term : out.terms) {
       const auto* weight = term.weight->panels.template const_data_ptr<typename F::Weight>();
       weight += panel * term.weight->padded() * kCols;
-      run_tile<F>(rows, weight, term.x->block(b), term.x->steps, c, accumulate);
+      run_tile<F>(
+          term.x->rows_of(b), weight, term.x->block(b), term.x->steps, c, kCols, accumulate);
       accumulate = true;
     }
-    finish(out, panel, b * out.terms[0].x->height, rows, c);
+    finish(out, panel, b, c);
   }
 }
 
 // Many rows, `first` to `last` block: chunks of K outside, rows inside. Half-precision weights
 // without an instruction of their own are widened once per chunk.
-template <typename F, typename Y>
+template <typename F>
 void panel_many(
-    const Output<F, Y>& out, int64_t panel, int64_t first, int64_t last, float* c, float* wide) {
+    const Output<F>& out, int64_t panel, int64_t first, int64_t last, float* c, float* wide) {
   using W = typename F::Weight;
   constexpr bool kWiden = F::kStep == 1 && !std::is_same_v<W, float>;
   bool accumulate = false;
@@ -254,22 +305,21 @@ void panel_many(
         const auto* a = term.x->block(b) + k * rows;
         float* tile_c = c + (b - first) * kRows * kCols;
         if constexpr (kWiden) {
-          run_tile<Format<float>>(rows, wide, a, count, tile_c, accumulate);
+          run_tile<Format<float>>(rows, wide, a, count, tile_c, kCols, accumulate);
         } else {
-          run_tile<F>(rows, chunk, a, count, tile_c, accumulate);
+          run_tile<F>(rows, chunk, a, count, tile_c, kCols, accumulate);
         }
       }
       accumulate = true;
     }
   }
   for (int64_t b = first; b < last; ++b) {
-    const auto* x = out.terms[0].x;
-    finish(out, panel, b * x->height, x->rows_of(b), c + (b - first) * kRows * kCols);
+    finish(out, panel, b, c + (b - first) * kRows * kCols);
   }
 }
 
-template <typename F, typename Y>
-void run(const std::vector<Output<F, Y>>& outputs) {
+template <typename F>
+void run(const std::vector<Output<F>>& outputs) {
   int64_t total = 0;
   for (const auto& out : outputs) {
     total += out.terms[0].weight->num_panels();

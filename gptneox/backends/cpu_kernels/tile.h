@@ -103,13 +103,15 @@ struct Format<c10::BFloat16> {
 };
 #endif
 
-// One tile: c[R][kCols] (+)= a * panel over `steps` entries of K, a multiple of the unrolling.
-template <typename F, int R>
+// One tile: c[R][kCols] (+)= a * panel over `steps` entries of K, a multiple of the unrolling. Rows
+// of c are `ldc` apart; those of a stand side by side, or kRowStride apart where that is given.
+template <typename F, int R, int kRowStride>
 inline void tile(
     const typename F::Weight* panel,
     const typename F::Scalar* a,
     int64_t steps,
     float* c,
+    int64_t ldc,
     bool accumulate) {
   // Few rows need several chains of sums to hide the latency of a multiply-add.
   constexpr int kChains = R == 1 ? 8 : R <= 3 ? 4 : R <= 6 && kRows > 6 ? 2 : 1;
@@ -121,8 +123,8 @@ inline void tile(
     for (int r = 0; r < R; ++r) {
       sum[u][r][0] = sum[u][r][1] = Lanes{};
       if (accumulate && u == 0) {
-        sum[u][r][0] = lanes(c + r * kCols);
-        sum[u][r][1] = lanes(c + r * kCols + kVec);
+        sum[u][r][0] = lanes(c + r * ldc);
+        sum[u][r][1] = lanes(c + r * ldc + kVec);
       }
     }
   }
@@ -135,7 +137,7 @@ inline void tile(
       const auto b0 = F::operand(p), b1 = F::operand(p + kStride / 2);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
-        const auto x = a[(k + u) * R + r];
+        const auto x = kRowStride ? a[r * kRowStride + k + u] : a[(k + u) * R + r];
         sum[u][r][0] = F::multiply_add(x, b0, sum[u][r][0]);
         sum[u][r][1] = F::multiply_add(x, b1, sum[u][r][1]);
       }
@@ -150,23 +152,26 @@ inline void tile(
       for (int u = 1; u < kChains; ++u) {
         total += sum[u][r][j];
       }
-      std::memcpy(c + r * kCols + j * kVec, &total, sizeof(total));
+      std::memcpy(c + r * ldc + j * kVec, &total, sizeof(total));
     }
   }
 }
 
-template <typename F>
+template <typename F, int kRowStride = 0>
 inline void run_tile(
     int rows,
     const typename F::Weight* panel,
     const typename F::Scalar* a,
     int64_t steps,
     float* c,
+    int64_t ldc,
     bool accumulate) {
   switch (rows) {
-#define GPTNEOX_ROWS(R)                                                  \
-  case R:                                                                \
-    if constexpr (R <= kRows) tile<F, R>(panel, a, steps, c, accumulate); \
+#define GPTNEOX_ROWS(R)                                            \
+  case R:                                                          \
+    if constexpr (R <= kRows) {                                    \
+      tile<F, R, kRowStride>(panel, a, steps, c, ldc, accumulate); \
+    }                                                              \
     break;
     GPTNEOX_ROWS(1)
     GPTNEOX_ROWS(2)
