@@ -423,10 +423,11 @@ class PrefillTask {
     std::fill(sum_.begin(), sum_.end(), 0.f);
     const int64_t end = offset + last; // the last query sees positions below this
     for (int64_t position = start / kKeys * kKeys; position < end; position += kKeys) {
+      const int64_t hidden = std::max<int64_t>(0, start - position);
       const int64_t known = std::min(kKeys, end - position);
-      load_tile(step, keys, table, head, position, known);
+      load_tile(step, keys, table, head, position, hidden, known);
       transpose_keys();
-      load_tile(step, values, table, head, position, known);
+      load_tile(step, values, table, head, position, hidden, known);
       split_values();
       for (int64_t b = 0; b * kRows < count; ++b) {
         const int rows = static_cast<int>(std::min<int64_t>(kRows, count - b * kRows));
@@ -463,15 +464,18 @@ class PrefillTask {
     }
   }
 
-  // Widen `known` tokens from `position` on into rows_ [kKeys][padded]; the rest becomes zero.
+  // Widen tokens [hidden, known) from `position` on into rows_ [kKeys][padded]; the others, which
+  // may never have been written, become zero.
   void load_tile(
       const Step& step,
       const Cache<C>& cache,
       const int32_t* table,
       int64_t head,
       int64_t position,
+      int64_t hidden,
       int64_t known) {
-    for (int64_t i = 0; i < known; ++i) {
+    std::fill(rows_.begin(), rows_.begin() + hidden * padded_, 0.f);
+    for (int64_t i = hidden; i < known; ++i) {
       const int64_t p = position + i;
       const C* from = cache.data + table[p / step.block_size] * cache.block + head * cache.head +
           p % step.block_size * cache.token;
