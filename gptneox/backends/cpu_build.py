@@ -12,7 +12,9 @@ import fcntl
 import functools
 import hashlib
 import importlib.util
+import json
 import logging
+import os
 import platform
 import shutil
 import subprocess
@@ -21,6 +23,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 from types import ModuleType
+from typing import IO
 
 import torch
 
@@ -30,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "gptneox_cpu_kernels"
 SOURCES = Path(__file__).parent / "cpu_kernels"
-LOSS = "products of few rows, fp16 and attention are slower in plain torch"
+LOSS = "so products of few rows, fp16 and attention are slower"
 
 # What this process runs in the compiler's process.
 _BUILD = """
@@ -99,11 +102,10 @@ def load(wanted: str = "") -> ModuleType | None:
         return None
     try:
         return _import(_built(environment))
-    except (OSError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
+    except (OSError, RuntimeError) as error:
         if wanted == "on":
-            raise ConfigError(f"the CPU kernels cannot be had: {reason}") from error
-        logger.warning("no CPU kernels (%s): %s", reason, LOSS)
+            raise ConfigError(f"GPTNEOX_CPU_KERNELS is on, but {error}") from error
+        logger.warning("no CPU kernels, %s: %s", LOSS, error)
         return None
 
 
@@ -119,36 +121,70 @@ def _built(environment: Environment) -> Path:
     library = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if library.is_file():
         return library
-    compiler = environment.cxx or "c++"
-    if shutil.which(compiler.split()[0]) is None:
-        raise RuntimeError(f"there is no compiler {compiler!r}; install one (Debian: g++)")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    compiler = _compiler(environment)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise RuntimeError(
+            f"{folder} cannot be written: {error.strerror}; set XDG_CACHE_HOME to a folder that can"
+        ) from error
+    with lock:
+        _wait_for(lock)
         if not library.is_file():
-            _compile(folder, library, flags)
+            _compile(library, compiler, flags)
     return library
 
 
-def _compile(folder: Path, library: Path, flags: list[str]) -> None:
-    log = folder / "compiler.log"
-    if log.is_file():
-        raise RuntimeError(f"they did not compile before; see {log}, delete it to try again")
+def _compiler(environment: Environment) -> str:
+    """The compiler's command, once nothing is missing that it needs."""
+    compiler = environment.cxx.strip() or "c++"
+    if shutil.which(compiler.split()[0]) is None:
+        raise RuntimeError(
+            f"there is no compiler {compiler!r}; install one (Debian: g++) or name one by CXX"
+        )
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        raise RuntimeError(f"{header} is missing; install Python's headers (Debian: python3-dev)")
+    if importlib.util.find_spec("setuptools") is None:
+        raise RuntimeError("setuptools is missing; install it with pip")
+    return compiler
+
+
+def _wait_for(lock: IO[str]) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.info("another process is compiling the CPU kernels; waiting for it")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def _compile(library: Path, compiler: str, flags: list[str]) -> None:
+    """Compile to `library`, or leave a log that keeps this compiler from being tried again."""
+    log = library.with_name("compiler.log")
+    binary = Path(str(shutil.which(compiler.split()[0]))).resolve()
+    title = f"{compiler}, {binary} of {binary.stat().st_mtime_ns}\n"
+    if log.is_file() and log.read_text(encoding="utf-8").startswith(title):
+        raise RuntimeError(
+            f"they did not compile before, see {log}; delete it, or name another compiler by CXX, "
+            "to try again"
+        )
     logger.warning("compiling the CPU kernels, once only, about a minute …")
-    with tempfile.TemporaryDirectory(dir=folder) as target:
+    with tempfile.TemporaryDirectory(dir=library.parent) as target:
         command = [sys.executable, "-c", _BUILD, NAME, str(SOURCES / "ops.cpp"), target]
         done = subprocess.run(
-            [*command, "[" + ", ".join(f'"{flag}"' for flag in flags) + "]"],
+            [*command, json.dumps(flags)],
             capture_output=True,
             text=True,
             errors="replace",
             cwd=target,
+            env=os.environ | {"CC": compiler, "CXX": compiler},
             check=False,
         )
         made = list(Path(target).glob(f"{NAME}*.so"))
         if done.returncode or not made:
-            log.write_text(done.stdout + done.stderr, encoding="utf-8")
-            raise RuntimeError(f"the compiler failed; see {log}")
+            log.write_text(title + done.stdout + done.stderr, encoding="utf-8")
+            raise RuntimeError(f"{compiler} failed, see {log}; it is not tried again")
         made[0].replace(library)  # whole or not at all
 
 
@@ -157,14 +193,23 @@ def _import(library: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise RuntimeError(f"{error}; delete {library} to compile it anew") from error
     return module
 
 
 def main() -> int:
-    """Compile now; exit status 0 also where it cannot be done, for nothing depends on it."""
+    """Compile now; exit status 0 also where it cannot be done, unless GPTNEOX_CPU_KERNELS=on."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    load()
+    try:
+        module = load()
+    except ConfigError as error:
+        logger.error("%s", error)  # noqa: TRY400
+        return 1
+    if module is not None:
+        logger.info("CPU kernels: %s", module.describe())
     return 0
 
 
