@@ -149,6 +149,14 @@ class CpuBackend(Backend):
         assert isinstance(out, Tensor)
         return out
 
+    def greedy(self, logits: Tensor) -> Tensor:
+        """One pass over the logits."""
+        if self.kernels is None or logits.dtype != torch.float32:
+            return super().greedy(logits)
+        out = self.kernels.greedy(logits)
+        assert isinstance(out, Tensor)
+        return out
+
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         """In panels for the kernels, else in oneDNN's blocked layout."""
         if self.kernels is not None:

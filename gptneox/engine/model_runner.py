@@ -25,7 +25,7 @@ class ModelRunner:
     def __init__(self, model: GPTNeoX, cache: PagedKVCache) -> None:
         self.model, self.cache = model, cache
         self.group, self.device = model.group, model.backend.device
-        self.sampler = Sampler()
+        self.sampler = Sampler(model.backend)
         self.step = model.backend.capture(self._forward)
         self.measure = False  # wait for the device after the model, to time it by itself
         self.prepare_s = self.forward_s = 0.0  # of the last step that sampled, when measured

@@ -9,6 +9,7 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
+from gptneox.backends.base import Backend
 from gptneox.engine.sequence import SamplingParams, Sequence, TokenLogprobs
 
 
@@ -24,7 +25,8 @@ class Sampler:
     whatever its batch mates are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Backend | None = None) -> None:
+        self._backend = backend or Backend()
         self._generators: dict[int, torch.Generator] = {}
 
     def __call__(self, logits: Tensor, seqs: Seq[Sequence]) -> list[int]:
@@ -45,12 +47,11 @@ class Sampler:
         Returns [S + 1] int64: S tokens, and whether the sum of all logits is finite.
         """
         logits = logits.float()
-        token_ids = logits.argmax(-1)
+        choice = self._backend.greedy(logits)
         for i, seq in enumerate(seqs):
             if seq.params.temperature != 0 or seq.params.repetition_penalty != 1:
-                token_ids[i] = self._choose(logits[i], seq)
-        finite = logits.sum(dtype=torch.float32).isfinite()
-        return torch.cat((token_ids, finite.view(1).to(torch.int64)))
+                choice[i] = self._choose(logits[i], seq)
+        return choice
 
     def forget(self, seq: Sequence) -> None:
         """Drop the generator of a finished sequence."""

@@ -332,7 +332,7 @@ void decode(
   const auto kernels = kernels_for<C>(dim);
   // Of each split: D sums, the largest score, the sum of weights.
   std::vector<float> parts(splits > 1 ? pairs * splits * (dim + 2) : 0);
-  WorkQueue queue(pairs * splits, std::max<int64_t>(1, pairs * splits / (threads * 8)));
+  WorkQueue queue(pairs * splits, 16);
   on_all_threads([&] {
     std::vector<float> own(dim);
     int64_t first, last;

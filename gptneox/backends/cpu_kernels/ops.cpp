@@ -4,6 +4,8 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <optional>
 #include <string>
@@ -459,6 +461,49 @@ Tensor attention(
   return out;
 }
 
+// The first of the largest values of each row of logits fp32 [S, V], then 1 when the sum of all is
+// finite, else 0: int64 [S + 1].
+Tensor greedy(const Tensor& logits) {
+  TORCH_CHECK_VALUE(
+      logits.dim() == 2 && logits.size(1) > 0 && logits.scalar_type() == at::kFloat,
+      "logits have shape ", logits.sizes(), " and dtype ", logits.scalar_type(),
+      "; float32 [S, V] is expected");
+  const Tensor x = logits.stride(1) == 1 ? logits : logits.contiguous();
+  const int64_t rows = x.size(0), width = x.size(1), stride = x.stride(0);
+  const float* data = x.const_data_ptr<float>();
+  Tensor out = at::empty({rows + 1}, at::TensorOptions().dtype(at::kLong));
+  int64_t* ids = out.data_ptr<int64_t>();
+  std::atomic<bool> finite{true};
+  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const float* row = data + r * stride;
+      Vec largest(kMinusInfinity), sum(0.f);
+      int64_t i = 0;
+      for (; i + kVec <= width; i += kVec) {
+        const Vec v = Vec::loadu(row + i);
+        largest = at::vec::maximum(largest, v);
+        sum = sum + v;
+      }
+      float top = at::vec::vec_reduce_all<float>(
+          [](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, largest);
+      float total = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, sum);
+      for (; i < width; ++i) {
+        top = std::max(top, row[i]);
+        total += row[i];
+      }
+      if (!std::isfinite(total)) {
+        finite.store(false, std::memory_order_relaxed);
+      }
+      ids[r] = std::find(row, row + width, top) - row;
+      if (ids[r] == width) {
+        ids[r] = 0; // NaN, which the flag tells
+      }
+    }
+  });
+  ids[rows] = finite.load() ? 1 : 0;
+  return out;
+}
+
 std::string describe() {
   std::string text = "vectors of " + std::to_string(kVec) + " floats";
   return GPTNEOX_BF16_DOT ? text + ", bf16 dot products" : text;
@@ -497,6 +542,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("pack", &pack, Release());
   m.def("linear", &linear, Release());
   m.def("layer_norm", &layer_norm, Release());
+  m.def("greedy", &greedy, Release());
   m.def("attention", &attention, Release());
   m.def("allocate", [](std::vector<int64_t> sizes, const at::Tensor& like) {
     return allocate(sizes, like.scalar_type());

@@ -165,19 +165,28 @@ struct Output {
   Blocks<F>* packed = nullptr; // instead of y: as the next product reads it
 };
 
-// Threads take small groups of panels from a counter, so that one that is disturbed does less.
+// Threads take groups of work from a counter, so that one that is disturbed does less. Groups
+// shrink towards the end, so that all end together.
 class WorkQueue {
  public:
-  WorkQueue(int64_t total, int64_t group) : total_(total), group_(std::max<int64_t>(1, group)) {}
+  WorkQueue(int64_t total, int64_t largest)
+      : total_(total), largest_(std::max<int64_t>(1, largest)), threads_(at::get_num_threads()) {}
+
   bool take(int64_t& begin, int64_t& end) {
-    begin = next_.fetch_add(group_, std::memory_order_relaxed);
-    end = std::min(begin + group_, total_);
-    return begin < total_;
+    begin = next_.load(std::memory_order_relaxed);
+    do {
+      if (begin >= total_) {
+        return false;
+      }
+      const int64_t share = (total_ - begin) / (2 * threads_);
+      end = begin + std::clamp<int64_t>(share, 1, largest_);
+    } while (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+    return true;
   }
 
  private:
   std::atomic<int64_t> next_{0};
-  int64_t total_, group_;
+  int64_t total_, largest_, threads_;
 };
 
 template <typename Body>
@@ -334,7 +343,6 @@ void run(const std::vector<Output<F>>& outputs) {
     }
     return std::make_pair(which, index);
   };
-  const int64_t threads = at::get_num_threads();
   const bool few = rows <= 2 * kRows;
   int64_t bytes = 0;
   for (const auto& term : outputs[0].terms) {
@@ -342,7 +350,7 @@ void run(const std::vector<Output<F>>& outputs) {
   }
   const int64_t sweeps = few ? 1 : std::min((bytes + kSpanBytes - 1) / kSpanBytes, num_blocks);
   const int64_t span = (num_blocks + sweeps - 1) / sweeps;
-  WorkQueue queue(total * sweeps, std::min<int64_t>(8, total / (threads * 4)));
+  WorkQueue queue(total * sweeps, few ? 16 : 1);
   on_all_threads([&] {
     std::vector<float> c, wide;
     if (!few) {
