@@ -20,6 +20,23 @@ transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)
 
 
+# The engine's own tests know no backend: of these alone the default run repeats on plain torch.
+ENGINE_TESTS_ON_PLAIN_CPU = (
+    "test_batch_equals_hf_one_by_one",
+    "test_alone_is_near_batch_in_half_precision",
+    "test_undefined_cache_content_is_never_read",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The others are for -m slow."""
+    for item in items:
+        engine_test = item.path.name == "test_llm_engine.py" and "cpu-plain" in item.name
+        if engine_test and not item.name.startswith(ENGINE_TESTS_ON_PLAIN_CPU):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Tests run side by side; some code under test sets the number of threads."""
@@ -34,10 +51,15 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(params=sorted(BACKENDS))
+@pytest.fixture(params=[*sorted(BACKENDS), "cpu-plain"])
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """Every backend that can be used on this machine."""
-    made = create(request.param)
+    """Every backend that can be used on this machine; a CPU also without its kernels."""
+    name, _, form = request.param.partition("-")
+    made = create(name)
     if reason := made.why_unusable():
-        pytest.skip(f"device {request.param} cannot be used: {reason}")
+        pytest.skip(f"device {name} cannot be used: {reason}")
+    if form == "plain":
+        if made.kernels is None:
+            pytest.skip("there are no CPU kernels: cpu is plain torch already")
+        made.kernels = None
     return made

@@ -51,14 +51,16 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
     return torch.randn(*shape, generator=generator).to(dtype)
 
 
-def make_batch(lengths: list[tuple[int, int]], block_size: int, seed: int = 0) -> ForwardBatch:
-    """A step over randomly chosen blocks; block 0 belongs to nobody."""
+def make_batch(
+    lengths: list[tuple[int, int]], block_size: int, seed: int = 0, *, shares: bool = True
+) -> ForwardBatch:
+    """A step over randomly chosen blocks, one in two tables; block 0 belongs to nobody."""
     context_lens = [cached + new for cached, new in lengths]
     counts = [-(-n // block_size) for n in context_lens]
     generator = torch.Generator().manual_seed(seed)
     ids = (torch.randperm(sum(counts), generator=generator) + 1).tolist()
     tables = [[ids.pop() for _ in range(n)] for n in counts]
-    if max(context_lens) > 2 * block_size and len(tables) > 1:  # a block that two sequences share
+    if shares and max(context_lens) > 2 * block_size and len(tables) > 1:
         longest, other = sorted(range(len(tables)), key=lambda b: -lengths[b][0])[:2]
         if min(lengths[longest][0], lengths[other][0]) >= block_size:
             tables[other][0] = tables[longest][0]

@@ -192,8 +192,8 @@ def _import(library: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(NAME, library)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     try:
+        module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except ImportError as error:
         raise RuntimeError(f"{error}; delete {library} to compile it anew") from error

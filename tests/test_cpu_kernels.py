@@ -1,0 +1,669 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU kernels against the base class and fp64, several at once, and how they are compiled.
+
+Limits. A product of K terms in fp32, in any order, is off by about sqrt(K) roundings of 2^-24 of
+the sum of absolute products; four times that is allowed. fp16 weights are widened, so the same
+limit holds for them; for bf16 the activations may be rounded to bf16 first, as the oracle then
+does too. Attention keeps to the 2e-5 of the largest value that holds for every backend.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import twins
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_backends import BASE, DTYPES, assert_near, make_batch, make_cache, randn
+from test_model import paged_logits, random_ids, rms
+from torch import Tensor
+
+from gptneox.backends import cpu_build, create
+from gptneox.backends.base import ForwardBatch, LayerWeights
+from gptneox.backends.cpu import ACTIVATION_IDS, CpuBackend
+from gptneox.config import ConfigError, Environment
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPE = st.sampled_from(DTYPES)
+ROWS = st.one_of(st.sampled_from([1, 2, 12, 13, 24, 25, 300]), st.integers(1, 130))
+WIDTH = st.one_of(st.sampled_from([1, 16, 17, 32, 1025]), st.integers(1, 300))
+few = functools.partial(settings, deadline=None, derandomize=True, database=None)
+
+
+@pytest.fixture(scope="module")
+def cpu() -> CpuBackend:
+    """With kernels, or the tests that need them are skipped."""
+    made = create("cpu")
+    assert isinstance(made, CpuBackend)
+    if made.kernels is None:
+        pytest.skip("the CPU kernels are off, or cannot be compiled here")
+    return made
+
+
+@pytest.fixture(scope="module")
+def plain() -> CpuBackend:
+    """The same device without kernels."""
+    made = CpuBackend()
+    made.kernels = None
+    return made
+
+
+def rounded(x: Tensor, dtype: torch.dtype, cpu: CpuBackend) -> Tensor:
+    """Activations as a product with weights of `dtype` reads them, in fp64."""
+    if dtype == torch.bfloat16 and "bf16" in cpu.kernels.describe():
+        x = x.bfloat16()
+    return x.double()
+
+
+# -- products ------------------------------------------------------------------------------------
+
+
+@few(max_examples=80)
+@given(ROWS, WIDTH, WIDTH, DTYPE, st.booleans(), st.sampled_from(["", *ACTIVATION_IDS]))
+def test_products(
+    cpu: CpuBackend,
+    num_rows: int,
+    k: int,
+    f: int,
+    dtype: torch.dtype,
+    has_bias: bool,
+    activation: str,
+) -> None:
+    x, weight = randn(num_rows, k, seed=1), randn(f, k, seed=2, dtype=dtype) / math.sqrt(k)
+    bias = randn(f, seed=3, dtype=dtype) if has_bias else None
+    packed = cpu.pack_linear(weight, bias)
+    number = ACTIVATION_IDS.get(activation, 0)
+    actual = cpu.kernels.linear(x, packed.weight, packed.bias, number)
+    seen, added = rounded(x, dtype, cpu), 0 if bias is None else bias.double()
+    exact = seen @ weight.double().T + added
+    limit = 4 * math.sqrt(k) * 2**-24 * (seen.abs() @ weight.double().abs().T) + 2**-22
+    if activation:
+        exact = BASE.activation(activation)(exact)
+        limit = 1.2 * limit + 1e-6  # the steepest slope, and the function's own error
+    assert actual.dtype == torch.float32
+    assert ((actual - exact).abs() <= limit + 2**-22 * exact.abs()).all()
+
+
+@few(max_examples=20)
+@given(WIDTH, WIDTH, DTYPE)
+def test_packing_keeps_every_weight(cpu: CpuBackend, k: int, f: int, dtype: torch.dtype) -> None:
+    """Rows of the identity pick them out again; a strided weight is read as it is indexed."""
+    weight = randn(k, f, seed=k, dtype=dtype).T
+    packed = cpu.pack_linear(weight, None)
+    out = torch.cat([cpu.kernels.linear(r, packed.weight, None, 0) for r in torch.eye(k).split(7)])
+    assert torch.equal(out, weight.T.float())
+    assert packed.weight.nbytes >= weight.numel() * weight.element_size()
+
+
+def random_layer(
+    c: int, w: int, f: int, *, has_bias: bool, dtype: torch.dtype, activation: str
+) -> LayerWeights:
+    def make(seed: int, *shape: int) -> Tensor:
+        return (randn(*shape, seed=seed) / math.sqrt(shape[-1])).to(dtype)
+
+    return LayerWeights(
+        norm_attention=(1 + make(1, c), make(2, c)),
+        norm_mlp=(1 + make(3, c), make(4, c)),
+        query_key_value=(make(5, 3 * w, c), make(6, 3 * w) if has_bias else None),
+        dense_h_to_4h=(make(7, f, c), make(8, f)),
+        dense=(make(9, c, w), make(10, c) if has_bias else None),
+        dense_4h_to_h=(make(11, c, f), make(12, c)),
+        eps=1e-5,
+        activation=activation,
+    )
+
+
+def layer_by_layer(x: Tensor, weights: LayerWeights, backend: CpuBackend) -> tuple[Tensor, Tensor]:
+    """Unfused, in the dtype of x: qkv [T, 3W] and x + dense(q) + mlp, attention being its q."""
+
+    def linear(x: Tensor, pair: tuple[Tensor, Tensor | None]) -> Tensor:
+        weight, bias = (None if t is None else t.to(x.dtype) for t in pair)
+        return BASE.linear(x, BASE.pack_linear(weight, bias))
+
+    norms = [
+        backend.layer_norm(x, *(t.to(x.dtype) for t in pair), weights.eps)
+        for pair in (weights.norm_attention, weights.norm_mlp)
+    ]
+    qkv = linear(norms[0], weights.query_key_value)
+    mlp = backend.activation(weights.activation)(linear(norms[1], weights.dense_h_to_4h))
+    attended = qkv[:, : weights.dense[0].shape[1]]
+    return qkv, x + (linear(attended, weights.dense) + linear(mlp, weights.dense_4h_to_h))
+
+
+@few(max_examples=60)
+@given(
+    st.one_of(st.sampled_from([1, 3, 12, 13, 24, 25]), st.integers(1, 130)),
+    st.tuples(st.integers(2, 160), st.integers(1, 100), st.integers(1, 300)),
+    DTYPE,
+    st.booleans(),
+    st.sampled_from(sorted(ACTIVATION_IDS)),
+    st.sampled_from([1, 3]),
+)
+def test_a_layer_in_two_calls(
+    cpu: CpuBackend,
+    plain: CpuBackend,
+    num_rows: int,
+    sizes: tuple[int, int, int],
+    dtype: torch.dtype,
+    has_bias: bool,
+    activation: str,
+    num_threads: int,
+) -> None:
+    """Against fp64; half precision may be no further off than plain torch, operator by operator."""
+    torch.set_num_threads(num_threads)
+    weights = random_layer(*sizes, has_bias=has_bias, dtype=dtype, activation=activation)
+    x = (3 * randn(num_rows, sizes[0], seed=20) + 1).to(dtype)
+    exact = layer_by_layer(x.double(), weights, plain)
+    packed = cpu.pack_layer(weights)
+    stream = x.float().clone()
+    qkv, mlp = cpu.layer_front(stream, packed)
+    attended = qkv[:, : sizes[1]].contiguous()
+    partial = cpu.layer_back(attended, mlp, packed)
+    out = cpu.layer_back(attended, mlp, packed, stream)
+    assert out.data_ptr() == stream.data_ptr()
+    torch.testing.assert_close(out, x.float() + partial, rtol=0, atol=4e-6 * out.abs().max().item())
+    theirs = layer_by_layer(x, weights, plain)
+    for actual, expected, other in zip((qkv, out), exact, theirs, strict=True):
+        largest = max(1.0, expected.abs().max().item())
+        error = actual - expected
+        if dtype == torch.float32:
+            assert error.abs().max() <= 2e-5 * largest
+        else:
+            # One entry may be lucky; half a unit in the last place of the largest is not a fault.
+            luck = torch.finfo(dtype).eps * largest / math.sqrt(error.numel())
+            assert rms(error) <= rms(other - expected) + luck
+    if dtype == torch.float32:
+        folded = BASE.pack_layer(weights)
+        front = BASE.layer_front(x, folded)
+        assert_near(qkv, front[0])
+        assert_near(out, BASE.layer_back(front[0][:, : sizes[1]], front[1], folded, x))
+
+
+def test_half_precision_layers_err_less_than_plain_torch(
+    cpu: CpuBackend, plain: CpuBackend
+) -> None:
+    """At a width where luck has no part."""
+    for dtype in (torch.bfloat16, torch.float16):
+        weights = random_layer(512, 256, 1024, has_bias=True, dtype=dtype, activation="gelu_erf")
+        x = (3 * randn(40, 512, seed=1)).to(dtype)
+        _, exact = layer_by_layer(x.double(), weights, plain)
+        packed, stream = cpu.pack_layer(weights), x.float().clone()
+        qkv, mlp = cpu.layer_front(stream, packed)
+        out = cpu.layer_back(qkv[:, :256].contiguous(), mlp, packed, stream)
+        assert rms(out - exact) < 0.8 * rms(layer_by_layer(x, weights, plain)[1] - exact)
+
+
+def test_rows_without_variance(cpu: CpuBackend) -> None:
+    """A constant row, however large, normalises to the shift."""
+    scale, shift = randn(77, seed=1), randn(77, seed=2)
+    for value in (0.0, 1.0, -12345.678, 3e6):
+        out = cpu.layer_norm(torch.full((3, 77), value), scale, shift, 1e-5)
+        torch.testing.assert_close(out, shift.expand(3, 77), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_rows(dtype: torch.dtype, cpu: CpuBackend) -> None:
+    weights = random_layer(40, 16, 24, has_bias=True, dtype=dtype, activation="relu")
+    packed, x = cpu.pack_layer(weights), torch.empty(0, 40)
+    qkv, mlp = cpu.layer_front(x, packed)
+    assert qkv.shape == (0, 48)
+    assert cpu.layer_back(qkv[:, :16], mlp, packed, x).shape == (0, 40)
+    assert cpu.linear(x, cpu.pack_linear(*weights.dense_h_to_4h)).shape == (0, 24)
+    assert cpu.layer_norm(x, *weights.norm_mlp, 1e-5).shape == (0, 40)
+
+
+# -- attention -----------------------------------------------------------------------------------
+
+# (cached tokens before this step, tokens of this step): those that decode come first.
+SEQUENCES = st.tuples(
+    st.lists(st.tuples(st.integers(0, 700), st.just(1)), max_size=4),
+    st.lists(st.tuples(st.integers(0, 200), st.integers(2, 150)), max_size=3),
+).map(lambda parts: [*parts[0], *parts[1]])
+
+
+def laid_out(cache: Tensor, layout: str) -> Tensor:
+    """The same values at other strides."""
+    n, p, h, d = cache.shape
+    if layout == "heads inside":
+        return cache.contiguous()
+    if layout == "gaps":
+        wide = torch.full((n, p + 1, h + 1, d + 3), math.nan, dtype=cache.dtype)
+        wide[:, :p, :h, :d] = cache
+        return wide[:, :p, :h, :d]
+    return cache
+
+
+@few(max_examples=60)
+@given(
+    SEQUENCES.filter(len),
+    st.sampled_from([1, 16, 16, 128]),
+    st.one_of(st.sampled_from([8, 20, 24, 40, 48, 64, 72, 80, 96, 128, 256]), st.integers(2, 130)),
+    st.integers(1, 3),
+    DTYPE,
+    DTYPE,
+    st.sampled_from(["own", "heads inside", "gaps"]),
+    st.sampled_from([1, 2, 4]),
+    st.floats(0, 1),
+)
+def test_attention(
+    cpu: CpuBackend,
+    lengths: list[tuple[int, int]],
+    block_size: int,
+    head_dim: int,
+    heads: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    layout: str,
+    num_threads: int,
+    rotary_share: float,
+) -> None:
+    torch.set_num_threads(num_threads)
+    batch = make_batch(lengths, block_size)
+    wide = torch.cat([batch.block_tables, torch.full_like(batch.block_tables, 10**6)], 1)
+    batch.block_tables = wide[:, : batch.block_tables.shape[1]]  # columns of a larger table
+    k_cache, v_cache = make_cache(cpu, batch, block_size, heads, head_dim, cache_dtype).layers[0]
+    k_cache, v_cache = laid_out(k_cache, layout), laid_out(v_cache, layout)
+    qkv = randn(sum(batch.q_lens_list), heads, 3, head_dim, dtype=dtype)
+    angles = 7 * randn(1024, round(rotary_share * (head_dim // 2)), seed=1)
+    rotary = (batch.positions, angles.cos(), angles.sin())
+    expected_k, expected_v = k_cache.clone(), v_cache.clone()
+    scale = 2 * head_dim**-0.5
+    actual = cpu.rotary_paged_attention(qkv, rotary, k_cache, v_cache, batch, scale)
+
+    q, k = BASE.rotary(*qkv[:, :, :2].float().unbind(2), *rotary)
+    v = qkv[:, :, 2].to(cache_dtype)
+    BASE.store_kv(k.to(cache_dtype), v, expected_k, expected_v, batch.slot_mapping)
+    torch.testing.assert_close(v_cache, expected_v, rtol=0, atol=0, equal_nan=True)
+    eps = torch.finfo(cache_dtype).eps  # a product may be rounded once less
+    torch.testing.assert_close(k_cache, expected_k, rtol=eps, atol=4e-6, equal_nan=True)
+    n, parts = batch.num_decodes, []
+    if n:
+        parts.append(BASE.decode_attention(q[:n], k_cache, v_cache, batch, scale))
+    if n < len(lengths):
+        parts.append(BASE.prefill_attention(q[n:], k_cache, v_cache, batch, scale))
+    assert_near(actual, torch.cat(parts).to(dtype))
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_long_context_is_shared_by_threads(
+    dtype: torch.dtype, num_threads: int, cpu: CpuBackend
+) -> None:
+    torch.set_num_threads(num_threads)
+    batch = make_batch([(2999, 1), (4, 1), (700, 1)], 16)
+    results = []
+    for backend in (BASE, cpu):
+        cache = make_cache(backend, batch, 16, 1, 40, dtype)
+        qkv = 2 * randn(3, 1, 3, 40, dtype=dtype)
+        table = torch.ones(3000, 1), torch.zeros(3000, 1)
+        results.append(cache.attend(0, qkv, (batch.positions, *table)))
+    assert_near(results[1], results[0])
+
+
+@few(max_examples=40)
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.floats(0, 1)), min_size=1, max_size=3),
+    st.booleans(),
+    st.sampled_from([1, 4]),
+)
+def test_hidden_first_positions(
+    cpu: CpuBackend, rows: list[tuple[int, float]], decodes: bool, num_threads: int
+) -> None:
+    """`starts`: what lies before is not seen, and may never have been written."""
+    torch.set_num_threads(num_threads)
+    lengths = [(n, 1) if decodes else (n // 2, n - n // 2 + 1) for n, _ in rows]
+    starts = [
+        min(int(n * share), cached) for (n, share), (cached, _) in zip(rows, lengths, strict=True)
+    ]
+    batch = make_batch(lengths, 16, shares=False)
+    cache = make_cache(cpu, batch, 16, 2, 24, torch.float32)
+    k_cache, v_cache = cache.layers[0]
+    own = [t.tolist() for t in batch.block_tables]
+    for table, start in zip(own, starts, strict=True):
+        for p in range(start):
+            k_cache[table[p // 16], p % 16] = v_cache[table[p // 16], p % 16] = math.nan
+    qkv = randn(sum(batch.q_lens_list), 2, 3, 24)
+    table = torch.ones(400, 1), torch.zeros(400, 1)
+    actual = attend(cpu, qkv, (batch.positions, *table), (k_cache, v_cache), batch, starts)
+    row = 0
+    for b, ((cached, new), start) in enumerate(zip(lengths, starts, strict=True)):
+        k, v = (
+            cache[batch.block_tables[b].long()].flatten(0, 1)[start : cached + new]
+            for cache in (k_cache, v_cache)
+        )
+        q = qkv[row : row + new, :, 0]
+        assert_near(actual[row : row + new], BASE.causal_attention(q, k, v, 0.3))
+        row += new
+
+
+def attend(
+    cpu: CpuBackend,
+    qkv: Tensor,
+    rotary: tuple[Tensor, Tensor, Tensor],
+    caches: tuple[Tensor, Tensor],
+    batch: ForwardBatch,
+    starts: list[int] | None = None,
+) -> Tensor:
+    return cpu.kernels.attention(
+        qkv,
+        *rotary,
+        *caches,
+        batch.slot_mapping,
+        batch.block_tables,
+        batch.cu_seqlens_q,
+        batch.context_lens,
+        batch.num_decodes,
+        0.3,
+        None if starts is None else torch.tensor(starts, dtype=torch.int32),
+    )
+
+
+def test_a_wrong_score_is_not_hidden(cpu: CpuBackend) -> None:
+    """NaN in what a query sees reaches its row, so that the engine can tell; no other row."""
+    batch = make_batch([(40, 1), (40, 1), (10, 30), (0, 30)], 16, shares=False)
+    caches = make_cache(cpu, batch, 16, 1, 32, torch.float32).layers[0]
+    caches[0][batch.block_tables[0, 0], 3] = math.nan
+    caches[0][batch.block_tables[2, 0], 3] = math.nan
+    table = torch.ones(100, 1), torch.zeros(100, 1)
+    out = attend(cpu, randn(62, 1, 3, 32), (batch.positions, *table), caches, batch)
+    bad = out.isnan().any(-1).any(-1)
+    assert bad.tolist() == [True, False] + [True] * 30 + [False] * 30
+
+
+def test_what_does_not_fit_is_refused(cpu: CpuBackend) -> None:
+    """Nothing is read or written outside of a tensor, whatever a caller gets wrong."""
+    weight = cpu.pack_linear(torch.ones(5, 8), None).weight
+    with pytest.raises(ValueError, match=r"x has shape \[2, 7\]"):
+        cpu.kernels.linear(torch.ones(2, 7), weight, None, 0)
+    with pytest.raises(ValueError, match=r"bias has shape \[4\]"):
+        cpu.kernels.linear(torch.ones(2, 8), weight, torch.ones(4), 0)
+    with pytest.raises(TypeError, match="float32, float16 or bfloat16"):
+        cpu.pack_linear(torch.ones(5, 8, dtype=torch.int8), None)
+    with pytest.raises(ValueError, match="shift has 3"):
+        cpu.layer_norm(torch.ones(2, 8), torch.ones(8), torch.ones(3), 1e-5)
+
+    weights = random_layer(16, 16, 24, has_bias=True, dtype=torch.float32, activation="relu")
+    packed = cpu.pack_layer(weights)
+    _, mlp = cpu.layer_front(torch.ones(4, 16), packed)
+    for attended, residual in ((torch.ones(5, 16), None), (torch.ones(4, 16), torch.ones(3, 16))):
+        with pytest.raises(ValueError, match=r"expected|not what"):
+            cpu.layer_back(attended, mlp, packed, residual)
+    weights.dense_4h_to_h = (torch.ones(15, 24), torch.ones(16))
+    with pytest.raises(ValueError, match="layer"):
+        cpu.pack_layer(weights)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("slot_mapping", 16 * 99, "slot 1584"),
+        ("slot_mapping", -1, "slot -1"),
+        ("block_tables", 99, "block 99"),
+        ("block_tables", -1, "block -1"),
+        ("context_lens", 500, "sequence 0 has 1 new tokens of 500"),
+        ("positions", 100, "position 100"),
+        ("cu_seqlens_q", 3, "sequence 0 has 3|the sequences have"),
+    ],
+)
+def test_indices_outside_are_refused(field: str, value: int, message: str, cpu: CpuBackend) -> None:
+    batch = make_batch([(40, 1), (0, 20)], 16)
+    caches = make_cache(cpu, batch, 16, 1, 32, torch.float32).layers[0]
+    getattr(batch, field).view(-1)[1 if field == "cu_seqlens_q" else 0] = value
+    table = torch.ones(100, 1), torch.zeros(100, 1)
+    with pytest.raises(IndexError, match=message):
+        attend(cpu, randn(21, 1, 3, 32), (batch.positions, *table), caches, batch)
+
+
+# -- several at once -----------------------------------------------------------------------------
+
+
+def test_results_in_use_are_not_written_over(cpu: CpuBackend) -> None:
+    """Also where all that is left of one is a view."""
+    weights = random_layer(32, 16, 24, has_bias=True, dtype=torch.float32, activation="relu")
+    packed = cpu.pack_layer(weights)
+    first, first_mlp = cpu.layer_front(randn(4, 32, seed=1), packed)
+    copies = first.clone(), first_mlp.clone()
+    view = first[1:, :5]
+    del first
+    second, _ = cpu.layer_front(randn(4, 32, seed=2), packed)
+    assert torch.equal(view, copies[0][1:, :5])
+    assert torch.equal(first_mlp, copies[1])
+    assert not torch.equal(second, copies[0])
+    del second
+    with torch.inference_mode():
+        cpu.layer_front(randn(4, 32, seed=3), packed)
+    third, _ = cpu.layer_front(randn(4, 32, seed=1), packed)
+    assert torch.equal(third, copies[0])
+    third.add_(1)  # memory that was handed out in inference mode serves outside of it
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_two_models_in_two_threads(num_threads: int, tmp_path: Path, cpu: CpuBackend) -> None:
+    torch.set_num_threads(num_threads)
+    work = []
+    for name, dtype in (("pythia-14m", "float16"), ("gpt-neox-20b", "bfloat16")):
+        config = twins.FAMILY[name]
+        twins.write_checkpoint(tmp_path / name, config, dtype=getattr(torch, dtype))
+        engine = twins.load_engine(tmp_path / name, CpuBackend(), dtype)
+        work.append((engine, random_ids(config, 60)))
+    alone = [paged_logits(engine, ids, 30) for engine, ids in work]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            together = pool.map(lambda job: paged_logits(*job, 30), work)
+            for actual, expected in zip(together, alone, strict=True):
+                assert torch.equal(actual, expected)
+
+
+# -- how they are compiled -----------------------------------------------------------------------
+
+# In place of a compiler: notes each call, "links" by copying a library that was made before.
+FAKE_COMPILER = """#!/bin/sh
+echo "$*" >>"{calls}"
+[ "{fails}" = no ] || { echo "no good: $*" >&2; exit 1; }
+case " $* " in *" -shared "*) source="{library}" ;; *) source=/dev/null ;; esac
+while [ $# -gt 0 ]; do
+  [ "$1" != -o ] || { sleep 0.5; cp "$source" "$2"; }
+  shift
+done
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Loads as a fresh process would, with an empty cache folder and the compiler named."""
+
+    def load(cxx: str = "", kernels: str = "auto") -> Any:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setenv("GPTNEOX_CPU_KERNELS", kernels)
+        monkeypatch.setenv("CXX", cxx)
+        return cpu_build.load.__wrapped__()
+
+    return load
+
+
+def fake_compiler(folder: Path, library: str = "/dev/null", fails: str = "no") -> str:
+    calls, script = folder / "calls", folder / f"compiler-{fails}"
+    text = FAKE_COMPILER.replace("{calls}", str(calls)).replace("{fails}", fails)
+    script.write_text(text.replace("{library}", library), encoding="utf-8")
+    script.chmod(0o755)
+    return str(script)
+
+
+def the_warning(caplog: pytest.LogCaptureFixture) -> str:
+    """The one warning there is, apart from the notice that compiling takes a while."""
+    found = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    caplog.clear()
+    (text,) = (m for m in found if not m.startswith("compiling"))
+    return text
+
+
+def test_without_a_compiler(start: Any, caplog: pytest.LogCaptureFixture) -> None:
+    assert start("/nonexistent/c++ -pipe") is None
+    text = the_warning(caplog)
+    assert cpu_build.LOSS in text
+    assert "no compiler '/nonexistent/c++ -pipe'; install one" in text
+    with pytest.raises(ConfigError, match="GPTNEOX_CPU_KERNELS is on, but there is no compiler"):
+        start("/nonexistent", "on")
+    assert not caplog.records
+
+
+def test_switched_off(start: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    assert start("/nonexistent", "off") is None
+    assert not caplog.records
+
+
+def test_on_without_a_compiler_ends_a_run(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    command = ["main.py", "--model_path", str(tiny_checkpoint), "--device", "cpu"]
+    command += ["--load_tokenizer", "False", "--input_ids", "1,2"]
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ
+        | {"GPTNEOX_CPU_KERNELS": "on", "CXX": "/nonexistent", "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    (line,) = (text for text in done.stderr.splitlines() if "GPTNEOX_CPU_KERNELS is on" in text)
+    assert "there is no compiler '/nonexistent'" in line
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+
+
+def test_a_compiler_that_fails_is_not_tried_again(
+    start: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = fake_compiler(tmp_path, fails="yes")
+    assert start(bad) is None
+    text = the_warning(caplog)
+    (log,) = tmp_path.glob("cache/gptneox-ascend/cpu_kernels/*/compiler.log")
+    assert f"{bad} failed, see {log}" in text
+    assert cpu_build.LOSS in text
+    assert bad in log.read_text(encoding="utf-8").splitlines()[-1]
+    calls = (tmp_path / "calls").read_text(encoding="utf-8")
+
+    assert start(bad) is None
+    text = the_warning(caplog)
+    assert f"see {log}; delete it" in text
+    assert (tmp_path / "calls").read_text(encoding="utf-8") == calls
+    assert {p.name for p in log.parent.iterdir()} == {"lock", "compiler.log"}
+
+    Path(bad).write_text("#!/bin/sh\nexit 3\n", encoding="utf-8")  # mended, in a way
+    assert start(bad) is None
+    assert f"{bad} failed" in the_warning(caplog)
+
+
+def test_two_at_once_compile_once(
+    start: Any, cpu: CpuBackend, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    compiler = fake_compiler(tmp_path, cpu.kernels.__file__)
+    start(kernels="off")  # the environment is set before the threads start
+    os.environ.update(CXX=compiler, GPTNEOX_CPU_KERNELS="auto")
+    with ThreadPoolExecutor(2) as pool:
+        modules = list(pool.map(lambda _: cpu_build.load.__wrapped__(), range(2)))
+    assert all(m.describe() == cpu.kernels.describe() for m in modules)
+    messages = [r.getMessage() for r in caplog.records]
+    assert [m.split(",")[0] for m in messages if "once only" in m] == ["compiling the CPU kernels"]
+    assert any("waiting for it" in m for m in messages)
+    calls = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
+    assert sum(" -shared " in f" {line} " for line in calls) == 1
+    before = len(calls)
+    assert start(compiler) is not None
+    assert len((tmp_path / "calls").read_text(encoding="utf-8").splitlines()) == before
+
+
+def test_a_damaged_library_is_named(
+    start: Any, cpu: CpuBackend, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert start("/nonexistent") is None
+    caplog.clear()
+    name = Path(cpu.kernels.__file__).name
+    key = Path(cpu.kernels.__file__).parent.name
+    library = tmp_path / "cache" / "gptneox-ascend" / "cpu_kernels" / key / name
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"half a library")
+    assert start() is None
+    assert f"delete {library} to compile it anew" in the_warning(caplog)
+
+
+def test_a_cache_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()  # root may write to any folder, but not below a file
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("GPTNEOX_CPU_KERNELS", "auto")
+    assert cpu_build.load.__wrapped__() is None
+    text = the_warning(caplog)
+    assert "cannot be written" in text
+    assert "set XDG_CACHE_HOME" in text
+
+
+@pytest.mark.parametrize("missing", ["Python.h", "setuptools"])
+def test_what_the_compiler_needs_is_named(
+    missing: str, start: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if missing == "Python.h":
+        monkeypatch.setattr(cpu_build.sysconfig, "get_path", lambda _: "/nonexistent")
+    else:
+        monkeypatch.setattr(cpu_build.importlib.util, "find_spec", lambda _: None)
+    assert start("sh") is None
+    text = the_warning(caplog)
+    assert missing in text
+    assert "install" in text
+
+
+def test_flags_follow_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    with_dot = cpu_build.compile_flags("AVX512", "fma avx512f avx512_bf16")
+    assert {"-mavx512f", "-mavx512bf16", "-DCPU_CAPABILITY_AVX512"} <= {*with_dot}
+    assert "-mavx512bf16" not in cpu_build.compile_flags("AVX512", "fma avx512f")
+    narrow = cpu_build.compile_flags("AVX2", "fma avx512f avx512_bf16")
+    assert {"-mavx2", "-DCPU_CAPABILITY_AVX2"} <= {*narrow}
+    assert not any("512" in flag for flag in narrow)
+    portable = cpu_build.compile_flags("DEFAULT", "fma avx512f avx512_bf16")
+    assert "-DCPU_CAPABILITY_DEFAULT" in portable
+    assert not any(flag.startswith("-m") for flag in portable)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    arm = cpu_build.compile_flags("DEFAULT", "fp asimd asimdhp asimddp")
+    assert {"-mcpu=native", "-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"} <= {*arm}
+    assert not any("avx" in flag for flag in arm)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names instruction sets of x86")
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_narrower_instruction_sets(capability: str, tmp_path: Path) -> None:
+    """Compiled anew, then every operator test."""
+    if shutil.which(Environment.read().cxx or "c++") is None:
+        pytest.skip("no compiler")
+    environment = os.environ | {
+        "ATEN_CPU_CAPABILITY": capability,
+        "XDG_CACHE_HOME": str(tmp_path),
+        "GPTNEOX_CPU_KERNELS": "on",
+    }
+    files = [f"tests/test_{name}.py" for name in ("backends", "cpu_kernels", "model")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert len(list(tmp_path.glob("gptneox-ascend/cpu_kernels/*/*.so"))) == 1
