@@ -145,9 +145,13 @@ PYTHON to an interpreter that has the packages"
       env_say "$ENV_REASON: setting up $ENV_VENV with pip."
       env_say "Once only, about a minute (longer on a slow network); progress in .venv/pip.log"
       env_make_venv "$1" "$2" || exit 1
-      env_venv_is_ready "$@" && exit 0
-      env_say "pip is content with .venv, yet it lacks $ENV_LACKING; remove .venv and start again"
-      exit 1
+      if ! env_venv_is_ready "$@"; then
+        env_say "pip is content with .venv, yet it lacks $ENV_LACKING; remove .venv and start again"
+        exit 1
+      fi
+      # Now rather than in the middle of the first run. It says itself what it does, and what is
+      # lost without it: no reason to stop.
+      (cd -- "$ENV_ROOT" && .venv/bin/python -m gptneox.backends.cpu_build) >&2 || true
     ) 9>"$ENV_ROOT/.venv.lock" || return 1
   fi
   PYTHON=$ENV_VENV/bin/python

@@ -2,7 +2,7 @@
 # Everything the continuous integration runs; it sets itself up.
 #
 # Usage, from any folder:
-#   bash tests/run_tests.sh                     linters, types, shell scripts, all default tests
+#   bash tests/run_tests.sh                     linters, types, shell scripts, CPU kernels, tests
 #   bash tests/run_tests.sh [pytest options]    pytest alone: bash tests/run_tests.sh -k scheduler
 #
 # Environment:
@@ -50,6 +50,8 @@ stage "ruff check" "$PYTHON" -m ruff check .
 stage "ruff format" "$PYTHON" -m ruff format --check .
 stage "mypy" "$PYTHON" -m mypy
 stage "shellcheck" "$shellcheck" -S style -x .ci/run "${shell_files[@]}"
+# once, before all workers would wait for it
+stage "CPU kernels" "$PYTHON" -m gptneox.backends.cpu_build
 stage "pytest" "$PYTHON" -m pytest -n "$TEST_WORKERS" --dist worksteal
 
 printf '\n'

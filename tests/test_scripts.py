@@ -463,6 +463,7 @@ class Checkout:
         write_program(
             self.root / "made" / "bin" / "python",
             f'if [[ $1 == -c ]]; then exec {self.real} {options} "$@"; fi\n'
+            '[[ $2 != gptneox.* ]] || { echo "$PWD runs $2" >&2; exit 3; }\n'
             "[[ $3 == install ]] || exit 0\n"
             f'printf "%s " "$@" >>{calls}; printf "\\n" >>{calls}\n'
             f'echo "ERROR: no network"; exit {pip_status}',
@@ -520,6 +521,8 @@ def test_an_environment_is_made_once(checkout: Checkout, there_is: str) -> None:
     assert "transformers>=5,<6" in checkout.pip_calls.read_text()
     assert "ruff" not in checkout.pip_calls.read_text()
     assert not left_over.exists()
+    # compiled ahead of the first run, which goes on without
+    assert f"{checkout.root} runs gptneox.backends.cpu_build\n" in done.stderr
 
     assert checkout.source().stderr == ""
     assert len(checkout.pip_calls.read_text().splitlines()) == 1
