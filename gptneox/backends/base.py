@@ -340,7 +340,7 @@ class Backend:
         return rotate(q), rotate(k)
 
     def greedy(self, logits: Tensor) -> Tensor:
-        """The largest of each row of logits [S, V], and whether all add up finite: [S + 1] int64."""
+        """The largest of each row of logits [S, V], then 1 if all add up finite: [S + 1] int64."""
         finite = logits.sum(dtype=torch.float32).isfinite()
         return torch.cat((logits.argmax(-1), finite.view(1).to(torch.int64)))
 
