@@ -31,7 +31,7 @@ from test_model import paged_logits, random_ids, rms
 from torch import Tensor
 
 from gptneox.backends import cpu_build, create
-from gptneox.backends.base import ForwardBatch, LayerWeights
+from gptneox.backends.base import Finding, ForwardBatch, LayerWeights
 from gptneox.backends.cpu import ACTIVATION_IDS, CpuBackend
 from gptneox.config import ConfigError, Environment
 
@@ -627,6 +627,21 @@ def test_what_the_compiler_needs_is_named(
     assert "install" in text
 
 
+def test_the_diagnosis_names_them(
+    cpu: CpuBackend, plain: CpuBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cpu.diagnose()[-1] == Finding(True, "CPU kernels", cpu.kernels.describe())
+    assert (plain.diagnose()[-1].ok, plain.diagnose()[-1].topic) == (None, "CPU kernels")
+    load = cpu_build.load.__wrapped__
+    for name, value in {"GPTNEOX_CPU_KERNELS": "on", "CXX": "/nonexistent"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu_build, "load", load)
+    finding = CpuBackend().diagnose()[-1]
+    assert finding.ok is False
+    assert "there is no compiler" in finding.text
+
+
 def test_flags_follow_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     with_dot = cpu_build.compile_flags("AVX512", "fma avx512f avx512_bf16")
@@ -656,7 +671,7 @@ def test_narrower_instruction_sets(capability: str, tmp_path: Path) -> None:
         "XDG_CACHE_HOME": str(tmp_path),
         "GPTNEOX_CPU_KERNELS": "on",
     }
-    files = [f"tests/test_{name}.py" for name in ("backends", "cpu_kernels", "model")]
+    files = [f"tests/test_{name}.py" for name in ("backends", "cpu_kernels")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
         cwd=ROOT,

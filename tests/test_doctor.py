@@ -21,7 +21,9 @@ from gptneox.backends import npu_setup
 def run(*arguments, **environment):
     return subprocess.run(
         [sys.executable, REPO / "main.py", "doctor", *map(str, arguments)],
-        env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", **environment},
+        # without CPU kernels, which would be compiled below HOME
+        env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "GPTNEOX_CPU_KERNELS": "off"}
+        | environment,
         capture_output=True,
         text=True,
         timeout=120,
@@ -146,7 +148,12 @@ def test_a_torch_npu_that_does_not_work(situation, tmp_path, tiny_checkpoint):
     assert remedy in page.stdout
     done = subprocess.run(
         [sys.executable, REPO / "main.py", "--device", "npu", "--model_path", tiny_checkpoint],
-        env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "PYTHONPATH": str(tmp_path)},
+        env={
+            "PATH": "/usr/bin:/bin",
+            "HOME": "/nonexistent",
+            "PYTHONPATH": str(tmp_path),
+            "GPTNEOX_CPU_KERNELS": "off",
+        },
         capture_output=True,
         text=True,
         timeout=120,

@@ -17,6 +17,7 @@ from torch import Tensor
 from gptneox.backends import cpu_build
 from gptneox.backends.base import (
     Backend,
+    Finding,
     ForwardBatch,
     LayerWeights,
     Memory,
@@ -24,6 +25,7 @@ from gptneox.backends.base import (
     PackedLinear,
     dense_visibility,
 )
+from gptneox.config import ConfigError
 
 # The numbers that the kernels know activations by.
 ACTIVATION_IDS = {"gelu_erf": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
@@ -74,6 +76,16 @@ class CpuBackend(Backend):
             if line.startswith(("model name", "Model")):
                 return line.split(":", 1)[1].strip()
         return platform.processor() or platform.machine()
+
+    def diagnose(self) -> list[Finding]:
+        """The processor, and what its kernels were compiled for."""
+        try:
+            kernels, text = self.kernels, "none: switched off, or the warning says why"
+        except ConfigError as error:
+            return [*super().diagnose(), Finding(False, "CPU kernels", str(error))]
+        if kernels is not None:
+            text = kernels.describe()
+        return [*super().diagnose(), Finding(kernels is not None or None, "CPU kernels", text)]
 
     def resolve_dtype(self, file_dtype: str, requested: str) -> tuple[torch.dtype, str]:
         """Half-precision files run in the fastest dtype that this processor has."""

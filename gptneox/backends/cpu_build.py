@@ -14,7 +14,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import platform
 import shutil
 import subprocess
@@ -37,10 +36,12 @@ LOSS = "so products of few rows, fp16 and attention are slower"
 
 # What this process runs in the compiler's process.
 _BUILD = """
-import json, sys
+import json, os, sys
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
-name, source, target, flags = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+name, source, target, compiler = sys.argv[1:5]
+flags = json.loads(sys.argv[5])
+os.environ.update(CC=compiler, CXX=compiler)  # setuptools takes the one or the other
 setup(
     name=name,
     ext_modules=[CppExtension(name, [source], extra_compile_args=flags)],
@@ -171,14 +172,13 @@ def _compile(library: Path, compiler: str, flags: list[str]) -> None:
         )
     logger.warning("compiling the CPU kernels, once only, about a minute …")
     with tempfile.TemporaryDirectory(dir=library.parent) as target:
-        command = [sys.executable, "-c", _BUILD, NAME, str(SOURCES / "ops.cpp"), target]
+        command = [sys.executable, "-c", _BUILD, NAME, str(SOURCES / "ops.cpp"), target, compiler]
         done = subprocess.run(
             [*command, json.dumps(flags)],
             capture_output=True,
             text=True,
             errors="replace",
             cwd=target,
-            env=os.environ | {"CC": compiler, "CXX": compiler},
             check=False,
         )
         made = list(Path(target).glob(f"{NAME}*.so"))
