@@ -264,7 +264,8 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             cache.kv.advance()
             hidden = hidden.view(b, s, -1)[:, keep]
             logits = self.model.compute_logits(hidden.flatten(0, 1)).view(b, hidden.shape[1], -1)
-        logits = logits.clone()  # out here: logits processors of `generate` change it in place
+        # In the weights' dtype, and out here: logits processors of `generate` change it in place.
+        logits = logits.to(self.gpt_neox.embed_in.weight.dtype, copy=True)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1])

@@ -419,9 +419,11 @@ def test_cache_operations(ours: PreTrainedModel, rows: list[list[int]]) -> None:
 def test_logits_to_keep(ours: PreTrainedModel, rows: list[list[int]]) -> None:
     ids = torch.tensor([rows[2]])
     expected = ours(ids).logits
-    assert torch.equal(ours(ids, logits_to_keep=3).logits, expected[:, -3:])
     chosen = torch.tensor([0, 5, 39])
-    assert torch.equal(ours(ids, logits_to_keep=chosen).logits, expected[:, chosen])
+    for keep, part in ((3, expected[:, -3:]), (chosen, expected[:, chosen])):
+        kept = ours(ids, logits_to_keep=keep).logits
+        # Fewer rows may be summed in another order.
+        torch.testing.assert_close(kept, part, rtol=0, atol=2e-6 * expected.abs().max().item())
 
 
 @torch.inference_mode()
