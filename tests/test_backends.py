@@ -253,6 +253,23 @@ def test_linear(k: int, f: int, has_bias: bool, dtype: torch.dtype, backend: Bac
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 5, 16, 77, 1000])
+def test_greedy(width: int, dtype: torch.dtype, backend: Backend) -> None:
+    """The first of equal logits, wherever it stands, and one flag for all rows."""
+    wide = randn(6, width + 3, seed=width).round(decimals=1).to(dtype)
+    logits = wide.to(backend.device)[:, :width]  # columns of padded rows, as the head returns them
+    expected = [row.index(max(row)) for row in wide[:, :width].tolist()]
+    assert backend.greedy(logits).tolist() == [*expected, 1]
+    assert backend.greedy(logits[:0]).tolist() == [1]
+    for bad in (math.nan, math.inf, -math.inf):
+        logits[4, width // 2] = bad
+        found = backend.greedy(logits).tolist()
+        assert found[:4] == expected[:4]
+        assert found[-1] == 0
+        assert 0 <= found[4] < width
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("eps", [1e-5, 1e-2])
 def test_layer_norm(eps: float, dtype: torch.dtype, backend: Backend) -> None:
     for width in (32, 77, 704):
