@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gptneox.backends.base import Backend, ForwardBatch, check_shape
+from gptneox.backends.base import Backend, ForwardBatch, PackedLayer, check_shape
 
 
 class KVCache(Protocol):
@@ -18,6 +18,15 @@ class KVCache(Protocol):
         """Write the keys and values of qkv [T, H, 3, D], return its attention [T, H, D].
 
         Queries and keys are rotated first, by (positions [T], cos, sin); see `Backend.rotary`.
+        """
+        ...
+
+    def run_layers(
+        self, x: Tensor, layers: list[PackedLayer], rotary: tuple[Tensor, Tensor, Tensor]
+    ) -> Tensor | None:
+        """The result [T, C] of all `layers` on x [T, C], in one call; None: take them one by one.
+
+        They are all of the model's, and this rank holds them whole.
         """
         ...
 
@@ -56,6 +65,13 @@ class PagedKVCache:
         check_shape(qkv, (None, self.num_heads, 3, self.head_dim), "qkv")
         k_cache, v_cache = self.layers[layer_id]
         return self.backend.rotary_paged_attention(qkv, rotary, k_cache, v_cache, batch, self.scale)
+
+    def run_layers(
+        self, x: Tensor, layers: list[PackedLayer], rotary: tuple[Tensor, Tensor, Tensor]
+    ) -> Tensor:
+        """See `KVCache`."""
+        assert self.batch is not None, "run_layers without a batch"
+        return self.backend.run_layers(x, layers, rotary, self.layers, self.batch, self.scale)
 
 
 class ContiguousKVCache:
@@ -131,6 +147,11 @@ class ContiguousKVCache:
             q.view(shape), layer[0], layer[1], end, self._key_mask, self.scale
         )
         return out.reshape(q.shape)
+
+    def run_layers(
+        self, x: Tensor, layers: list[PackedLayer], rotary: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        """None: this cache serves one layer at a time."""
 
     def advance(self) -> None:
         """Every layer has attended: the new positions are cached."""

@@ -8,6 +8,8 @@ so a state dict loads without a map.
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from gptneox.backends.base import Backend, LayerWeights, PackedLayer
@@ -126,11 +128,19 @@ class Decoder(nn.Module):
         )
         self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, backend)
         self.rotary = Rotary(config, num_positions, backend)
+        self.is_whole = group.world_size == 1 and backend.fuses_layers
+        self.is_whole = self.is_whole and config.use_parallel_residual
 
     def forward(self, input_ids: Tensor, positions: Tensor, kv: KVCache) -> Tensor:
         """input_ids, positions [T]; returns hidden states before the final norm, [T, C]."""
         x = self.embed_in(input_ids)
         angles = self.rotary(positions)
+        if self.is_whole:
+            packed = [layer.packed for layer in self.layers]
+            assert None not in packed, "forward before the weights were loaded"
+            done = kv.run_layers(x, cast("list[PackedLayer]", packed), angles)
+            if done is not None:
+                return done
         for layer in self.layers:
             x = layer(x, angles, kv)
         return x

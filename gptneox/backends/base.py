@@ -298,6 +298,27 @@ class Backend:
         partial = self.linear(torch.cat((attended, mlp), 1), packed.back)
         return partial if residual is None else residual + partial
 
+    def run_layers(
+        self,
+        x: Tensor,
+        layers: Sequence[PackedLayer],
+        rotary: tuple[Tensor, Tensor, Tensor],
+        caches: Sequence[tuple[Tensor, Tensor]],
+        batch: ForwardBatch,
+        scale: float,
+    ) -> Tensor:
+        """All parallel-residual layers of a paged step that one rank holds whole.
+
+        x [T, C], which may be written over; `rotary` and `caches` as `rotary_paged_attention`
+        takes them, a pair of caches per layer. Returns [T, C].
+        """
+        for layer, (k_cache, v_cache) in zip(layers, caches, strict=True):
+            qkv, mlp = self.layer_front(x, layer)
+            qkv = qkv.view(len(x), -1, 3, k_cache.shape[-1])
+            attended = self.rotary_paged_attention(qkv, rotary, k_cache, v_cache, batch, scale)
+            x = self.layer_back(attended.flatten(1), mlp, layer, x)
+        return x
+
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """x [T, C]; statistics in fp32."""
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)

@@ -7,6 +7,7 @@ import functools
 import os
 import platform
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,32 @@ class CpuBackend(Backend):
         partial = packed.back.back(attended, mlp, residual)
         assert isinstance(partial, Tensor)
         return partial
+
+    def run_layers(
+        self,
+        x: Tensor,
+        layers: Sequence[PackedLayer],
+        rotary: tuple[Tensor, Tensor, Tensor],
+        caches: Sequence[tuple[Tensor, Tensor]],
+        batch: ForwardBatch,
+        scale: float,
+    ) -> Tensor:
+        """One call for all of them; x is written over."""
+        if self.kernels is None:
+            return super().run_layers(x, layers, rotary, caches, batch, scale)
+        self.kernels.run_layers(
+            x,
+            [layer.front for layer in layers],
+            [cache for pair in caches for cache in pair],
+            *rotary,
+            batch.slot_mapping,
+            batch.block_tables,
+            batch.cu_seqlens_q,
+            batch.context_lens,
+            batch.num_decodes,
+            scale,
+        )
+        return x
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """x [T, C]; statistics in fp32."""

@@ -380,7 +380,103 @@ void check_indices(
       rows == step.num_tokens, "the sequences have ", rows, " tokens, qkv has ", step.num_tokens);
 }
 
-// qkv [T, H, 3, D]; returns [T, H, D] of its type. Caches are [N, P, H, D], any strides but D's.
+// What the attention of all layers of a step has in common, checked once. Caches are
+// [N, P, H, D], any strides but D's.
+class StepAttention {
+ public:
+  StepAttention(
+      int64_t num_tokens,
+      int64_t num_heads,
+      int64_t head_dim,
+      const Tensor& positions,
+      const Tensor& cos,
+      const Tensor& sin,
+      const Tensor& cache,
+      const Tensor& slots,
+      const Tensor& block_tables,
+      const Tensor& cu_seqlens,
+      const Tensor& context_lens,
+      int64_t num_decodes,
+      double scale,
+      const std::optional<Tensor>& starts)
+      // Parts of larger tensors may come, such as the columns in use of the block tables.
+      : tables_{slots.contiguous(), block_tables.contiguous(), cu_seqlens.contiguous(),
+                context_lens.contiguous(), positions.contiguous(), cos.contiguous(),
+                sin.contiguous(), starts ? starts->contiguous() : Tensor()},
+        scale_(static_cast<float>(scale)) {
+    TORCH_CHECK_VALUE(
+        cos.dim() == 2 && cos.sizes() == sin.sizes() && 2 * cos.size(1) <= head_dim,
+        "the rotary tables have shapes ", cos.sizes(), " and ", sin.sizes(), " for heads of ",
+        head_dim);
+    TORCH_CHECK_VALUE(
+        slots.numel() == num_tokens && positions.numel() == num_tokens &&
+            block_tables.dim() == 2 && block_tables.size(0) == context_lens.numel() &&
+            cu_seqlens.numel() == context_lens.numel() + 1 && num_decodes >= 0 &&
+            num_decodes <= context_lens.numel() &&
+            (!starts || starts->numel() == context_lens.numel()),
+        "the step's tensors do not belong together");
+    TORCH_CHECK_VALUE(
+        cache.dim() == 4, "a cache has shape ", cache.sizes(), "; [N, P, H, D] is expected");
+    step_.num_tokens = num_tokens;
+    step_.num_decodes = num_decodes;
+    step_.num_seqs = context_lens.numel();
+    step_.num_heads = num_heads;
+    step_.head_dim = head_dim;
+    step_.block_size = cache.size(1);
+    step_.slots = tables_[0].const_data_ptr<int64_t>();
+    step_.block_tables = tables_[1].const_data_ptr<int32_t>();
+    step_.max_blocks = block_tables.size(1);
+    step_.cu_seqlens = tables_[2].const_data_ptr<int32_t>();
+    step_.context_lens = tables_[3].const_data_ptr<int32_t>();
+    step_.starts = starts ? tables_[7].const_data_ptr<int32_t>() : nullptr;
+    num_blocks_ = cache.size(0);
+    check_indices(step_, tables_[4].const_data_ptr<int64_t>(), cos.size(0), num_blocks_);
+  }
+
+  // qkv [T, H, 3, D] without gaps; returns [T, H, D] of its type.
+  Tensor attend(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache) const {
+    for (const Tensor& cache : {k_cache, v_cache}) {
+      TORCH_CHECK_VALUE(
+          cache.dim() == 4 && cache.size(0) == num_blocks_ &&
+              cache.size(1) == step_.block_size && cache.size(2) == step_.num_heads &&
+              cache.size(3) == step_.head_dim && cache.stride(3) == 1 &&
+              cache.scalar_type() == k_cache.scalar_type(),
+          "a cache has shape ", cache.sizes(), "; [N, P, ", step_.num_heads, ", ",
+          step_.head_dim, "] is expected, both of one dtype and with D in one piece");
+    }
+    Tensor out =
+        workspace(2, {step_.num_tokens, step_.num_heads, step_.head_dim}, qkv.scalar_type());
+    static thread_local std::vector<float> q;
+    q.resize(std::max<size_t>(q.size(), out.numel()));
+    with_type(qkv.scalar_type(), [&](auto x_zero) {
+      using X = decltype(x_zero);
+      with_type(k_cache.scalar_type(), [&](auto c_zero) {
+        using C = decltype(c_zero);
+        const Cache<C> keys(k_cache), values(v_cache);
+        rotate_and_store<X, C>(
+            step_, qkv.const_data_ptr<X>(), tables_[4].const_data_ptr<int64_t>(),
+            tables_[5].const_data_ptr<float>(), tables_[6].const_data_ptr<float>(),
+            tables_[5].size(1), scale_, q.data(), keys, values);
+        X* y = out.data_ptr<X>();
+        if (step_.num_decodes > 0) {
+          decode<X, C>(step_, q.data(), keys, values, y);
+        }
+        if (step_.num_decodes < step_.num_seqs) {
+          prefill<X, C>(step_, q.data(), keys, values, y);
+        }
+      });
+    });
+    return out;
+  }
+
+ private:
+  Tensor tables_[8];
+  float scale_;
+  Step step_{};
+  int64_t num_blocks_ = 0;
+};
+
+// One layer's attention: qkv [T, H, 3, D]; returns [T, H, D] of its type.
 Tensor attention(
     const Tensor& qkv,
     const Tensor& positions,
@@ -398,67 +494,45 @@ Tensor attention(
   const Tensor x = qkv.contiguous();
   TORCH_CHECK_VALUE(
       x.dim() == 4 && x.size(2) == 3, "qkv has shape ", x.sizes(), "; [T, H, 3, D] is expected");
-  for (const Tensor& cache : {k_cache, v_cache}) {
+  const StepAttention step(
+      x.size(0), x.size(1), x.size(3), positions, cos, sin, k_cache, slots, block_tables,
+      cu_seqlens, context_lens, num_decodes, scale, starts);
+  return step.attend(x, k_cache, v_cache);
+}
+
+// All layers of a step over x fp32 [T, C], in place; layer i has caches[2 i] and caches[2 i + 1].
+void run_layers(
+    Tensor x,
+    const std::vector<std::shared_ptr<Layer>>& layers,
+    const std::vector<Tensor>& caches,
+    const Tensor& positions,
+    const Tensor& cos,
+    const Tensor& sin,
+    const Tensor& slots,
+    const Tensor& block_tables,
+    const Tensor& cu_seqlens,
+    const Tensor& context_lens,
+    int64_t num_decodes,
+    double scale) {
+  TORCH_CHECK_VALUE(
+      !layers.empty() && caches.size() == 2 * layers.size(), layers.size(), " layers have ",
+      caches.size(), " caches; two each are expected");
+  TORCH_CHECK_VALUE(
+      x.dim() == 2 && caches[0].dim() == 4, "x has shape ", x.sizes(), ", a cache ",
+      caches[0].sizes(), "; [T, C] and [N, P, H, D] are expected");
+  const int64_t num_heads = caches[0].size(2), head_dim = caches[0].size(3);
+  const StepAttention step(
+      x.size(0), num_heads, head_dim, positions, cos, sin, caches[0], slots, block_tables,
+      cu_seqlens, context_lens, num_decodes, scale, std::nullopt);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const auto [qkv, mlp] = layers[i]->front(x);
     TORCH_CHECK_VALUE(
-        cache.dim() == 4 && cache.sizes() == k_cache.sizes() && cache.size(2) == x.size(1) &&
-            cache.size(3) == x.size(3) && cache.stride(3) == 1 &&
-            cache.scalar_type() == k_cache.scalar_type(),
-        "a cache has shape ", cache.sizes(), "; [N, P, ", x.size(1), ", ", x.size(3),
-        "] is expected, both of one dtype and with D in one piece");
+        qkv.size(1) == 3 * num_heads * head_dim, "layer ", i, " makes ", qkv.size(1),
+        " columns of qkv; 3 x ", num_heads, " x ", head_dim, " are expected");
+    const Tensor attended = step.attend(
+        qkv.view({x.size(0), num_heads, 3, head_dim}), caches[2 * i], caches[2 * i + 1]);
+    layers[i]->back(attended.view({x.size(0), num_heads * head_dim}), mlp, x);
   }
-  TORCH_CHECK_VALUE(
-      cos.dim() == 2 && cos.sizes() == sin.sizes() && 2 * cos.size(1) <= x.size(3),
-      "the rotary tables have shapes ", cos.sizes(), " and ", sin.sizes(), " for heads of ",
-      x.size(3));
-  TORCH_CHECK_VALUE(
-      slots.numel() == x.size(0) && positions.numel() == x.size(0) && block_tables.dim() == 2 &&
-          block_tables.size(0) == context_lens.numel() &&
-          cu_seqlens.numel() == context_lens.numel() + 1 && num_decodes >= 0 &&
-          num_decodes <= context_lens.numel() &&
-          (!starts || starts->numel() == context_lens.numel()),
-      "the step's tensors do not belong together");
-  // Parts of larger tensors may come, such as the columns in use of the block tables.
-  const Tensor tables[] = {
-      slots.contiguous(), block_tables.contiguous(), cu_seqlens.contiguous(),
-      context_lens.contiguous(), positions.contiguous(), cos.contiguous(), sin.contiguous(),
-      starts ? starts->contiguous() : Tensor()};
-  Step step{};
-  step.num_tokens = x.size(0);
-  step.num_decodes = num_decodes;
-  step.num_seqs = context_lens.numel();
-  step.num_heads = x.size(1);
-  step.head_dim = x.size(3);
-  step.block_size = k_cache.size(1);
-  step.slots = tables[0].const_data_ptr<int64_t>();
-  step.block_tables = tables[1].const_data_ptr<int32_t>();
-  step.max_blocks = block_tables.size(1);
-  step.cu_seqlens = tables[2].const_data_ptr<int32_t>();
-  step.context_lens = tables[3].const_data_ptr<int32_t>();
-  step.starts = starts ? tables[7].const_data_ptr<int32_t>() : nullptr;
-  const int64_t* where = tables[4].const_data_ptr<int64_t>();
-  check_indices(step, where, cos.size(0), k_cache.size(0));
-  Tensor out = workspace(2, {x.size(0), x.size(1), x.size(3)}, x.scalar_type());
-  static thread_local std::vector<float> q;
-  q.resize(std::max<size_t>(q.size(), out.numel()));
-  with_type(x.scalar_type(), [&](auto x_zero) {
-    using X = decltype(x_zero);
-    with_type(k_cache.scalar_type(), [&](auto c_zero) {
-      using C = decltype(c_zero);
-      const Cache<C> keys(k_cache), values(v_cache);
-      rotate_and_store<X, C>(
-          step, x.const_data_ptr<X>(), where, tables[5].const_data_ptr<float>(),
-          tables[6].const_data_ptr<float>(), cos.size(1),
-          static_cast<float>(scale), q.data(), keys, values);
-      X* y = out.data_ptr<X>();
-      if (step.num_decodes > 0) {
-        decode<X, C>(step, q.data(), keys, values, y);
-      }
-      if (step.num_decodes < step.num_seqs) {
-        prefill<X, C>(step, q.data(), keys, values, y);
-      }
-    });
-  });
-  return out;
 }
 
 // The first of the largest values of each row of logits fp32 [S, V], then 1 when the sum of all is
@@ -544,6 +618,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("layer_norm", &layer_norm, Release());
   m.def("greedy", &greedy, Release());
   m.def("attention", &attention, Release());
+  m.def("run_layers", &run_layers, Release());
   m.def("allocate", [](std::vector<int64_t> sizes, const at::Tensor& like) {
     return allocate(sizes, like.scalar_type());
   });
