@@ -61,7 +61,8 @@ def start(settings: Settings) -> tuple[Backend, TensorParallelGroup]:
     environment = settings.environment
     backend.setup(environment.local_rank, environment.local_world_size, environment.omp_num_threads)
     if settings.model.bind_cpu:
-        bind(backend.pci_addresses(), environment.local_rank, environment.cpu_binding_num)
+        rank, ranks = environment.local_rank, environment.local_world_size
+        bind(backend.choose_cores(rank, ranks, environment.cpu_binding_num))
     collectives = backend.collectives(settings.model.parallel_backend)
     group = init_group(environment.rank, environment.world_size, collectives)
     for line in settings.describe():

@@ -6,8 +6,10 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 from gptneox.backends import binding
+from gptneox.backends.cpu import CpuBackend
 
 CHIPS_A2 = """\
         NPU ID                         Chip ID                        Chip Logic ID                  Chip Name
@@ -190,10 +192,49 @@ def test_binding_keeps_to_the_cores_one_may_use(monkeypatch):
     mine = sorted(os.sched_getaffinity(0))
     bound = []
     monkeypatch.setattr(os, "sched_setaffinity", lambda _pid, cpus: bound.append(list(cpus)))
-    monkeypatch.setattr(binding, "choose_cores", lambda *_: [mine[0], 10**6])
-    binding.bind(["0000:81:00.0"], 0)
+    binding.bind([mine[0], 10**6])
     assert bound == [[mine[0]]]
-    monkeypatch.setattr(binding, "choose_cores", lambda *_: [10**6])
-    binding.bind(["0000:81:00.0"], 0)
-    binding.bind([], 0)
+    binding.bind([10**6])
+    binding.bind([])
     assert bound == [[mine[0]]]
+
+
+def make_topology(folder, siblings):
+    for group in siblings:
+        for cpu in group:
+            path = folder / f"devices/system/cpu/cpu{cpu}/topology"
+            path.mkdir(parents=True)
+            (path / "thread_siblings_list").write_text(",".join(map(str, group)) + "\n")
+    return folder
+
+
+def test_ranks_share_physical_cores(tmp_path):
+    sysfs = make_topology(tmp_path, [(0, 4), (1, 5), (2, 6), (3, 7)])
+
+    def share(index, ranks, usable=range(8)):
+        return binding.share_cores(index, ranks, usable, sysfs)
+
+    assert share(0, 1) == [0, 1, 2, 3]  # one thread of each
+    assert [share(i, 2) for i in range(2)] == [[0, 1], [2, 3]]
+    assert [share(i, 3) for i in range(3)] == [[0], [1], [2]]
+    assert [share(i, 5) for i in range(5)] == [[]] * 5
+    assert share(1, 2, {0, 4, 6, 7}) == [6]  # of the three cores that may be used
+    assert binding.physical_cores([3, 0, 4, 7], sysfs) == [[0, 4], [3, 7]]
+    assert binding.physical_cores([1, 0], tmp_path / "silent") == [[0], [1]]
+
+
+def test_the_cpu_backend_binds_as_many_threads_as_it_runs(monkeypatch):
+    monkeypatch.setattr(binding, "usable_cpus", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(binding, "physical_cores", lambda usable, _="": [[c] for c in usable])
+    backend = CpuBackend()
+    before = torch.get_num_threads()
+    try:
+        backend.setup(1, 2)
+        assert torch.get_num_threads() == 2
+        assert backend.choose_cores(1, 2) == [2, 3]
+        backend.setup(1, 2, num_threads=1)  # the user's number, not more than the share
+        assert backend.choose_cores(1, 2) == [2, 3]
+        backend.setup(1, 2, num_threads=3)  # more than the share: these need room
+        assert backend.choose_cores(1, 2) == []
+    finally:
+        torch.set_num_threads(before)

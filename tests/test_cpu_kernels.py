@@ -31,7 +31,7 @@ from test_model import paged_logits, random_ids, rms
 from torch import Tensor
 
 from gptneox.backends import cpu_build, create
-from gptneox.backends.base import Finding, ForwardBatch, LayerWeights
+from gptneox.backends.base import Backend, Finding, ForwardBatch, LayerWeights
 from gptneox.backends.cpu import ACTIVATION_IDS, CpuBackend
 from gptneox.config import ConfigError, Environment
 
@@ -294,6 +294,61 @@ def test_attention(
     if n < len(lengths):
         parts.append(BASE.prefill_attention(q[n:], k_cache, v_cache, batch, scale))
     assert_near(actual, torch.cat(parts).to(dtype))
+
+
+@few(max_examples=30)
+@given(
+    SEQUENCES.filter(len),
+    st.integers(1, 3),
+    st.tuples(st.integers(1, 3), st.sampled_from([8, 20, 64]), st.integers(1, 90)),
+    DTYPE,
+)
+def test_all_layers_in_one_call(
+    cpu: CpuBackend,
+    lengths: list[tuple[int, int]],
+    num_layers: int,
+    sizes: tuple[int, int, int],
+    dtype: torch.dtype,
+) -> None:
+    """The specification's loop over the same kernels, bit for bit, caches included."""
+    heads, head_dim, width = sizes
+    c = heads * head_dim
+    batch = make_batch(lengths, 16)
+    layers = [
+        cpu.pack_layer(random_layer(c, c, width, has_bias=True, dtype=dtype, activation="gelu_erf"))
+        for _ in range(num_layers)
+    ]
+    ours, theirs = ([], [])
+    for _ in layers:
+        pair = make_cache(cpu, batch, 16, heads, head_dim, dtype).layers[0]
+        ours.append(pair)
+        theirs.append(tuple(laid_out(cache, "heads inside").clone() for cache in pair))
+    angles = randn(1024, head_dim // 4, seed=1)
+    rotary = (batch.positions, angles.cos(), angles.sin())
+    x = randn(sum(batch.q_lens_list), c)
+    expected = Backend.run_layers(cpu, x.clone(), layers, rotary, theirs, batch, 0.3)
+    actual = cpu.run_layers(x, layers, rotary, ours, batch, 0.3)
+    assert actual is x  # no second copy of the residual stream
+    assert torch.equal(actual, expected)
+    for pair, other in zip(ours, theirs, strict=True):
+        for cache, same in zip(pair, other, strict=True):
+            torch.testing.assert_close(cache, same, rtol=0, atol=0, equal_nan=True)
+
+
+def test_layers_that_do_not_fit_are_refused(cpu: CpuBackend) -> None:
+    batch = make_batch([(3, 1), (0, 5)], 16)
+    weights = random_layer(16, 16, 24, has_bias=True, dtype=torch.float32, activation="relu")
+    layers = [cpu.pack_layer(weights)]
+    rotary = (batch.positions, torch.ones(99, 1), torch.zeros(99, 1))
+    cache = make_cache(cpu, batch, 16, 2, 8, torch.float32).layers[0]
+    narrow = make_cache(cpu, batch, 16, 1, 8, torch.float32).layers[0]
+    for rows, caches, message in (
+        (6, [], "1 layers have 0 caches"),
+        (6, [narrow], "layer 0 makes 48 columns of qkv; 3 x 1 x 8"),
+        (5, [cache], "do not belong together"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cpu.run_layers(torch.ones(rows, 16), layers, rotary, caches, batch, 0.3)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 4])

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptneox.backends import binding
+
 logger = logging.getLogger(__name__)
 
 
@@ -149,6 +151,16 @@ class Backend:
     def pci_addresses(self) -> list[str]:
         """Where the visible devices sit, as 0000:c1:00.0; empty when unknown."""
         return []
+
+    def choose_cores(self, local_rank: int, local_world_size: int, limit: int = 0) -> list[int]:
+        """Logical processors for this process, after `setup`; empty: any.
+
+        `limit` is CPU_BINDING_NUM, the most it takes; 0 means its whole share.
+        """
+        cores = binding.choose_cores(self.pci_addresses(), local_rank, limit)
+        if not cores and self.pci_addresses():
+            logger.debug("no CPU binding: the NUMA node of device %d is not known", local_rank)
+        return cores
 
     def diagnose(self) -> list[Finding]:
         """Software and devices, also where `why_unusable` has a reason."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CPU binding: a rank runs on its share of the cores of the NUMA node that its device hangs on.
+"""CPU binding: a rank runs on its share of the cores of the NUMA node that its device hangs on;
+where the cores are the device, on its share of them, one thread per physical core.
 
 The kernel's sysfs is asked first; where it does not say (an old container), npu-smi, lspci and
 lscpu are. Whatever stays unknown leaves the process unbound.
@@ -11,7 +12,7 @@ import logging
 import os
 import re
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -139,18 +140,45 @@ def choose_cores(
     return cpus[place : place + min(share, cores_per_device or share)]
 
 
-def bind(addresses: Sequence[str], index: int, cores_per_device: int = 0) -> None:
-    """Bind this process to the cores near its device, as far as it may use them."""
-    if not hasattr(os, "sched_setaffinity"):
-        return
-    cores = choose_cores(addresses, index, cores_per_device)
-    usable = sorted(set(cores) & os.sched_getaffinity(0))
-    if not usable:
-        if addresses:
-            logger.debug("no CPU binding: the NUMA node of device %d is not known", index)
+def physical_cores(usable: Iterable[int], sysfs: Path = SYSFS) -> list[list[int]]:
+    """The usable logical processors of each physical core, in order.
+
+    Where the kernel does not say which belong together, each is a core of its own.
+    """
+    cores: dict[int, list[int]] = {}
+    for cpu in sorted(usable):
+        topology = sysfs / f"devices/system/cpu/cpu{cpu}/topology"
+        siblings = parse_cpu_list(_read(topology / "thread_siblings_list")) or [cpu]
+        cores.setdefault(min(siblings), []).append(cpu)
+    return list(cores.values())
+
+
+def share_cores(
+    index: int, num_ranks: int, usable: Iterable[int], sysfs: Path = SYSFS
+) -> list[int]:
+    """Rank `index`'s even share of the physical cores, one logical processor of each.
+
+    Empty where there are more ranks than cores: they take turns then, as the system sees fit.
+    """
+    cores = [siblings[0] for siblings in physical_cores(usable, sysfs)]
+    share = len(cores) // num_ranks
+    return cores[index * share : (index + 1) * share]
+
+
+def usable_cpus() -> list[int]:
+    """The logical processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def bind(cores: Sequence[int]) -> None:
+    """Bind this process to `cores`, as far as it may use them; none leaves it as it is."""
+    usable = sorted(set(cores) & set(usable_cpus()))
+    if not usable or not hasattr(os, "sched_setaffinity"):
         return
     os.sched_setaffinity(0, usable)
-    logger.info("bound to %d cores near the device, %d to %d", len(usable), usable[0], usable[-1])
+    logger.info("bound to %d cores, %d to %d", len(usable), usable[0], usable[-1])
 
 
 def _read(path: Path) -> str:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import platform
 import resource
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptneox.backends import cpu_build
+from gptneox.backends import binding, cpu_build
 from gptneox.backends.base import (
     Backend,
     Finding,
@@ -57,9 +56,17 @@ class CpuBackend(Backend):
         return self.kernels is not None
 
     def setup(self, local_rank: int, local_world_size: int = 1, num_threads: int = 0) -> None:
-        """Share the cores between the ranks of this machine unless the user set a number."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(num_threads or max(1, (cores or 1) // local_world_size))
+        """One thread per physical core of this rank's share, unless the user set a number."""
+        cores = len(binding.physical_cores(binding.usable_cpus()))
+        torch.set_num_threads(num_threads or max(1, cores // local_world_size))
+
+    def choose_cores(self, local_rank: int, local_world_size: int, limit: int = 0) -> list[int]:
+        """Its share of the physical cores, unless the user wants more threads than that.
+
+        `limit` is for the hosts of other devices.
+        """
+        cores = binding.share_cores(local_rank, local_world_size, binding.usable_cpus())
+        return cores if torch.get_num_threads() <= len(cores) else []
 
     def memory(self) -> Memory:
         """From /proc/meminfo, lowered to the container's limit where there is one."""
