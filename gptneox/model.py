@@ -128,14 +128,15 @@ class Decoder(nn.Module):
         )
         self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, backend)
         self.rotary = Rotary(config, num_positions, backend)
-        self.is_whole = group.world_size == 1 and backend.fuses_layers
-        self.is_whole = self.is_whole and config.use_parallel_residual
+        self.in_one_call = (
+            backend.runs_all_layers and group.world_size == 1 and config.use_parallel_residual
+        )
 
     def forward(self, input_ids: Tensor, positions: Tensor, kv: KVCache) -> Tensor:
         """input_ids, positions [T]; returns hidden states before the final norm, [T, C]."""
         x = self.embed_in(input_ids)
         angles = self.rotary(positions)
-        if self.is_whole:
+        if self.in_one_call:
             packed = [layer.packed for layer in self.layers]
             assert None not in packed, "forward before the weights were loaded"
             done = kv.run_layers(x, cast("list[PackedLayer]", packed), angles)

@@ -123,6 +123,7 @@ class Backend:
     device_type = "cpu"
     pins_memory = False  # copies to the device overlap when they start in page-locked memory
     fuses_layers = False  # give parallel-residual layers to `pack_layer`
+    runs_all_layers = False  # give those of a paged step to `run_layers`, where one rank has all
     graphs = "auto"  # [engine] graphs: on, off, or auto, as the backend thinks best
 
     def __init__(self) -> None:

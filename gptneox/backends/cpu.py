@@ -55,6 +55,11 @@ class CpuBackend(Backend):
         """With the kernels a layer is two calls around attention."""
         return self.kernels is not None
 
+    @property
+    def runs_all_layers(self) -> bool:  # type: ignore[override]
+        """With the kernels a step is one call."""
+        return self.kernels is not None
+
     def setup(self, local_rank: int, local_world_size: int = 1, num_threads: int = 0) -> None:
         """One thread per physical core of this rank's share, unless the user set a number."""
         cores = len(binding.physical_cores(binding.usable_cpus()))
