@@ -77,7 +77,8 @@ class PagedKVCache:
 class ContiguousKVCache:
     """K and V of every layer for a padded batch, as Hugging Face's `generate` works with it.
 
-    Tensors are [B, capacity, H, D] and grow by doubling, so a decode step copies nothing.
+    Tensors are [B, capacity, H, D] and grow by doubling, so a decode step copies nothing. Where
+    the backend `attends_padded`, each row is one block of a paged cache.
     `prepare` opens a step, `attend` serves its layers, `advance` closes it.
     """
 
@@ -97,6 +98,7 @@ class ContiguousKVCache:
         self.layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
         self.batch_size = self._num_new = self._capacity = 0
         self._key_mask: Tensor | None = None
+        self._batch: ForwardBatch | None = None  # the step, where it can go the paged way
 
     def prepare(self, batch_size: int, num_new: int, key_mask: Tensor | None) -> None:
         """Make room for `num_new` positions.
@@ -124,22 +126,53 @@ class ContiguousKVCache:
         if end > self._capacity or self.length == 0:
             self._capacity = min(self.max_positions, max(end, 2 * self._capacity))
             self.layers = [self._grown(layer) for layer in self.layers]
+        self._batch = self._as_paged(end) if self.backend.attends_padded else None
+
+    def _as_paged(self, end: int) -> ForwardBatch | None:
+        """The step as blocks of `capacity` tokens; None for padding that is not in front."""
+        rows, new = self.batch_size, self._num_new
+        starts = None
+        if self._key_mask is not None:
+            first = self._key_mask.to(torch.int32).argmax(1)
+            if not torch.equal(self._key_mask.sum(1), end - first):
+                return None
+            starts = first.to(torch.int32)
+        ids = torch.arange(rows, dtype=torch.int64)
+        slots = ids[:, None] * self._capacity + torch.arange(self.length, end)
+        return ForwardBatch(
+            input_ids=ids[:0],  # the model has them, and the positions
+            positions=ids[:0],
+            slot_mapping=slots.flatten(),
+            block_tables=ids.to(torch.int32)[:, None],
+            cu_seqlens_q=torch.arange(rows + 1, dtype=torch.int32) * new,
+            context_lens=torch.full((rows,), end, dtype=torch.int32),
+            q_lens_list=[new] * rows,
+            context_lens_list=[end] * rows,
+            num_decodes=rows if new == 1 else 0,
+            starts=starts,
+        )
 
     def _grown(self, layer: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         shape = (self.batch_size, self._capacity, self.num_heads, self.head_dim)
-        new = [torch.empty(shape, dtype=self.dtype, device=self.backend.device) for _ in "kv"]
+        if self.backend.attends_padded:
+            new = self.backend.allocate_kv_cache(*shape, self.dtype)
+        else:
+            k = torch.empty(shape, dtype=self.dtype, device=self.backend.device)
+            new = k, torch.empty_like(k)
         if layer is not None and self.length:
             for target, source in zip(new, layer, strict=True):
                 target[:, : self.length] = source[:, : self.length]
-        return new[0], new[1]
+        return new
 
     def attend(self, layer_id: int, qkv: Tensor, rotary: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """qkv [B * S, H, 3, D]; returns [B * S, H, D]."""
+        layer = self.layers[layer_id]
+        assert layer is not None, "attend before prepare"
+        if self._batch is not None:
+            return self.backend.rotary_paged_attention(qkv, rotary, *layer, self._batch, self.scale)
         q, k, v = qkv.unbind(2)
         q, k = self.backend.rotary(q, k, *rotary)
         shape = (self.batch_size, self._num_new, self.num_heads, self.head_dim)
-        layer = self.layers[layer_id]
-        assert layer is not None, "attend before prepare"
         end = self.length + self._num_new
         layer[0][:, self.length : end] = k.view(shape)
         layer[1][:, self.length : end] = v.view(shape)
@@ -150,8 +183,12 @@ class ContiguousKVCache:
 
     def run_layers(
         self, x: Tensor, layers: list[PackedLayer], rotary: tuple[Tensor, Tensor, Tensor]
-    ) -> None:
-        """None: this cache serves one layer at a time."""
+    ) -> Tensor | None:
+        """See `KVCache`."""
+        caches = [layer for layer in self.layers if layer is not None]
+        if self._batch is None:
+            return None
+        return self.backend.run_layers(x, layers, rotary, caches, self._batch, self.scale)
 
     def advance(self) -> None:
         """Every layer has attended: the new positions are cached."""

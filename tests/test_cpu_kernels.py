@@ -34,6 +34,7 @@ from gptneox.backends import cpu_build, create
 from gptneox.backends.base import Backend, Finding, ForwardBatch, LayerWeights
 from gptneox.backends.cpu import ACTIVATION_IDS, CpuBackend
 from gptneox.config import ConfigError, Environment
+from gptneox.kv_cache import ContiguousKVCache
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPE = st.sampled_from(DTYPES)
@@ -401,6 +402,41 @@ def test_hidden_first_positions(
         q = qkv[row : row + new, :, 0]
         assert_near(actual[row : row + new], BASE.causal_attention(q, k, v, 0.3))
         row += new
+
+
+@pytest.mark.parametrize("padding", ["none", "in front", "behind", "in the middle"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_padded_batch_step_by_step(padding: str, dtype: torch.dtype, cpu: CpuBackend) -> None:
+    """The contiguous cache, growing and reordered, against the base class's."""
+    steps = [7, 1, 1, 20, 1]
+    mask = torch.ones(3, sum(steps), dtype=torch.bool)
+    if padding == "in front":
+        mask[1, :3] = mask[2, :6] = False
+    elif padding == "behind":
+        mask[1, 5:7] = False
+    elif padding == "in the middle":
+        mask[0, 2:4] = mask[2, 8] = False
+    caches = [ContiguousKVCache(b, 1, 2, 20, dtype, 99) for b in (BASE, cpu)]
+    angles = randn(99, 3, seed=5)
+    end = 0
+    for seed, new in enumerate(steps):
+        end += new
+        seen = mask[:, :end]
+        positions = (seen.long().cumsum(1) - 1).clamp(min=0)[:, end - new :].flatten()
+        qkv = randn(3 * new, 2, 3, 20, seed=seed, dtype=dtype)
+        results = []
+        for cache in caches:
+            cache.prepare(3, new, None if padding == "none" else seen)
+            results.append(cache.attend(0, qkv, (positions, angles.cos(), angles.sin())))
+            cache.advance()
+        real = seen[:, end - new :].flatten()
+        assert_near(results[1][real], results[0][real])
+        assert torch.isfinite(results[1]).all()
+        if seed == 2:
+            rows = torch.tensor([2, 2, 0])
+            mask = mask[rows]
+            for cache in caches:
+                cache.select_rows(rows)
 
 
 def attend(

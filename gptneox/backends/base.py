@@ -40,6 +40,9 @@ class ForwardBatch:
     q_lens_list: list[int]
     context_lens_list: list[int]
     num_decodes: int  # leading sequences with exactly one token
+    # [B] int32, the first position of each sequence that is no padding; None: all start at 0.
+    # Only where `attends_padded` do operators know it.
+    starts: Tensor | None = None
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -123,6 +126,7 @@ class Backend:
     device_type = "cpu"
     pins_memory = False  # copies to the device overlap when they start in page-locked memory
     fuses_layers = False  # give parallel-residual layers to `pack_layer`
+    attends_padded = False  # paged attention serves batches with `starts`
     runs_all_layers = False  # give those of a paged step to `run_layers`, where one rank has all
     graphs = "auto"  # [engine] graphs: on, off, or auto, as the backend thinks best
 
@@ -422,6 +426,7 @@ class Backend:
         scale: float,
     ) -> Tensor:
         """Write k, v [T, H, D] to their slots, then attend; returns [T, H, D]."""
+        assert batch.starts is None, "a padded batch where attends_padded is False"
         self.store_kv(k, v, k_cache, v_cache, batch.slot_mapping)
         n = batch.num_decodes
         if n == len(batch.q_lens_list):

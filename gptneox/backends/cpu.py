@@ -56,6 +56,11 @@ class CpuBackend(Backend):
         return self.kernels is not None
 
     @property
+    def attends_padded(self) -> bool:  # type: ignore[override]
+        """The kernels do."""
+        return self.kernels is not None
+
+    @property
     def runs_all_layers(self) -> bool:  # type: ignore[override]
         """With the kernels a step is one call."""
         return self.kernels is not None
@@ -189,6 +194,7 @@ class CpuBackend(Backend):
             batch.context_lens,
             batch.num_decodes,
             scale,
+            batch.starts,
         )
         return x
 
@@ -263,7 +269,7 @@ class CpuBackend(Backend):
             batch.context_lens,
             batch.num_decodes,
             scale,
-            None,
+            batch.starts,
         )
         assert isinstance(out, Tensor)
         return out

@@ -513,7 +513,8 @@ void run_layers(
     const Tensor& cu_seqlens,
     const Tensor& context_lens,
     int64_t num_decodes,
-    double scale) {
+    double scale,
+    const std::optional<Tensor>& starts) {
   TORCH_CHECK_VALUE(
       !layers.empty() && caches.size() == 2 * layers.size(), layers.size(), " layers have ",
       caches.size(), " caches; two each are expected");
@@ -523,7 +524,7 @@ void run_layers(
   const int64_t num_heads = caches[0].size(2), head_dim = caches[0].size(3);
   const StepAttention step(
       x.size(0), num_heads, head_dim, positions, cos, sin, caches[0], slots, block_tables,
-      cu_seqlens, context_lens, num_decodes, scale, std::nullopt);
+      cu_seqlens, context_lens, num_decodes, scale, starts);
   for (size_t i = 0; i < layers.size(); ++i) {
     const auto [qkv, mlp] = layers[i]->front(x);
     TORCH_CHECK_VALUE(
