@@ -124,9 +124,23 @@ inline float total(Lanes x) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, v);
 }
 
-// scores[i] = q . k_i for `count` tokens; N vectors of D = N * kVec.
+// Ask for the row so many bytes ahead of row `i` of `count`, or, near the end, of what is read
+// next. To the second level, as the product's panels.
 template <int N, typename C>
-inline void scores_of(const float* q, const C* k, int64_t stride, int64_t count, float* scores) {
+inline void fetch_ahead(const C* row, int64_t stride, int64_t i, int64_t count, const C* next) {
+  constexpr int64_t kRowBytes = N * kVec * static_cast<int64_t>(sizeof(C));
+  constexpr int64_t kAhead = std::max<int64_t>(1, 4096 / kRowBytes);
+  const C* from = i + kAhead < count ? row + kAhead * stride : next + (i + kAhead - count) * stride;
+#pragma GCC unroll 32
+  for (int64_t offset = 0; offset < kRowBytes; offset += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + offset, 0, 2);
+  }
+}
+
+// scores[i] = q . k_i for `count` tokens; N vectors of D = N * kVec. `next` is read afterwards.
+template <int N, typename C>
+inline void scores_of(
+    const float* q, const C* k, int64_t stride, int64_t count, const C* next, float* scores) {
   Lanes query[N];
 #pragma GCC unroll 32
   for (int n = 0; n < N; ++n) {
@@ -134,6 +148,10 @@ inline void scores_of(const float* q, const C* k, int64_t stride, int64_t count,
   }
   int64_t i = 0;
   for (; i + 4 <= count; i += 4, k += 4 * stride) {
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      fetch_ahead<N>(k + r * stride, stride, i + r, count, next);
+    }
     Lanes s0{}, s1{}, s2{}, s3{};
 #pragma GCC unroll 32
     for (int n = 0; n < N; ++n) {
@@ -157,16 +175,23 @@ inline void scores_of(const float* q, const C* k, int64_t stride, int64_t count,
   }
 }
 
-// out = out * factor + sum of p_i v_i.
+// out = out * factor + sum of p_i v_i. `next` is read afterwards.
 template <int N, typename C>
 inline void add_values(
-    const float* p, const C* v, int64_t stride, int64_t count, float factor, float* out) {
+    const float* p,
+    const C* v,
+    int64_t stride,
+    int64_t count,
+    const C* next,
+    float factor,
+    float* out) {
   Lanes sum[N];
 #pragma GCC unroll 32
   for (int n = 0; n < N; ++n) {
     sum[n] = lanes(out + n * kVec) * factor;
   }
   for (int64_t i = 0; i < count; ++i, v += stride) {
+    fetch_ahead<N>(v, stride, i, count, next);
 #pragma GCC unroll 32
     for (int n = 0; n < N; ++n) {
       sum[n] += lanes(load(v + n * kVec)) * p[i];
@@ -180,8 +205,8 @@ inline void add_values(
 
 template <typename C>
 struct Kernels {
-  void (*scores)(const float*, const C*, int64_t, int64_t, float*);
-  void (*values)(const float*, const C*, int64_t, int64_t, float, float*);
+  void (*scores)(const float*, const C*, int64_t, int64_t, const C*, float*);
+  void (*values)(const float*, const C*, int64_t, int64_t, const C*, float, float*);
 };
 
 // For the head sizes of the family; null where D is no multiple of the vector.
@@ -232,15 +257,6 @@ inline float softmax_part(float* x, int64_t count, float& largest) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, sum);
 }
 
-template <typename C>
-inline void prefetch(const C* rows, int64_t stride, int64_t count, int64_t dim) {
-  for (int64_t i = 0; i < count; ++i, rows += stride) {
-    for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(C))) {
-      __builtin_prefetch(rows + d);
-    }
-  }
-}
-
 // Running softmax over positions [begin, end) of one sequence and head: the weighted sum of the
 // values (not divided) goes to out [D], the largest score and the sum of weights to `largest`, `sum`.
 template <typename C>
@@ -257,21 +273,24 @@ void attend_one(
     float* out,
     float& largest,
     float& sum) {
-  constexpr int64_t kTile = 64;
+  constexpr int64_t kTile = 128;
   alignas(64) float p[kTile];
   const int64_t dim = step.head_dim;
   std::fill(out, out + dim, 0.f);
   largest = kMinusInfinity;
   sum = 0;
+  const auto row_of = [&](const Cache<C>& cache, int64_t position) {
+    const int64_t block = table[position / step.block_size];
+    const int64_t offset = position % step.block_size;
+    return cache.data + block * cache.block + head * cache.head + offset * cache.token;
+  };
   for (int64_t position = begin; position < end;) {
     const int64_t offset = position % step.block_size;
     const int64_t count = std::min({kTile, end - position, step.block_size - offset});
-    const int64_t block = table[position / step.block_size];
-    const C* k = keys.data + block * keys.block + head * keys.head + offset * keys.token;
-    const C* v = values.data + block * values.block + head * values.head + offset * values.token;
-    prefetch(v, values.token, count, dim); // arrives while the scores are computed
+    const C* k = row_of(keys, position);
+    const C* v = row_of(values, position);
     if (kernels.scores) {
-      kernels.scores(q, k, keys.token, count, p);
+      kernels.scores(q, k, keys.token, count, v, p);
     } else {
       for (int64_t i = 0; i < count; ++i) {
         float s = 0;
@@ -281,9 +300,6 @@ void attend_one(
         p[i] = s;
       }
     }
-    if (position + count < end && count < step.block_size - offset) {
-      prefetch(k + count * keys.token, keys.token, std::min(kTile, end - position - count), dim);
-    }
     const float before = largest;
     const int64_t padded = round_up(count, kVec);
     std::fill(p + count, p + padded, kMinusInfinity);
@@ -291,7 +307,8 @@ void attend_one(
     const float factor = before == largest ? 1.f : std::exp(before - largest);
     sum = sum * factor + part;
     if (kernels.values) {
-      kernels.values(p, v, values.token, count, factor, out);
+      const C* next = position + count < end ? row_of(keys, position + count) : v;
+      kernels.values(p, v, values.token, count, next, factor, out);
     } else {
       for (int64_t d = 0; d < dim; ++d) {
         out[d] *= factor;
