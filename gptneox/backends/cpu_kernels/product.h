@@ -281,7 +281,7 @@ void panel_few(const Output<F>& out, int64_t panel) {
     for (const auto& term : out.terms) {
       const auto* weight = term.weight->panels.template const_data_ptr<typename F::Weight>();
       weight += panel * term.weight->padded() * kCols;
-      run_tile<F>(
+      run_tile<F, 0, true>(
           term.x->rows_of(b), weight, term.x->block(b), term.x->steps, c, kCols, accumulate);
       accumulate = true;
     }

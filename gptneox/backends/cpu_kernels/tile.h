@@ -105,7 +105,8 @@ struct Format<c10::BFloat16> {
 
 // One tile: c[R][kCols] (+)= a * panel over `steps` entries of K, a multiple of the unrolling. Rows
 // of c are `ldc` apart; those of a stand side by side, or kRowStride apart where that is given.
-template <typename F, int R, int kRowStride>
+// kStreamed: the panel comes from memory, not from a cache.
+template <typename F, int R, int kRowStride, bool kStreamed>
 inline void tile(
     const typename F::Weight* panel,
     const typename F::Scalar* a,
@@ -116,6 +117,10 @@ inline void tile(
   // Few rows need several chains of sums to hide the latency of a multiply-add.
   constexpr int kChains = R == 1 ? 8 : R <= 3 ? 4 : R <= 6 && kRows > 6 ? 2 : 1;
   constexpr int64_t kStride = kCols * F::kStep;
+  // Up to four rows keep up with memory by themselves; more need every line, and earlier.
+  constexpr bool kEveryLine = kStreamed && R > 4;
+  constexpr int64_t kAhead = kEveryLine ? 8192 : 2048;
+  constexpr int64_t kFetched = kEveryLine ? kStride * sizeof(typename F::Weight) : 64;
   Lanes sum[kChains][R][2];
 #pragma GCC unroll 8
   for (int u = 0; u < kChains; ++u) {
@@ -134,7 +139,10 @@ inline void tile(
       const auto* p = panel + (k + u) * kStride;
       // To the second level only: on a Zen 4, panels that were fetched to the first arrived at half
       // the rate. Beyond the end of a panel lies the next one, or nothing: that does not fault.
-      __builtin_prefetch(reinterpret_cast<const char*>(p) + 2048, 0, 2);
+#pragma GCC unroll 4
+      for (int64_t offset = 0; offset < kFetched; offset += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead + offset, 0, 2);
+      }
       const auto b0 = F::operand(p), b1 = F::operand(p + kStride / 2);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
@@ -158,7 +166,7 @@ inline void tile(
   }
 }
 
-template <typename F, int kRowStride = 0>
+template <typename F, int kRowStride = 0, bool kStreamed = false>
 inline void run_tile(
     int rows,
     const typename F::Weight* panel,
@@ -168,11 +176,11 @@ inline void run_tile(
     int64_t ldc,
     bool accumulate) {
   switch (rows) {
-#define GPTNEOX_ROWS(R)                                            \
-  case R:                                                          \
-    if constexpr (R <= kRows) {                                    \
-      tile<F, R, kRowStride>(panel, a, steps, c, ldc, accumulate); \
-    }                                                              \
+#define GPTNEOX_ROWS(R)                                                       \
+  case R:                                                                     \
+    if constexpr (R <= kRows) {                                               \
+      tile<F, R, kRowStride, kStreamed>(panel, a, steps, c, ldc, accumulate); \
+    }                                                                         \
     break;
     GPTNEOX_ROWS(1)
     GPTNEOX_ROWS(2)
