@@ -117,9 +117,9 @@ inline void tile(
   // Few rows need several chains of sums to hide the latency of a multiply-add.
   constexpr int kChains = R == 1 ? 8 : R <= 3 ? 4 : R <= 6 && kRows > 6 ? 2 : 1;
   constexpr int64_t kStride = kCols * F::kStep;
-  // Up to four rows keep up with memory by themselves; more need every line, and earlier.
-  constexpr bool kEveryLine = kStreamed && R > 4;
-  constexpr int64_t kAhead = kEveryLine ? 8192 : 2048;
+  // How far ahead, and whether every line or one per step, was measured for each number of rows.
+  constexpr int64_t kAhead = kStreamed && R > 4 ? 8192 : 2048;
+  constexpr bool kEveryLine = kStreamed && (R <= 2 || R > 4);
   constexpr int64_t kFetched = kEveryLine ? kStride * sizeof(typename F::Weight) : 64;
   Lanes sum[kChains][R][2];
 #pragma GCC unroll 8
