@@ -305,8 +305,10 @@ void panel_many(
       const int64_t count = std::min(kChunk, steps - k);
       const W* chunk = weight + k * kCols * F::kStep;
       if constexpr (kWiden) {
-        for (int64_t i = 0; i < count * kCols; i += kVec) {
+        for (int64_t i = 0; i < count * kCols; i += kCols) {
+          __builtin_prefetch(reinterpret_cast<const char*>(chunk + i) + 4096, 0, 2);
           load(chunk + i).store(wide + i);
+          load(chunk + i + kVec).store(wide + i + kVec);
         }
       }
       for (int64_t b = first; b < last; ++b) {
