@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention over a paged cache, read in place: rotation and cache writing, one-token rows
-// (decode) and prompt chunks. Scores, softmax and sums are fp32 whatever the cache holds.
+// (decode) and prompt chunks. Scores, softmax and sums are fp32 whatever the cache holds; what is
+// multiplied is too, but for prompt chunks where the processor multiplies bf16.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -118,10 +119,14 @@ void rotate_and_store(
 
 // -- one query -------------------------------------------------------------------------------------
 
+inline float total(const Vec& x) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
+}
+
 inline float total(Lanes x) {
   Vec v;
   std::memcpy(&v, &x, sizeof(v));
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, v);
+  return total(v);
 }
 
 // Ask for the row so many bytes ahead of row `i` of `count`, or, near the end, of what is read
@@ -238,9 +243,11 @@ Kernels<C> kernels_for(int64_t dim) {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-// Raise `largest` to that of x, then exp(x - largest) in place; returns the sum. `count` is a
+// Raise `largest` to that of x, then exp(x - largest) in place; returns the sums of a vector's lanes. `count` is a
 // multiple of the vector, entries that do not count are minus infinity; one of them counts, or did.
-inline float softmax_part(float* x, int64_t count, float& largest) {
+// kRounded: to be rounded to bf16 afterwards.
+template <bool kRounded = false>
+inline Vec softmax_part(float* x, int64_t count, float& largest) {
   Vec top(largest);
   for (int64_t i = 0; i < count; i += kVec) {
     top = at::vec::maximum(top, Vec::loadu(x + i));
@@ -250,11 +257,12 @@ inline float softmax_part(float* x, int64_t count, float& largest) {
   const Vec shift(largest);
   Vec sum(0.f);
   for (int64_t i = 0; i < count; i += kVec) {
-    const Vec e = (Vec::loadu(x + i) - shift).exp();
+    const Vec offset = Vec::loadu(x + i) - shift;
+    const Vec e = kRounded ? offset.exp_u20() : offset.exp();
     e.store(x + i);
     sum = sum + e;
   }
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, sum);
+  return sum;
 }
 
 // Running softmax over positions [begin, end) of one sequence and head: the weighted sum of the
@@ -303,7 +311,7 @@ void attend_one(
     const float before = largest;
     const int64_t padded = round_up(count, kVec);
     std::fill(p + count, p + padded, kMinusInfinity);
-    const float part = softmax_part(p, padded, largest);
+    const float part = total(softmax_part(p, padded, largest));
     const float factor = before == largest ? 1.f : std::exp(before - largest);
     sum = sum * factor + part;
     if (kernels.values) {
@@ -403,20 +411,25 @@ void decode(
 constexpr int64_t kQueryBlocks = kVec == 16 ? 12 : 16; // blocks of kRows queries per task
 constexpr int64_t kKeys = 2 * kCols; // keys per tile
 
+// Queries, keys, weights and values are multiplied in the cache's type where the machine has an
+// instruction for that (bf16), queries and weights rounded to it; in fp32 elsewhere.
 template <typename C>
 class PrefillTask {
+  using F = std::conditional_t<Format<C>::kStep == 2, Format<C>, Format<float>>;
+  using Weight = typename F::Weight;
+  using Scalar = typename F::Scalar; // one fp32 value, or two of bf16
+  static constexpr int64_t kStep = F::kStep;
+
  public:
   explicit PrefillTask(int64_t dim)
       : dim_(dim),
-        depth_(round_up(dim, kDepth)),
         padded_(round_up(dim, kCols)),
         rows_(kKeys * padded_),
-        k_(kKeys * depth_),
+        k_(kKeys * padded_),
         v_(kKeys * padded_),
-        q_(kQueryBlocks * kRows * depth_),
         out_(kQueryBlocks * kRows * padded_),
         largest_(kQueryBlocks * kRows),
-        sum_(kQueryBlocks * kRows) {}
+        sum_(kQueryBlocks * kRows, Vec(0.f)) {}
 
   // Queries [first, last) of a chunk whose query 0 stands at position `offset`.
   template <typename Y>
@@ -434,10 +447,14 @@ class PrefillTask {
       Y* y) {
     const int64_t stride = step.num_heads * dim_;
     const int64_t count = last - first;
-    load_queries(q + first * stride + head * dim_, stride, count);
+    q += first * stride + head * dim_;
+    q_.resize(count, dim_);
+    for (int64_t b = 0; b < q_.num_blocks(); ++b) {
+      q_.fill(b, q + b * q_.height * stride, dim_, stride);
+    }
     std::fill(out_.begin(), out_.end(), 0.f);
     std::fill(largest_.begin(), largest_.end(), kMinusInfinity);
-    std::fill(sum_.begin(), sum_.end(), 0.f);
+    std::fill(sum_.begin(), sum_.end(), Vec(0.f));
     const int64_t end = offset + last; // the last query sees positions below this
     for (int64_t position = start / kKeys * kKeys; position < end; position += kKeys) {
       const int64_t hidden = std::max<int64_t>(0, start - position);
@@ -446,18 +463,18 @@ class PrefillTask {
       transpose_keys();
       load_tile(step, values, table, head, position, hidden, known);
       split_values();
-      for (int64_t b = 0; b * kRows < count; ++b) {
-        const int rows = static_cast<int>(std::min<int64_t>(kRows, count - b * kRows));
+      for (int64_t b = 0; b < q_.num_blocks(); ++b) {
         // Row r of the block sees positions [start, visible + r).
-        const int64_t visible = offset + first + b * kRows + 1;
-        if (position < visible + rows - 1) {
-          attend_block(b, rows, position, start, visible);
+        const int64_t visible = offset + first + b * q_.height + 1;
+        if (position < visible + q_.rows_of(b) - 1) {
+          attend_block(b, position, start, visible);
         }
       }
     }
     for (int64_t r = 0; r < count; ++r) {
       // A padding query, which nobody reads, may see nothing.
-      const float factor = sum_[r] > 0 ? 1.f / sum_[r] : 0.f;
+      const float sum = total(sum_[r]);
+      const float factor = sum > 0 ? 1.f / sum : 0.f;
       store_row(out_of(r), factor, dim_, y + (first + r) * stride + head * dim_);
     }
   }
@@ -467,22 +484,8 @@ class PrefillTask {
     return out_.data() + row * padded_;
   }
 
-  void load_queries(const float* q, int64_t stride, int64_t count) {
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t b = r / kRows;
-      const int64_t rows = std::min<int64_t>(kRows, count - b * kRows);
-      float* to = q_.data() + b * kRows * depth_ + r % kRows;
-      for (int64_t d = 0; d < dim_; ++d) {
-        to[d * rows] = q[r * stride + d];
-      }
-      for (int64_t d = dim_; d < depth_; ++d) {
-        to[d * rows] = 0;
-      }
-    }
-  }
-
-  // Widen tokens [hidden, known) from `position` on into rows_ [kKeys][padded]; the others, which
-  // may never have been written, become zero.
+  // Tokens [hidden, known) from `position` on into rows_ [kKeys][padded]; the others, which may
+  // never have been written, become zero.
   void load_tile(
       const Step& step,
       const Cache<C>& cache,
@@ -491,95 +494,130 @@ class PrefillTask {
       int64_t position,
       int64_t hidden,
       int64_t known) {
-    std::fill(rows_.begin(), rows_.begin() + hidden * padded_, 0.f);
+    std::fill(rows_.begin(), rows_.begin() + hidden * padded_, Weight(0.f));
     for (int64_t i = hidden; i < known; ++i) {
       const int64_t p = position + i;
       const C* from = cache.data + table[p / step.block_size] * cache.block + head * cache.head +
           p % step.block_size * cache.token;
-      float* to = rows_.data() + i * padded_;
-      int64_t d = 0;
-      for (; d + kVec <= dim_; d += kVec) {
-        load(from + d).store(to + d);
+      Weight* to = rows_.data() + i * padded_;
+      if constexpr (std::is_same_v<Weight, C>) {
+        std::memcpy(to, from, dim_ * sizeof(C));
+      } else {
+        int64_t d = 0;
+        for (; d + kVec <= dim_; d += kVec) {
+          load(from + d).store(to + d);
+        }
+        for (; d < dim_; ++d) {
+          to[d] = static_cast<float>(from[d]);
+        }
       }
-      for (; d < dim_; ++d) {
-        to[d] = static_cast<float>(from[d]);
-      }
-      std::fill(to + dim_, to + padded_, 0.f);
+      std::fill(to + dim_, to + padded_, Weight(0.f));
     }
-    std::fill(rows_.begin() + known * padded_, rows_.begin() + kKeys * padded_, 0.f);
+    std::fill(rows_.begin() + known * padded_, rows_.end(), Weight(0.f));
   }
 
-  // k_: panels of kCols keys, [2][depth][kCols].
+  // k_: panels of kCols keys, [kKeys / kCols][padded / kStep][kCols][kStep]; entries of kStep
+  // values are moved as one number of 32 bits.
   void transpose_keys() {
-    for (int64_t panel = 0; panel < kKeys / kCols; ++panel) {
-      const float* from = rows_.data() + panel * kCols * padded_;
-      float* to = k_.data() + panel * kCols * depth_;
-      int64_t d = 0;
-      for (; d + kVec <= dim_; d += kVec) {
+    static_assert(kStep * sizeof(Weight) == sizeof(float));
+    const int64_t width = padded_ / kStep;
+    for (int64_t panel = 0; panel < kKeys; panel += kCols) {
+      const auto* from = reinterpret_cast<const float*>(rows_.data() + panel * padded_);
+      auto* to = reinterpret_cast<float*>(k_.data() + panel * padded_);
+      for (int64_t d = 0; d < width; d += kVec) {
         for (int64_t i = 0; i < kCols; i += kVec) {
-          at::vec::transpose_mxn<float>(
-              from + i * padded_ + d, padded_, to + d * kCols + i, kCols, kVec, kVec);
-        }
-      }
-      for (; d < depth_; ++d) {
-        for (int64_t i = 0; i < kCols; ++i) {
-          to[d * kCols + i] = d < dim_ ? from[i * padded_ + d] : 0.f;
+          at::vec::transpose_mxn<float, kVec, kVec>(
+              from + i * width + d, width, to + d * kCols + i, kCols);
         }
       }
     }
   }
 
-  // v_: panels of kCols values, [padded / kCols][kKeys][kCols].
+  // v_: panels of kCols columns, [padded / kCols][kKeys / kStep][kCols][kStep].
   void split_values() {
+    Weight* to = v_.data();
     for (int64_t d = 0; d < padded_; d += kCols) {
-      for (int64_t i = 0; i < kKeys; ++i) {
-        std::memcpy(
-            v_.data() + d * kKeys + i * kCols, rows_.data() + i * padded_ + d,
-            kCols * sizeof(float));
+      for (int64_t i = 0; i < kKeys; i += kStep, to += kCols * kStep) {
+        const Weight* from = rows_.data() + i * padded_ + d;
+        if constexpr (kStep == 1) {
+          std::memcpy(to, from, kCols * sizeof(Weight));
+        } else {
+          interleave(from, from + padded_, to);
+        }
       }
     }
   }
 
-  void attend_block(int64_t b, int rows, int64_t position, int64_t start, int64_t visible) {
+#if GPTNEOX_BF16_DOT
+  // The values of two tokens side by side, as the instruction takes them.
+  static void interleave(const c10::BFloat16* even, const c10::BFloat16* odd, c10::BFloat16* to) {
+    for (int64_t j = 0; j < kCols; j += kVec) {
+      const auto widened = [j](const c10::BFloat16* p) {
+        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + j)));
+      };
+      _mm512_storeu_si512(
+          to + 2 * j, _mm512_or_si512(widened(even), _mm512_slli_epi32(widened(odd), 16)));
+    }
+  }
+#endif
+
+  void attend_block(int64_t b, int64_t position, int64_t start, int64_t visible) {
+    const int rows = q_.rows_of(b);
     alignas(64) float s[kRows * kKeys];
-    for (int64_t panel = 0; panel < kKeys / kCols; ++panel) {
-      run_tile<Format<float>>(
-          rows, k_.data() + panel * kCols * depth_, q_.data() + b * kRows * depth_, depth_,
-          s + panel * kCols, kKeys, false);
+    alignas(64) Weight p[kStep == 1 ? 1 : kRows * kKeys]; // s, rounded
+    // No row of the block sees more of the tile.
+    const int64_t seen = std::min(kKeys, round_up(visible + rows - 1 - position, kCols));
+    for (int64_t i = 0; i < seen; i += kCols) {
+      run_tile<F>(
+          rows, k_.data() + i * padded_, q_.block(b), q_.steps, s + i, kKeys, false);
     }
     for (int r = 0; r < rows; ++r) {
       float* row = s + r * kKeys;
-      const int64_t row_index = b * kRows + r;
-      const int64_t low = std::clamp<int64_t>(start - position, 0, kKeys);
-      const int64_t high = std::clamp<int64_t>(visible + r - position, low, kKeys);
+      const int64_t row_index = b * q_.height + r;
+      const int64_t low = std::clamp<int64_t>(start - position, 0, seen);
+      const int64_t high = std::clamp<int64_t>(visible + r - position, low, seen);
       if (high == low) {
-        std::fill(row, row + kKeys, 0.f);
+        std::fill(row, row + seen, 0.f);
         continue;
       }
       std::fill(row, row + low, kMinusInfinity);
-      std::fill(row + high, row + kKeys, kMinusInfinity);
+      std::fill(row + high, row + seen, kMinusInfinity);
       float& largest = largest_[row_index];
       const float before = largest;
-      const float part = softmax_part(row, kKeys, largest);
+      const Vec part = softmax_part<kStep == 2>(row, seen, largest);
+      Vec& sum = sum_[row_index];
       if (before == largest) {
-        sum_[row_index] += part;
+        sum = sum + part;
         continue;
       }
-      const float factor = std::exp(before - largest);
-      sum_[row_index] = sum_[row_index] * factor + part;
+      const Vec factor(std::exp(before - largest));
+      sum = at::vec::fmadd(sum, factor, part);
       float* out = out_of(row_index);
       for (int64_t d = 0; d < padded_; d += kVec) {
-        (Vec::loadu(out + d) * Vec(factor)).store(out + d);
+        (Vec::loadu(out + d) * factor).store(out + d);
       }
     }
+    const Scalar* weights;
+    if constexpr (kStep == 1) {
+      weights = s;
+    } else {
+      for (int r = 0; r < rows; ++r) {
+        store_rounded(s + r * kKeys, seen, p + r * kKeys);
+      }
+      weights = reinterpret_cast<const Scalar*>(p);
+    }
     for (int64_t d = 0; d < padded_; d += kCols) {
-      run_tile<Format<float>, kKeys>(
-          rows, v_.data() + d * kKeys, s, kKeys, out_of(b * kRows) + d, padded_, true);
+      run_tile<F, kKeys / kStep>(
+          rows, v_.data() + d * kKeys, weights, seen / kStep, out_of(b * q_.height) + d, padded_,
+          true);
     }
   }
 
-  int64_t dim_, depth_, padded_;
-  std::vector<float> rows_, k_, v_, q_, out_, largest_, sum_;
+  int64_t dim_, padded_; // values of a head, and rounded to panels
+  std::vector<Weight> rows_, k_, v_;
+  Blocks<F> q_;
+  std::vector<float> out_, largest_;
+  std::vector<Vec> sum_; // per lane
 };
 
 template <typename Y, typename C>

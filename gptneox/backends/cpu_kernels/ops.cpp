@@ -170,7 +170,7 @@ void fill_blocks(Blocks<F>& blocks, const Tensor& x) {
   const float* data = x.const_data_ptr<float>();
   at::parallel_for(0, blocks.num_blocks(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      blocks.fill(b, data + b * blocks.height * depth, depth);
+      blocks.fill(b, data + b * blocks.height * depth, depth, depth);
     }
   });
 }
@@ -288,7 +288,7 @@ struct Layer {
               }
               normalise(from + r * width, norms[i], found[r], normed.data() + r * width);
             }
-            blocks[i]->fill(b, normed.data(), width);
+            blocks[i]->fill(b, normed.data(), width, width);
           }
         }
       });

@@ -45,6 +45,21 @@ struct Packed {
   }
 };
 
+// Transpose the first `count` of rows [kVec][kVec]: out [width][count].
+inline void to_columns(const float* rows, int count, int64_t width, float* out) {
+  static_assert(kRows <= kVec);
+  alignas(64) float columns[kVec * kVec];
+  at::vec::transpose_mxn<float, kVec, kVec>(rows, kVec, columns, kVec);
+  // Whole vectors, whose surplus the next one overwrites: masked stores are slow.
+  int64_t i = 0;
+  for (; i * count + kVec <= width * count; ++i) {
+    Vec::loadu(columns + i * kVec).store(out + i * count);
+  }
+  for (; i < width; ++i) {
+    std::memcpy(out + i * count, columns + i * kVec, count * sizeof(float));
+  }
+}
+
 // Activations [T, K] as blocks of rows, each transposed to [K padded / kStep][rows]. Rows are
 // spread evenly over as few blocks of at most kRows as they need.
 template <typename F>
@@ -85,67 +100,48 @@ struct Blocks {
     return (rows + height - 1) / height;
   }
 
-  // Write block `index` from its rows, fp32 [rows, depth] in one piece.
-  void fill(int64_t index, const float* x, int64_t depth) {
-    // So many values of K at a time that what they are scattered to stays in the first-level cache.
-    constexpr int64_t kAtOnce = 256;
-    const int count = rows_of(index);
-    Scalar* out = block(index);
-    for (int64_t k = 0; k < steps * F::kStep; k += kAtOnce) {
-      for (int r = 0; r < count; ++r) {
-        fill_part(out + k / F::kStep * count + r, count, x + r * depth, depth, k, kAtOnce);
-      }
+  // Write block `index` from its rows, fp32 [rows, depth], `stride` apart.
+  void fill(int64_t index, const float* x, int64_t depth, int64_t stride) {
+    int64_t k = 0;
+    for (; k + kCols <= depth; k += kCols) {
+      fill_tile(index, k, x + k, stride);
     }
+    if (k == steps * F::kStep) {
+      return;
+    }
+    alignas(64) float rest[kRows * kCols] = {};
+    for (int r = 0; r < rows_of(index); ++r) {
+      std::memcpy(rest + r * kCols, x + r * stride + k, (depth - k) * sizeof(float));
+    }
+    fill_tile(index, k, rest, kCols);
   }
 
-  // Write entries [k, k + kCols) of all rows of a block from a tile [rows][kCols].
-  void fill_tile(int64_t index, int64_t k, const float* tile) {
+  // Write entries [k, k + kCols) of all rows of a block, as far as it has them, from rows
+  // `stride` apart.
+  void fill_tile(int64_t index, int64_t k, const float* rows, int64_t stride) {
     const int count = rows_of(index);
     Scalar* out = block(index) + k / F::kStep * count;
-    const int64_t width = std::min<int64_t>(kCols / F::kStep, steps - k / F::kStep);
-    for (int r = 0; r < count; ++r, tile += kCols) {
-      if constexpr (F::kStep == 1) {
-        for (int64_t i = 0; i < width; ++i) {
-          out[i * count + r] = tile[i];
-        }
-      } else {
-        alignas(64) Scalar pairs[kVec];
-        at::vec::convert_float_bfloat16(Vec::loadu(tile), Vec::loadu(tile + kVec)).store(pairs);
-        for (int64_t i = 0; i < width; ++i) {
-          out[i * count + r] = pairs[i];
+    const int64_t width = steps - k / F::kStep;
+    alignas(64) float entries[kVec * kVec]; // numbers of 32 bits, whatever they are
+    for (int64_t i = 0; i < std::min<int64_t>(width, kCols / F::kStep); i += kVec) {
+      for (int r = 0; r < count; ++r) {
+        const float* from = rows + r * stride + i;
+        if constexpr (F::kStep == 1) {
+          Vec::loadu(from).store(entries + r * kVec);
+        } else {
+          at::vec::convert_float_bfloat16(Vec::loadu(from), Vec::loadu(from + kVec))
+              .store(entries + r * kVec);
         }
       }
+      to_columns(
+          entries, count, std::min<int64_t>(kVec, width - i),
+          reinterpret_cast<float*>(out) + i * count);
     }
   }
 
  private:
   Scalar* data_ = nullptr;
   std::vector<Scalar> own_;
-
-  // Entries [k, k + length) of one row, `count` scalars apart; zeros from `depth` on.
-  void fill_part(Scalar* out, int count, const float* x, int64_t depth, int64_t k, int64_t length) {
-    const int64_t end = std::min(k + length, steps * F::kStep);
-    if constexpr (F::kStep == 1) {
-      for (; k < end; ++k, out += count) {
-        *out = k < depth ? x[k] : 0.f;
-      }
-    } else {
-      alignas(64) Scalar pairs[kVec];
-      for (; k < end; k += 2 * kVec) {
-        alignas(64) float padded[2 * kVec] = {};
-        const float* from = x + k;
-        if (k + 2 * kVec > depth) {
-          std::memcpy(padded, from, std::max<int64_t>(0, depth - k) * sizeof(float));
-          from = padded;
-        }
-        at::vec::convert_float_bfloat16(Vec::loadu(from), Vec::loadu(from + kVec)).store(pairs);
-        const int64_t known = std::min<int64_t>(kVec, (end - k) / 2);
-        for (int64_t i = 0; i < known; ++i, out += count) {
-          *out = pairs[i];
-        }
-      }
-    }
-  }
 };
 
 template <typename F>
@@ -245,7 +241,7 @@ void finish(const Output<F>& out, int64_t panel, int64_t b, float* c) {
       break;
   }
   if (out.packed) {
-    out.packed->fill_tile(b, first, c);
+    out.packed->fill_tile(b, first, c, kCols);
     return;
   }
   const int64_t offset = b * x->height * features + first;
