@@ -48,6 +48,14 @@ struct Packed {
 // Transpose the first `count` of rows [kVec][kVec]: out [width][count].
 inline void to_columns(const float* rows, int count, int64_t width, float* out) {
   static_assert(kRows <= kVec);
+  if (4 * count < kVec) { // not worth it
+    for (int r = 0; r < count; ++r) {
+      for (int64_t i = 0; i < width; ++i) {
+        out[i * count + r] = rows[r * kVec + i];
+      }
+    }
+    return;
+  }
   alignas(64) float columns[kVec * kVec];
   at::vec::transpose_mxn<float, kVec, kVec>(rows, kVec, columns, kVec);
   // Whole vectors, whose surplus the next one overwrites: masked stores are slow.
