@@ -5,7 +5,6 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include <cmath>
 #include <limits>
@@ -56,66 +55,56 @@ inline void store_rounded(const float* x, int64_t count, C* out) {
   }
 }
 
-// Rotate and scale queries into q [T, H, D]; rotate keys and write both to their slots.
-template <typename X, typename C>
-void rotate_and_store(
-    const Step& step,
-    const X* qkv, // [T, H, 3, D]
-    const int64_t* positions,
-    const float* cos, // [max_positions, half]
-    const float* sin,
-    int64_t half,
-    float scale,
-    float* q,
-    const Cache<C>& keys,
-    const Cache<C>& values) {
-  const int64_t heads = step.num_heads, dim = step.head_dim;
-  const int64_t grain = std::max<int64_t>(1, 8192 / (heads * dim));
-  at::parallel_for(0, step.num_tokens, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> buffer(dim);
-    float* row = buffer.data();
-    for (int64_t t = begin; t < end; ++t) {
-      const float* c = cos + positions[t] * half;
-      const float* s = sin + positions[t] * half;
-      const int64_t block = step.slots[t] / step.block_size;
-      const int64_t offset = step.slots[t] % step.block_size;
-      for (int64_t h = 0; h < heads; ++h) {
-        const X* x = qkv + (t * heads + h) * 3 * dim;
-        float* out = q + (t * heads + h) * dim;
-        for (int64_t i = 0; i < half; ++i) {
-          const float a = x[i], b = x[half + i];
-          out[i] = (a * c[i] - b * s[i]) * scale;
-          out[half + i] = (b * c[i] + a * s[i]) * scale;
-        }
-        for (int64_t i = 2 * half; i < dim; ++i) {
-          out[i] = static_cast<float>(x[i]) * scale;
-        }
-        x += dim;
-        for (int64_t i = 0; i < half; ++i) {
-          const float a = x[i], b = x[half + i];
-          row[i] = a * c[i] - b * s[i];
-          row[half + i] = b * c[i] + a * s[i];
-        }
-        for (int64_t i = 2 * half; i < dim; ++i) {
-          row[i] = x[i];
-        }
-        store_rounded(
-            row, dim, keys.data + block * keys.block + h * keys.head + offset * keys.token);
-        x += dim;
-        const float* value = row;
-        if constexpr (std::is_same_v<X, float>) {
-          value = x;
-        } else {
-          for (int64_t i = 0; i < dim; ++i) {
-            row[i] = x[i];
-          }
-        }
-        store_rounded(
-            value, dim, values.data + block * values.block + h * values.head + offset * values.token);
-      }
+// New tokens: qkv [T, H, 3, D] and how they are rotated.
+template <typename X>
+struct Incoming {
+  const X* qkv;
+  const int64_t* positions; // [T]
+  const float *cos, *sin; // [max_positions, half]
+  int64_t half;
+  float scale; // of queries
+
+  // Part 0 (query) or 1 (key) of token t and head h, rotated, to out [D].
+  void rotate(const Step& step, int64_t t, int64_t h, int part, float factor, float* out) const {
+    const X* x = qkv + ((t * step.num_heads + h) * 3 + part) * step.head_dim;
+    const float* c = cos + positions[t] * half;
+    const float* s = sin + positions[t] * half;
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = x[i], b = x[half + i];
+      out[i] = (a * c[i] - b * s[i]) * factor;
+      out[half + i] = (b * c[i] + a * s[i]) * factor;
     }
-  });
-}
+    for (int64_t i = 2 * half; i < step.head_dim; ++i) {
+      out[i] = static_cast<float>(x[i]) * factor;
+    }
+  }
+
+  void query(const Step& step, int64_t t, int64_t h, float* out) const {
+    rotate(step, t, h, 0, scale, out);
+  }
+
+  // Key and value to the token's slot; `row` is room for D values.
+  template <typename C>
+  void store(
+      const Step& step, int64_t t, int64_t h, const Cache<C>& keys, const Cache<C>& values,
+      float* row) const {
+    const int64_t block = step.slots[t] / step.block_size;
+    const int64_t offset = step.slots[t] % step.block_size;
+    rotate(step, t, h, 1, 1.f, row);
+    store_rounded(
+        row, step.head_dim, keys.data + block * keys.block + h * keys.head + offset * keys.token);
+    const X* x = qkv + ((t * step.num_heads + h) * 3 + 2) * step.head_dim;
+    const float* value = row;
+    if constexpr (std::is_same_v<X, float>) {
+      value = x;
+    } else {
+      std::copy(x, x + step.head_dim, row);
+    }
+    store_rounded(
+        value, step.head_dim,
+        values.data + block * values.block + h * values.head + offset * values.token);
+  }
+};
 
 // -- one query -------------------------------------------------------------------------------------
 
@@ -338,11 +327,12 @@ inline void store_row(const float* x, float factor, int64_t dim, Y* y) {
   }
 }
 
-// Rows [0, num_decodes): work is split over sequences, heads and, where those are too few for the
-// threads, over the context.
-template <typename Y, typename C>
+// Rows [0, num_decodes), stored and attended: work is split over sequences, heads and, where those
+// are too few for the threads, over the context.
+template <typename X, typename C>
 void decode(
-    const Step& step, const float* q, const Cache<C>& keys, const Cache<C>& values, Y* y) {
+    const Step& step, const Incoming<X>& incoming, const Cache<C>& keys, const Cache<C>& values,
+    X* y) {
   const int64_t heads = step.num_heads, dim = step.head_dim;
   const int64_t pairs = step.num_decodes * heads;
   const int64_t threads = at::get_num_threads();
@@ -359,7 +349,7 @@ void decode(
   std::vector<float> parts(splits > 1 ? pairs * splits * (dim + 2) : 0);
   WorkQueue queue(pairs * splits, 16);
   on_all_threads([&] {
-    std::vector<float> own(dim);
+    std::vector<float> own(dim), q(dim);
     int64_t first, last;
     while (queue.take(first, last)) {
       for (int64_t i = first; i < last; ++i) {
@@ -370,9 +360,13 @@ void decode(
         const int64_t end = start + length * (split + 1) / splits;
         float largest, sum;
         float* out = splits > 1 ? parts.data() + i * (dim + 2) : own.data();
+        if (split == splits - 1) { // the one that sees the new token
+          incoming.store(step, b, h, keys, values, q.data());
+        }
+        incoming.query(step, b, h, q.data());
         attend_one(
-            step, kernels, q + (b * heads + h) * dim, keys, values,
-            step.block_tables + b * step.max_blocks, h, begin, end, out, largest, sum);
+            step, kernels, q.data(), keys, values, step.block_tables + b * step.max_blocks, h,
+            begin, end, out, largest, sum);
         if (splits > 1) {
           out[dim] = largest;
           out[dim + 1] = sum;
@@ -620,6 +614,7 @@ class PrefillTask {
   std::vector<Vec> sum_; // per lane
 };
 
+// The other rows, stored before, their rotated queries in q [T, H, D].
 template <typename Y, typename C>
 void prefill(
     const Step& step, const float* q, const Cache<C>& keys, const Cache<C>& values, Y* y) {

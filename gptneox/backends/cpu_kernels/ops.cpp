@@ -168,7 +168,7 @@ void fill_blocks(Blocks<F>& blocks, const Tensor& x) {
   const int64_t rows = x.size(0), depth = x.size(1);
   blocks.resize(rows, depth);
   const float* data = x.const_data_ptr<float>();
-  at::parallel_for(0, blocks.num_blocks(), 1, [&](int64_t begin, int64_t end) {
+  for_ranges(blocks.num_blocks(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       blocks.fill(b, data + b * blocks.height * depth, depth, depth);
     }
@@ -274,7 +274,7 @@ struct Layer {
       blocks[0]->resize(count, width);
       blocks[1]->resize(count, width);
       const float* data = rows.const_data_ptr<float>();
-      at::parallel_for(0, blocks[0]->num_blocks(), 1, [&](int64_t begin, int64_t end) {
+      for_ranges(blocks[0]->num_blocks(), 1, [&](int64_t begin, int64_t end) {
         const int64_t height = blocks[0]->height;
         std::vector<float> normed(height * width);
         std::vector<Moments> found(height);
@@ -446,23 +446,22 @@ class StepAttention {
     }
     Tensor out =
         workspace(2, {step_.num_tokens, step_.num_heads, step_.head_dim}, qkv.scalar_type());
-    static thread_local std::vector<float> q;
-    q.resize(std::max<size_t>(q.size(), out.numel()));
     with_type(qkv.scalar_type(), [&](auto x_zero) {
       using X = decltype(x_zero);
+      const Incoming<X> incoming{
+          qkv.const_data_ptr<X>(), tables_[4].const_data_ptr<int64_t>(),
+          tables_[5].const_data_ptr<float>(), tables_[6].const_data_ptr<float>(),
+          tables_[5].size(1), scale_};
       with_type(k_cache.scalar_type(), [&](auto c_zero) {
         using C = decltype(c_zero);
         const Cache<C> keys(k_cache), values(v_cache);
-        rotate_and_store<X, C>(
-            step_, qkv.const_data_ptr<X>(), tables_[4].const_data_ptr<int64_t>(),
-            tables_[5].const_data_ptr<float>(), tables_[6].const_data_ptr<float>(),
-            tables_[5].size(1), scale_, q.data(), keys, values);
         X* y = out.data_ptr<X>();
+        const float* q = take_in(incoming, keys, values);
         if (step_.num_decodes > 0) {
-          decode<X, C>(step_, q.data(), keys, values, y);
+          decode<X, C>(step_, incoming, keys, values, y);
         }
         if (step_.num_decodes < step_.num_seqs) {
-          prefill<X, C>(step_, q.data(), keys, values, y);
+          prefill<X, C>(step_, q, keys, values, y);
         }
       });
     });
@@ -470,6 +469,30 @@ class StepAttention {
   }
 
  private:
+  // Store the tokens of prompts; returns their queries [T, H, D], those of other rows undefined.
+  template <typename X, typename C>
+  const float* take_in(
+      const Incoming<X>& incoming, const Cache<C>& keys, const Cache<C>& values) const {
+    const int64_t heads = step_.num_heads, dim = step_.head_dim, first = step_.num_decodes;
+    if (first == step_.num_tokens) {
+      return nullptr;
+    }
+    static thread_local std::vector<float> room;
+    room.resize(std::max<size_t>(room.size(), step_.num_tokens * heads * dim));
+    float* q = room.data();
+    const int64_t grain = std::max<int64_t>(1, 8192 / (heads * dim));
+    for_ranges(step_.num_tokens - first, grain, [&](int64_t begin, int64_t end) {
+      std::vector<float> row(dim);
+      for (int64_t t = first + begin; t < first + end; ++t) {
+        for (int64_t h = 0; h < heads; ++h) {
+          incoming.query(step_, t, h, q + (t * heads + h) * dim);
+          incoming.store(step_, t, h, keys, values, row.data());
+        }
+      }
+    });
+    return q;
+  }
+
   Tensor tables_[8];
   float scale_;
   Step step_{};
@@ -525,15 +548,17 @@ void run_layers(
   const StepAttention step(
       x.size(0), num_heads, head_dim, positions, cos, sin, caches[0], slots, block_tables,
       cu_seqlens, context_lens, num_decodes, scale, starts);
-  for (size_t i = 0; i < layers.size(); ++i) {
-    const auto [qkv, mlp] = layers[i]->front(x);
-    TORCH_CHECK_VALUE(
-        qkv.size(1) == 3 * num_heads * head_dim, "layer ", i, " makes ", qkv.size(1),
-        " columns of qkv; 3 x ", num_heads, " x ", head_dim, " are expected");
-    const Tensor attended = step.attend(
-        qkv.view({x.size(0), num_heads, 3, head_dim}), caches[2 * i], caches[2 * i + 1]);
-    layers[i]->back(attended.view({x.size(0), num_heads * head_dim}), mlp, x);
-  }
+  Team::lead([&] {
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const auto [qkv, mlp] = layers[i]->front(x);
+      TORCH_CHECK_VALUE(
+          qkv.size(1) == 3 * num_heads * head_dim, "layer ", i, " makes ", qkv.size(1),
+          " columns of qkv; 3 x ", num_heads, " x ", head_dim, " are expected");
+      const Tensor attended = step.attend(
+          qkv.view({x.size(0), num_heads, 3, head_dim}), caches[2 * i], caches[2 * i + 1]);
+      layers[i]->back(attended.view({x.size(0), num_heads * head_dim}), mlp, x);
+    }
+  });
 }
 
 // The first of the largest values of each row of logits fp32 [S, V], then 1 when the sum of all is

@@ -4,11 +4,10 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
-#include <atomic>
 #include <vector>
 
+#include "team.h"
 #include "tile.h"
 
 namespace gptneox {
@@ -168,44 +167,6 @@ struct Output {
   const float* residual = nullptr; // [T, features], added last; may be y itself
   Blocks<F>* packed = nullptr; // instead of y: as the next product reads it
 };
-
-// Threads take groups of work from a counter, so that one that is disturbed does less. Groups
-// shrink towards the end, so that all end together.
-class WorkQueue {
- public:
-  WorkQueue(int64_t total, int64_t largest)
-      : total_(total), largest_(std::max<int64_t>(1, largest)), threads_(at::get_num_threads()) {}
-
-  bool take(int64_t& begin, int64_t& end) {
-    begin = next_.load(std::memory_order_relaxed);
-    do {
-      if (begin >= total_) {
-        return false;
-      }
-      const int64_t share = (total_ - begin) / (2 * threads_);
-      end = begin + std::clamp<int64_t>(share, 1, largest_);
-    } while (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
-    return true;
-  }
-
- private:
-  std::atomic<int64_t> next_{0};
-  int64_t total_, largest_, threads_;
-};
-
-template <typename Body>
-inline void on_all_threads(Body&& body) {
-  const int threads = at::get_num_threads();
-  if (threads == 1) {
-    body();
-    return;
-  }
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      body();
-    }
-  });
-}
 
 // Bias and activation of a tile c [rows][kCols], in place; columns beyond the features stay zero.
 template <Activation kind>
