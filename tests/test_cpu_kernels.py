@@ -336,6 +336,7 @@ def test_prompts_in_bf16_are_no_worse_than_torch(
     st.integers(1, 3),
     st.tuples(st.integers(1, 3), st.sampled_from([8, 20, 64]), st.integers(1, 90)),
     DTYPE,
+    st.sampled_from([1, 2, 4, 16]),
 )
 def test_all_layers_in_one_call(
     cpu: CpuBackend,
@@ -343,8 +344,10 @@ def test_all_layers_in_one_call(
     num_layers: int,
     sizes: tuple[int, int, int],
     dtype: torch.dtype,
+    num_threads: int,
 ) -> None:
     """The specification's loop over the same kernels, bit for bit, caches included."""
+    torch.set_num_threads(num_threads)
     heads, head_dim, width = sizes
     c = heads * head_dim
     batch = make_batch(lengths, 16)
@@ -574,7 +577,7 @@ def test_results_in_use_are_not_written_over(cpu: CpuBackend) -> None:
     third.add_(1)  # memory that was handed out in inference mode serves outside of it
 
 
-@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
 def test_two_models_in_two_threads(num_threads: int, tmp_path: Path, cpu: CpuBackend) -> None:
     torch.set_num_threads(num_threads)
     work = []

@@ -95,7 +95,7 @@ class ModelRunner:
     def _upload(self, values: list[int] | list[list[int]], dtype: torch.dtype) -> Tensor:
         pin = self.model.backend.pins_memory
         host = torch.tensor(values, dtype=dtype, pin_memory=pin)
-        return host.to(self.device, non_blocking=True)
+        return host if self.device.type == "cpu" else host.to(self.device, non_blocking=True)
 
     def _forward(self, batch: ForwardBatch) -> Tensor:
         self.cache.batch = batch
