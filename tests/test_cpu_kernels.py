@@ -789,16 +789,23 @@ def test_flags_follow_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names instruction sets of x86")
-@pytest.mark.parametrize("capability", ["avx2", "default"])
+@pytest.mark.parametrize("capability", ["avx2", "default", "vectors of four"])
 def test_narrower_instruction_sets(capability: str, tmp_path: Path) -> None:
-    """Compiled anew, then every operator test."""
-    if shutil.which(Environment.read().cxx or "c++") is None:
+    """Compiled anew, then every operator test; vectors of four floats are what aarch64 has."""
+    compiler = shutil.which(Environment.read().cxx or "c++")
+    if compiler is None:
         pytest.skip("no compiler")
     environment = os.environ | {
         "ATEN_CPU_CAPABILITY": capability,
         "XDG_CACHE_HOME": str(tmp_path),
         "GPTNEOX_CPU_KERNELS": "on",
     }
+    if capability == "vectors of four":
+        wrapper = tmp_path / "compiler"  # before the paths of torch, CPATH would come after them
+        include = ROOT / "tests" / "vectors_of_four"
+        wrapper.write_text(f'#!/bin/sh\nexec "{compiler}" -I"{include}" "$@"\n', encoding="utf-8")
+        wrapper.chmod(0o755)
+        environment |= {"ATEN_CPU_CAPABILITY": "default", "CXX": str(wrapper)}
     files = [f"tests/test_{name}.py" for name in ("backends", "cpu_kernels")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],

@@ -328,7 +328,7 @@ inline void store_row(const float* x, float factor, int64_t dim, Y* y) {
 }
 
 // Rows [0, num_decodes), stored and attended: work is split over sequences, heads and, where those
-// are too few for the threads, over the context.
+// are too few for the threads, over the context. No row sees what another one stores.
 template <typename X, typename C>
 void decode(
     const Step& step, const Incoming<X>& incoming, const Cache<C>& keys, const Cache<C>& values,
@@ -417,7 +417,7 @@ class PrefillTask {
  public:
   explicit PrefillTask(int64_t dim)
       : dim_(dim),
-        padded_(round_up(dim, kCols)),
+        padded_(round_up(dim, std::max<int64_t>(kCols, kDepth))),
         rows_(kKeys * padded_),
         k_(kKeys * padded_),
         v_(kKeys * padded_),

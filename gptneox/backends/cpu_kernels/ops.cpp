@@ -375,6 +375,14 @@ void check_indices(
           block >= 0 && block < num_blocks, "block ", block, " is outside of the cache, which has ",
           num_blocks);
     }
+    if (b < step.num_decodes) {
+      // Rows are stored while others are read already, each by whoever attends it.
+      const int64_t block = step.block_tables[b * step.max_blocks + used - 1];
+      const int64_t slot = block * step.block_size + (context - 1) % step.block_size;
+      TORCH_CHECK_INDEX(
+          step.slots[b] == slot, "sequence ", b, " has its last position in slot ", slot,
+          " and its new token in slot ", step.slots[b]);
+    }
   }
   TORCH_CHECK_INDEX(
       rows == step.num_tokens, "the sequences have ", rows, " tokens, qkv has ", step.num_tokens);

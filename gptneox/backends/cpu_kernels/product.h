@@ -44,26 +44,34 @@ struct Packed {
   }
 };
 
-// Transpose the first `count` of rows [kVec][kVec]: out [width][count].
+// kRows, rounded to whole vectors.
+constexpr int kTall = static_cast<int>(round_up(kRows, kVec));
+
+// Transpose the first `count` of rows [kTall][kVec]: out [width][count]. Numbers of 32 bits,
+// whatever they are.
 inline void to_columns(const float* rows, int count, int64_t width, float* out) {
-  static_assert(kRows <= kVec);
   if (4 * count < kVec) { // not worth it
     for (int r = 0; r < count; ++r) {
       for (int64_t i = 0; i < width; ++i) {
-        out[i * count + r] = rows[r * kVec + i];
+        std::memcpy(out + i * count + r, rows + r * kVec + i, sizeof(float));
       }
     }
     return;
   }
-  alignas(64) float columns[kVec * kVec];
-  at::vec::transpose_mxn<float, kVec, kVec>(rows, kVec, columns, kVec);
-  // Whole vectors, whose surplus the next one overwrites: masked stores are slow.
+  alignas(64) float columns[kVec * kTall];
+  for (int r = 0; r < kTall; r += kVec) {
+    at::vec::transpose_mxn<float, kVec, kVec>(rows + r * kVec, kVec, columns + r, kTall);
+  }
+  // Whole vectors, whose surplus the next column overwrites: masked stores are slow.
+  const int64_t stored = round_up(count, kVec);
   int64_t i = 0;
-  for (; i * count + kVec <= width * count; ++i) {
-    Vec::loadu(columns + i * kVec).store(out + i * count);
+  for (; i * count + stored <= width * count; ++i) {
+    for (int64_t r = 0; r < stored; r += kVec) {
+      Vec::loadu(columns + i * kTall + r).store(out + i * count + r);
+    }
   }
   for (; i < width; ++i) {
-    std::memcpy(out + i * count, columns + i * kVec, count * sizeof(float));
+    std::memcpy(out + i * count, columns + i * kTall, count * sizeof(float));
   }
 }
 
@@ -113,14 +121,13 @@ struct Blocks {
     for (; k + kCols <= depth; k += kCols) {
       fill_tile(index, k, x + k, stride);
     }
-    if (k == steps * F::kStep) {
-      return;
+    for (; k < steps * F::kStep; k += kCols) {
+      alignas(64) float rest[kRows * kCols] = {};
+      for (int r = 0; k < depth && r < rows_of(index); ++r) {
+        std::memcpy(rest + r * kCols, x + r * stride + k, (depth - k) * sizeof(float));
+      }
+      fill_tile(index, k, rest, kCols);
     }
-    alignas(64) float rest[kRows * kCols] = {};
-    for (int r = 0; r < rows_of(index); ++r) {
-      std::memcpy(rest + r * kCols, x + r * stride + k, (depth - k) * sizeof(float));
-    }
-    fill_tile(index, k, rest, kCols);
   }
 
   // Write entries [k, k + kCols) of all rows of a block, as far as it has them, from rows
@@ -129,7 +136,7 @@ struct Blocks {
     const int count = rows_of(index);
     Scalar* out = block(index) + k / F::kStep * count;
     const int64_t width = steps - k / F::kStep;
-    alignas(64) float entries[kVec * kVec]; // numbers of 32 bits, whatever they are
+    alignas(64) float entries[kTall * kVec];
     for (int64_t i = 0; i < std::min<int64_t>(width, kCols / F::kStep); i += kVec) {
       for (int r = 0; r < count; ++r) {
         const float* from = rows + r * stride + i;
