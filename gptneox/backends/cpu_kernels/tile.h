@@ -118,7 +118,8 @@ inline void tile(
   constexpr int kChains = R == 1 ? 8 : R <= 3 ? 4 : R <= 6 && kRows > 6 ? 2 : 1;
   constexpr int64_t kStride = kCols * F::kStep;
   // How far ahead, and whether every line or one per step, was measured for each number of rows.
-  constexpr int64_t kAhead = kStreamed && R > 4 ? 8192 : 2048;
+  constexpr bool kWidened = F::kStep == 1 && sizeof(typename F::Weight) == 2;
+  constexpr int64_t kAhead = !kStreamed ? 2048 : R > 4 ? 8192 : R == 1 && kWidened ? 256 : 2048;
   constexpr bool kEveryLine = kStreamed && (R <= 2 || R > 4);
   constexpr int64_t kFetched = kEveryLine ? kStride * sizeof(typename F::Weight) : 64;
   Lanes sum[kChains][R][2];
