@@ -26,6 +26,10 @@ struct Cache {
         block(cache.stride(0)),
         head(cache.stride(2)),
         token(cache.stride(1)) {}
+
+  C* row(int64_t b, int64_t h, int64_t t) const {
+    return data + b * block + h * head + t * token;
+  }
 };
 
 struct Step {
@@ -91,8 +95,7 @@ struct Incoming {
     const int64_t block = step.slots[t] / step.block_size;
     const int64_t offset = step.slots[t] % step.block_size;
     rotate(step, t, h, 1, 1.f, row);
-    store_rounded(
-        row, step.head_dim, keys.data + block * keys.block + h * keys.head + offset * keys.token);
+    store_rounded(row, step.head_dim, keys.row(block, h, offset));
     const X* x = qkv + ((t * step.num_heads + h) * 3 + 2) * step.head_dim;
     const float* value = row;
     if constexpr (std::is_same_v<X, float>) {
@@ -100,9 +103,7 @@ struct Incoming {
     } else {
       std::copy(x, x + step.head_dim, row);
     }
-    store_rounded(
-        value, step.head_dim,
-        values.data + block * values.block + h * values.head + offset * values.token);
+    store_rounded(value, step.head_dim, values.row(block, h, offset));
   }
 };
 
@@ -232,9 +233,9 @@ Kernels<C> kernels_for(int64_t dim) {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-// Raise `largest` to that of x, then exp(x - largest) in place; returns the sums of a vector's lanes. `count` is a
-// multiple of the vector, entries that do not count are minus infinity; one of them counts, or did.
-// kRounded: to be rounded to bf16 afterwards.
+// Raise `largest` to that of x, then exp(x - largest) in place; returns the sums of a vector's lanes.
+// `count` is a multiple of the vector, entries that do not count are minus infinity; one of them
+// counts, or did. kRounded: to be rounded to bf16 afterwards.
 template <bool kRounded = false>
 inline Vec softmax_part(float* x, int64_t count, float& largest) {
   Vec top(largest);
@@ -277,9 +278,7 @@ void attend_one(
   largest = kMinusInfinity;
   sum = 0;
   const auto row_of = [&](const Cache<C>& cache, int64_t position) {
-    const int64_t block = table[position / step.block_size];
-    const int64_t offset = position % step.block_size;
-    return cache.data + block * cache.block + head * cache.head + offset * cache.token;
+    return cache.row(table[position / step.block_size], head, position % step.block_size);
   };
   for (int64_t position = begin; position < end;) {
     const int64_t offset = position % step.block_size;
@@ -491,8 +490,7 @@ class PrefillTask {
     std::fill(rows_.begin(), rows_.begin() + hidden * padded_, Weight(0.f));
     for (int64_t i = hidden; i < known; ++i) {
       const int64_t p = position + i;
-      const C* from = cache.data + table[p / step.block_size] * cache.block + head * cache.head +
-          p % step.block_size * cache.token;
+      const C* from = cache.row(table[p / step.block_size], head, p % step.block_size);
       Weight* to = rows_.data() + i * padded_;
       if constexpr (std::is_same_v<Weight, C>) {
         std::memcpy(to, from, dim_ * sizeof(C));
