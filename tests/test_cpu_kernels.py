@@ -538,6 +538,7 @@ def test_what_does_not_fit_is_refused(cpu: CpuBackend) -> None:
     [
         ("slot_mapping", 16 * 99, "slot 1584"),
         ("slot_mapping", -1, "slot -1"),
+        ("slot_mapping", 0, "sequence 0 has its last position in slot .* its new token in slot 0"),
         ("block_tables", 99, "block 99"),
         ("block_tables", -1, "block -1"),
         ("context_lens", 500, "sequence 0 has 1 new tokens of 500"),

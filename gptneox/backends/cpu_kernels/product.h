@@ -267,7 +267,6 @@ template <typename F>
 void panel_many(
     const Output<F>& out, int64_t panel, int64_t first, int64_t last, float* c, float* wide) {
   using W = typename F::Weight;
-  constexpr bool kWiden = F::kStep == 1 && !std::is_same_v<W, float>;
   bool accumulate = false;
   for (const auto& term : out.terms) {
     const W* weight = term.weight->panels.template const_data_ptr<W>();
@@ -276,7 +275,7 @@ void panel_many(
     for (int64_t k = 0; k < steps; k += kChunk) {
       const int64_t count = std::min(kChunk, steps - k);
       const W* chunk = weight + k * kCols * F::kStep;
-      if constexpr (kWiden) {
+      if constexpr (kWidened<F>) {
         for (int64_t i = 0; i < count * kCols; i += kCols) {
           __builtin_prefetch(reinterpret_cast<const char*>(chunk + i) + 4096, 0, 2);
           load(chunk + i).store(wide + i);
@@ -287,7 +286,7 @@ void panel_many(
         const int rows = term.x->rows_of(b);
         const auto* a = term.x->block(b) + k * rows;
         float* tile_c = c + (b - first) * kRows * kCols;
-        if constexpr (kWiden) {
+        if constexpr (kWidened<F>) {
           run_tile<Format<float>>(rows, wide, a, count, tile_c, kCols, accumulate);
         } else {
           run_tile<F>(rows, chunk, a, count, tile_c, kCols, accumulate);

@@ -103,6 +103,10 @@ struct Format<c10::BFloat16> {
 };
 #endif
 
+// Half-precision weights without an instruction of their own.
+template <typename F>
+constexpr bool kWidened = F::kStep == 1 && sizeof(typename F::Weight) == 2;
+
 // One tile: c[R][kCols] (+)= a * panel over `steps` entries of K, a multiple of the unrolling. Rows
 // of c are `ldc` apart; those of a stand side by side, or kRowStride apart where that is given.
 // kStreamed: the panel comes from memory, not from a cache.
@@ -118,8 +122,7 @@ inline void tile(
   constexpr int kChains = R == 1 ? 8 : R <= 3 ? 4 : R <= 6 && kRows > 6 ? 2 : 1;
   constexpr int64_t kStride = kCols * F::kStep;
   // How far ahead, and whether every line or one per step, was measured for each number of rows.
-  constexpr bool kWidened = F::kStep == 1 && sizeof(typename F::Weight) == 2;
-  constexpr int64_t kAhead = !kStreamed ? 2048 : R > 4 ? 8192 : R == 1 && kWidened ? 256 : 2048;
+  constexpr int64_t kAhead = !kStreamed ? 2048 : R > 4 ? 8192 : R == 1 && kWidened<F> ? 256 : 2048;
   constexpr bool kEveryLine = kStreamed && (R <= 2 || R > 4);
   constexpr int64_t kFetched = kEveryLine ? kStride * sizeof(typename F::Weight) : 64;
   Lanes sum[kChains][R][2];
