@@ -382,7 +382,7 @@ def load_model(
             "give the uncut checkpoint"
         )
     checkpoint = Checkpoint(model_path)
-    names = _map_names(model, checkpoint)
+    names = _map_names(model.config, checkpoint)
     _check_memory(model, dtype)
     modules = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
     disable = not (show_progress and model.group.rank == 0 and sys.stderr.isatty())
@@ -425,13 +425,29 @@ def _read_part(
     return pad_rows(value, parameter.shape[0])
 
 
-def _map_names(model: GPTNeoX, checkpoint: Checkpoint) -> dict[str, str]:
+def check_weights(model_path: Path, config: ModelConfig) -> None:
+    """Check the weight files against config.json without reading their data.
+
+    Args:
+        model_path: what `load_model` would be given.
+        config: read from the same directory.
+
+    Raises:
+        OSError, CheckpointError: exactly as `load_model` would raise.
+    """
+    checkpoint = Checkpoint(model_path)
+    try:
+        _map_names(config, checkpoint)
+    finally:
+        checkpoint.close()
+
+
+def _map_names(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, str]:
     """Parameter name -> tensor name in the files, after checking that everything fits.
 
     Raises:
         CheckpointError: tensors missing (all are listed) or of a wrong shape.
     """
-    config = model.config
     expected = full_shapes(config)
     names, missing, wrong = {}, [], []
     for name, whole in expected.items():
