@@ -20,6 +20,8 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gptneox.files import explain, explain_place
+
 logger = logging.getLogger(__name__)
 
 EMBEDDED_CHECKPOINT = Path(__file__).resolve().parent.parent / "weights" / "neox-mini"
@@ -161,7 +163,9 @@ class _Keys:
         self.raw, self.origin = raw, origin
 
     def positive_int(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
-        value = self.raw.get(key, default)
+        value = self.raw.get(key)
+        if value is None:
+            value = default
         if value is None:
             raise ConfigError(f"{self.origin}: key {key!r} is missing")
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
@@ -240,10 +244,15 @@ def token_ids(value: Any, what: str) -> tuple[int, ...]:
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON object; errors name the file.
 
+    A byte order mark at the start, as editors on Windows write it, is passed over.
+
     Raises:
         FileNotFoundError: the file or its directory does not exist.
+        OSError: there is something of this name that is no readable file.
         ConfigError: the content is not a JSON object.
     """
+    if reason := explain_place(path):
+        raise OSError(f"{path} {reason}")
     if not path.is_file():
         state = "exists, but is not a directory" if path.parent.is_file() else "holds none"
         if not path.parent.exists():
@@ -253,9 +262,11 @@ def read_json(path: Path) -> dict[str, Any]:
             "GPT-NeoX checkpoint"
         )
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        raw = json.loads(data.decode(json.detect_encoding(data)))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too deep, too long numbers
-        raise ConfigError(f"{path} is not valid JSON: {error}; download it again") from error
+        reason = explain(path) or f"is not valid JSON: {error}; download it again"
+        raise ConfigError(f"{path} {reason}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds {type(raw).__name__}; a JSON object is expected")
     return raw

@@ -507,7 +507,8 @@ def test_a_cut_of_another_model_is_noticed(parts: Path, source: Path) -> None:
     content[-1] ^= 1
     file.write_bytes(content)
     assert describe_mismatch(parts, source, 2) == ""
-    (source / "model.safetensors.index.json").unlink()
+    index = source / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(file.name, "more.safetensors"))
     file.rename(source / "more.safetensors")
     assert "cut from other files" in describe_mismatch(parts, source, 2)
 
@@ -608,18 +609,20 @@ def test_a_write_that_fails_half_way(source: Path, tmp_path: Path) -> None:
 
 
 def write_sparse(path: Path, num_bytes: int) -> None:
-    """Files that claim to hold so many bytes of weights, with holes for data."""
+    """A checkpoint whose embedding claims to take so many bytes, with a hole for data."""
     path.mkdir()
-    (path / "config.json").write_text(json.dumps(CONFIG))
-    each = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4  # more cannot be mapped
-    rows = each // 4096
-    for i in range(math.ceil(num_bytes / (rows * 4096))):
-        entry = {"dtype": "F32", "shape": [rows, 1024], "data_offsets": [0, rows * 4096]}
-        text = json.dumps({f"layer.{i}.weight": entry}).encode()
-        text += b" " * (-len(text) % 8)
-        file = path / f"{i}.safetensors"
-        file.write_bytes(struct.pack("<Q", len(text)) + text)
-        os.truncate(file, 8 + len(text) + rows * 4096)
+    config = CONFIG | {"hidden_size": 8192, "num_hidden_layers": 1}
+    config["vocab_size"] = num_bytes // (4 * 8192)
+    (path / "config.json").write_text(json.dumps(config))
+    header, end = {}, 0
+    for name, shape in full_shapes(ModelConfig.from_dict(config)).items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file = path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(file, 8 + len(text) + end)
 
 
 def test_a_disk_that_is_too_small(tmp_path: Path, capsys) -> None:
