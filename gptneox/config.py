@@ -73,7 +73,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     dtype: str = "float32"
     eos_token_ids: tuple[int, ...] = ()
-    quantize: str = ""
+    quantize: str = ""  # the method by which the weights were quantized
     part_world_size: int = 1  # above 1: the files are one rank's part of a cut checkpoint
 
     @property
@@ -150,7 +150,7 @@ class ModelConfig:
             tie_word_embeddings=keys.boolean("tie_word_embeddings", False),
             dtype=_file_dtype(raw, origin),
             eos_token_ids=token_ids(raw.get("eos_token_id"), f"{origin}: eos_token_id"),
-            quantize=str(raw.get("quantize") or ""),
+            quantize=_quantization(raw),
             part_world_size=keys.positive_int("world_size", 1),
             **rope,
         )
@@ -231,6 +231,26 @@ def _file_dtype(raw: Mapping[str, Any], origin: str) -> str:
     if name not in DTYPES:
         raise ConfigError(f"{origin}: dtype {name!r} is not known; use one of {', '.join(DTYPES)}")
     return name
+
+
+def _quantization(raw: Mapping[str, Any]) -> str:
+    """The method by which config.json says that its weights were quantized; "" for none.
+
+    Source: MindIE (`quantize`), transformers (`quantization_config`), compressed-tensors
+    (`compression_config`, as it was called first), MLX (`quantization`).
+    """
+    names = {"compression_config": "compressed-tensors", "quantization": "MLX"}
+    for key in ("quantize", "quantization_config", *names):
+        entry = raw.get(key)
+        if isinstance(entry, dict) and entry:
+            method = entry.get("quant_method") or entry.get("quant_algo") or names.get(key)
+            if not method:  # bitsandbytes named none at first
+                is_known = any(str(k).startswith("load_in_") for k in entry)
+                method = "bitsandbytes" if is_known else f"by {key}, which names no method"
+            return str(method)
+        if entry:
+            return str(entry)
+    return ""
 
 
 def token_ids(value: Any, what: str) -> tuple[int, ...]:

@@ -153,12 +153,17 @@ def cut_checkpoint(
         _write_parts(checkpoint, parts, folder, manifest)
         for rank in range(world_size):
             _copy_side_files(input_path, folder / str(rank))
-            part_config = {**manifest.config, "world_size": world_size, "auto_map": AUTO_MAP}
+            part_config = {**_own_config(manifest), "world_size": world_size, "auto_map": AUTO_MAP}
             _write_json(folder / str(rank) / "config.json", part_config)
             shutil.copyfile(MODELING_FILE, folder / str(rank) / MODELING_FILE.name)
         _write_json(folder / MANIFEST_NAME, asdict(manifest))
         _replace_directory(folder, output_path)
     return manifest
+
+
+def _own_config(manifest: Manifest) -> dict[str, Any]:
+    """The source's config.json, less the name of its weight file: ours has the usual one."""
+    return {k: v for k, v in manifest.config.items() if k != "transformers_weights"}
 
 
 def _rule(name: str, config: ModelConfig) -> str:
@@ -234,7 +239,7 @@ def merge_checkpoint(part_model: Path, output_path: Path, *, recut: bool = False
         writer.close()
         _copy_side_files(part_model / "0", folder)
         (folder / MODELING_FILE.name).unlink(missing_ok=True)
-        _write_json(folder / "config.json", manifest.config)
+        _write_json(folder / "config.json", _own_config(manifest))
         _replace_directory(folder, output_path)
 
 

@@ -318,7 +318,7 @@ def find_weight_files(model_path: Path) -> tuple[list[WeightFile], dict[str, str
             if len(absent) < len(files):
                 raise FileNotFoundError(f"{problem}; download the missing files")
             problems.append(problem)
-    shards = _shards_without_index(model_path, problems)
+    shards = _shards_without_index(model_path, problems) if names is WEIGHT_NAMES else []
     if shards:
         return _chosen(model_path, shards, "a set of shards without an index", (), problems), {}
     raise FileNotFoundError(_describe_nothing(model_path, names, problems))
@@ -389,12 +389,14 @@ def _shards_without_index(model_path: Path, problems: list[str]) -> list[Path]:
 
 def _describe_nothing(model_path: Path, names: Iterable[str], problems: list[str]) -> str:
     text = f"no weights in {model_path}: none of {', '.join(names)}"
+    if names is not WEIGHT_NAMES:
+        text += ", which config.json names as transformers_weights"
     if problems:
         text += f"; {'; '.join(problems)}"
     found = sorted(p.name for p in model_path.iterdir() if p.suffix in _WEIGHT_ENDINGS)
     if is_there(model_path / "adapter_config.json"):
         text += "; it holds an adapter: give the directory of its base model, or merge it first"
-    elif found:
+    elif found and names is WEIGHT_NAMES:
         text += (
             f"; found {listed(found)}, which is not what a GPT-NeoX model's weights are called; "
             "give such a file the first of these names if it holds the model"
