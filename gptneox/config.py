@@ -274,12 +274,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if reason := explain_place(path):
         raise OSError(f"{path} {reason}")
     if not path.is_file():
-        state = "exists, but is not a directory" if path.parent.is_file() else "holds none"
-        if not path.parent.exists():
-            state = "does not exist"
         raise FileNotFoundError(
-            f"no {path.name} in {path.parent}: the path {state}; give the directory of a "
-            "GPT-NeoX checkpoint"
+            f"no {path.name} in {path.parent}: the path {_without_json(path)}; give the directory "
+            "of a GPT-NeoX checkpoint"
         )
     try:
         data = path.read_bytes()
@@ -290,6 +287,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds {type(raw).__name__}; a JSON object is expected")
     return raw
+
+
+def _without_json(path: Path) -> str:
+    """What the directory is in which a JSON file was expected."""
+    if path.parent.is_file():
+        return "exists, but is not a directory"
+    if not path.parent.exists():
+        return "does not exist"
+    if snapshots := sorted(path.parent.glob(f"snapshots/*/{path.name}")):
+        return f"is a folder of the hub's cache, which has it in {snapshots[-1].parent}"
+    return "holds none"
 
 
 # -- config.ini, flags and environment -----------------------------------------------------------

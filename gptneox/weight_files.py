@@ -314,10 +314,10 @@ def find_weight_files(model_path: Path) -> tuple[list[WeightFile], dict[str, str
             absent = [file for file in files if not file.is_file()]
             if not absent:
                 return _chosen(model_path, files, name, names, problems), weight_map
-            problem = f"{model_path} lacks {_absent(absent)}, which {name} names"
+            problem = f"lacks {_absent(absent)}, which {name} names; download the missing files"
             if len(absent) < len(files):
-                raise FileNotFoundError(f"{problem}; download the missing files")
-            problems.append(problem)
+                raise FileNotFoundError(f"{model_path} {problem}")
+            problems.append(f"it {problem}")
     shards = _shards_without_index(model_path, problems) if names is WEIGHT_NAMES else []
     if shards:
         return _chosen(model_path, shards, "a set of shards without an index", (), problems), {}
@@ -388,22 +388,20 @@ def _shards_without_index(model_path: Path, problems: list[str]) -> list[Path]:
 
 
 def _describe_nothing(model_path: Path, names: Iterable[str], problems: list[str]) -> str:
-    text = f"no weights in {model_path}: none of {', '.join(names)}"
-    if names is not WEIGHT_NAMES:
-        text += ", which config.json names as transformers_weights"
     if problems:
-        text += f"; {'; '.join(problems)}"
+        return f"no weights in {model_path}: {'; '.join(problems)}"
+    text = f"no weights in {model_path}: none of {', '.join(names)}"
     found = sorted(p.name for p in model_path.iterdir() if p.suffix in _WEIGHT_ENDINGS)
+    if names is not WEIGHT_NAMES:
+        return f"{text}, which config.json names as transformers_weights"
     if is_there(model_path / "adapter_config.json"):
-        text += "; it holds an adapter: give the directory of its base model, or merge it first"
-    elif found and names is WEIGHT_NAMES:
-        text += (
-            f"; found {listed(found)}, which is not what a GPT-NeoX model's weights are called; "
-            "give such a file the first of these names if it holds the model"
+        return f"{text}; it holds an adapter: merge it, or give the directory of its base model"
+    if found:
+        return (
+            f"{text}; found {listed(found)}, which is not what a GPT-NeoX model's weights are "
+            "called; give such a file the first of these names if it holds the model"
         )
-    else:
-        text += "; download the weights, or give their directory"
-    return text
+    return f"{text}; download the weights, or give their directory"
 
 
 def listed(names: list[str], most: int = 20) -> str:

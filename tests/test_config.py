@@ -309,6 +309,11 @@ def test_no_config_json_says_where(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(FileNotFoundError, match="not a directory"):
         read_json(file / "config.json")
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"hub's cache, which has it in .*snapshots/0123;"):
+        read_json(tmp_path / "models--a--b" / "config.json")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-8"])

@@ -249,7 +249,7 @@ def test_without_weights_what_was_found_is_named(model: Path, name: str) -> None
 def test_an_adapter_alone_is_no_model(model: Path) -> None:
     (model / NAME).rename(model / "adapter_model.safetensors")
     (model / "adapter_config.json").write_text("{}")
-    refuse(model, "it holds an adapter: give the directory of its base model")
+    refuse(model, "it holds an adapter: merge it, or give the directory of its base")
 
 
 # -- what is no file -----------------------------------------------------------------------------
