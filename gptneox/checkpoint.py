@@ -300,7 +300,7 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
         )
     names = _find_names(checkpoint, config)
     expected = full_shapes(config)
-    if missing := sorted(expected.keys() - names.keys()):
+    if missing := [name for name in expected if name not in names]:
         raise CheckpointError(f"{path} lacks {_describe_missing(missing, checkpoint, names)}")
     num_parts = config.part_world_size
     if checkpoint.shapes[names[CUT_NAME]] == expected[CUT_NAME]:

@@ -297,7 +297,7 @@ def find_weight_files(model_path: Path) -> tuple[list[WeightFile], dict[str, str
     Raises:
         FileNotFoundError: no weight file, or one that the index names is absent; what is there
             instead is said.
-        CheckpointError: an index is damaged.
+        CheckpointError: an index is damaged, or absent where there are several sets of shards.
     """
     problems = []
     names = _named_in_config(model_path) or WEIGHT_NAMES
@@ -376,15 +376,25 @@ def _shards_without_index(model_path: Path, problems: list[str]) -> list[Path]:
         if match := _SHARD.fullmatch(path.name):
             stem, number, total, ending = match.groups()
             found[ending, stem, total][int(number)] = path
-    for (_, _, total), shards in sorted(found.items(), reverse=True):
+    complete = []
+    for (ending, _, total), shards in sorted(found.items(), reverse=True):
         present = {number for number, path in shards.items() if path.is_file()}
         wanted = set(range(1, int(total) + 1))
         if wanted and wanted == present:
-            return [shards[number] for number in sorted(wanted)]
+            complete.append((ending, [shards[number] for number in sorted(wanted)]))
+            continue
         example = next(iter(shards.values())).name
         missing = [str(number) for number in sorted(wanted - present)]
-        problems.append(f"of the {total} shards like {example} it lacks number {listed(missing)}")
-    return []
+        problems.append(
+            f"of the {total} shards like {example} it lacks number {listed(missing, 5)}"
+        )
+    chosen = [paths for ending, paths in complete if ending == complete[0][0]]
+    if len(chosen) > 1:
+        raise CheckpointError(
+            f"{model_path} has several sets of shards and no index that says which is the model: "
+            f"those of {listed([paths[0].name for paths in chosen])}; remove the others"
+        )
+    return chosen[0] if chosen else []
 
 
 def _describe_nothing(model_path: Path, names: Iterable[str], problems: list[str]) -> str:

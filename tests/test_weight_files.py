@@ -195,6 +195,18 @@ def test_shards_without_an_index_must_be_complete(
     refuse(model, "no weights in", f"of the 00002 shards like {shards[0]} it lacks number 2")
 
 
+def test_of_two_sets_of_shards_none_is_guessed(model: Path, original: Tensors) -> None:
+    (model / NAME).unlink()
+    write_shards(model, numbered(original, 1), BIN_SHARDS)
+    write_shards(model, numbered(original, 4))
+    assert chosen(model) == 4, "of both kinds, safetensors"
+    single = "model-00001-of-00001.safetensors"
+    write(model / single, original)
+    refuse(model, "several sets of shards", single, SHARDS[0], error=CheckpointError)
+    write_index(model, original)
+    assert chosen(model) == theirs(model) == 4
+
+
 def test_an_index_without_any_of_its_files(model: Path, original: Tensors) -> None:
     (model / NAME).unlink()
     write_index(model, original)
