@@ -10,7 +10,7 @@ from typing import Any
 
 from gptneox.config import ConfigError
 from gptneox.engine.sentencepiece_tokenizer import MODEL_NAMES, SentencePieceTokenizer
-from gptneox.files import explain_first
+from gptneox.file_faults import explain_first
 
 logger = logging.getLogger(__name__)
 
