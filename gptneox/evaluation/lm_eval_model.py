@@ -130,7 +130,11 @@ class GPTNeoXLM(TemplateLM):  # type: ignore[misc]  # lm_eval is optional and ha
     @property
     def eot_token_id(self) -> int:
         """End of text."""
-        return int(self.tokenizer.eos_token_id)
+        named = self.tokenizer.eos_token_id
+        ids = self._engine.eos_token_ids if named is None else (named,)
+        if not ids:
+            raise ConfigError("neither the tokenizer nor config.json names an end-of-text token")
+        return int(ids[0])
 
     @property
     def prefix_token_id(self) -> int:
