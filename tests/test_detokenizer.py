@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, GPTNeoXTokenizer, PreTrainedTokenizerFas
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from gptneox.config import ConfigError
-from gptneox.engine.detokenizer import Detokenizer, decode, load_tokenizer
+from gptneox.engine.detokenizer import Detokenizer, decode, extend, load_tokenizer
 
 VOCAB_SIZE = 336  # rows of the embedding; the tokenizers are smaller
 REPLACEMENT = "\ufffd"
@@ -242,6 +242,61 @@ def test_a_beginning_of_a_stop_is_held_back_only_as_long_as_needed(byte_level: A
 def test_an_unfinished_stop_is_shown_at_the_end(byte_level: Any) -> None:
     ids = [byte_level.encode(c, add_special_tokens=False)[0] for c in "xab"]
     assert pieces(byte_level, ids, ("abc",)) == ["x", "", "ab"]
+
+
+# -- stop strings and special tokens ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """As Dolly's and StableLM's: special tokens that stand between the turns of a talk."""
+    directory = tmp_path_factory.mktemp("chat")
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens(["### End", "<|user|>"])
+    tokenizer.add_tokens(["<plain>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return load_tokenizer(directory, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "shown"),
+    [
+        ("the cat### End the dog", ("### End",), "the cat"),
+        ("the cat### End the dog", ("End",), "the cat"),
+        ("the cat### End\nthe dog", ("### End\n",), "the cat"),
+        ("the cat\n<|user|>the dog", ("\n<|user|>",), "the cat"),
+        ("the cat<plain> the dog", ("<plain>",), "the cat"),
+        ("a<|user|>b### Endc the", ("c",), "ab"),
+        ("a<|user|>b### Endc", ("never",), "abc"),
+        ("the<|user|><|user|>cat", ("|><|",), "the"),
+        ("the cat ### Ending", ("### Ending",), "the cat "),
+        ("the ### En### End", ("### End", "x"), "the ### En"),
+        ("👍<|user|>👍", ("<|user|>",), "👍"),
+        ("<|endoftext|>the", ("<|endoftext|>",), ""),
+    ],
+)
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_a_stop_string_sees_special_tokens(
+    text: str, stop: tuple[str, ...], shown: str, step: int, chat: Any
+) -> None:
+    """They are part of the text that is looked through, and never of what is shown."""
+    ids = chat.encode(text, add_special_tokens=False)
+    detokenizer = Detokenizer(chat, stop)
+    for i in range(0, len(ids), step):
+        detokenizer.add(ids[i : i + step], last=i + step >= len(ids))
+    assert detokenizer.text == shown
+    assert detokenizer.stopped == (stop != ("never",))
+
+
+def test_an_end_as_the_engines_take_it(chat: Any) -> None:
+    """A stop id has no text; a stop string goes before a length that is reached."""
+    the, cat = chat.encode("the cat", add_special_tokens=False)[:2]
+    detokenizer = Detokenizer(chat, ("cat", " c"))
+    assert extend(detokenizer, [the], {cat}, full=False) == ("the", "")
+    assert extend(detokenizer, [cat], {cat}, full=True) == ("", "stop")
+    assert extend(None, [cat], {the}, full=True) == ("", "length")
+    stopping = Detokenizer(chat, ("the",))
+    assert extend(stopping, [the], (), full=True) == ("", "stop")
 
 
 # -- loading -------------------------------------------------------------------------------------

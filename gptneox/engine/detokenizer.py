@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -224,6 +224,30 @@ class Detokenizer:
         self._hidden = {i - cut for i in self._hidden if i >= cut}
         self.text += shown
         return shown
+
+
+def extend(
+    detokenizer: Detokenizer | None, new: Seq[int], stop_ids: Container[int], *, full: bool
+) -> tuple[str, str]:
+    """Take the new tokens of a sequence: their text, and why the sequence ends with them.
+
+    Args:
+        detokenizer: None: the sequence has no text.
+        new: the tokens; a stop id among them is the last one, and has no text.
+        stop_ids: ids that end the sequence.
+        full: the sequence has as many tokens as it may have.
+
+    Returns:
+        What can be shown now, and "stop", "length" or "" (it goes on).
+    """
+    reason = "length" if full else ""
+    if new and new[-1] in stop_ids:
+        reason, new = "stop", new[:-1]
+    text = ""
+    if detokenizer:
+        text = detokenizer.add(new, last=bool(reason))
+        reason = "stop" if detokenizer.stopped else reason
+    return text, reason
 
 
 def _possible_stop(text: str, stop: Seq[str]) -> int:
