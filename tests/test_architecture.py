@@ -25,10 +25,7 @@ COLUMNS = (
     {"config"},
     {"file_faults"},
 )
-WITHOUT_TORCH = (
-    *("engine/sequence.py", "engine/generation_config.py"),
-    *("engine/block_manager.py", "engine/scheduler.py"),
-)
+WITHOUT_TORCH = ("engine/sequence.py", "engine/block_manager.py", "engine/scheduler.py")
 # Settings have to name the devices one can choose.
 MAY_NAME_DEVICES = {"gptneox/config.py", "gptneox/cli.py"}
 DEVICE_WORDS = re.compile(r"\b(npu|cuda|torch_npu|hccl|nccl|aclnn|ascend)\b", re.IGNORECASE)
