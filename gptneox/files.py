@@ -73,7 +73,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def is_regular(path: Path) -> bool:
-    """Whether a file of that name, there or to be made, can have others beside it."""
+    """Whether it is a file of its own, or will be one, so that others can lie beside it."""
     _, found = _find(path)
     return found is None or (stat.S_ISREG(found.st_mode) and _open_descriptor(found) is None)
 
