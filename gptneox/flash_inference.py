@@ -13,7 +13,14 @@ from gptneox.cli import Settings
 from gptneox.config import ConfigError
 from gptneox.engine.flash_engine import FlashEngine, FlashOutput
 from gptneox.engine.llm_engine import RequestOutput
-from gptneox.inference import Printer, encode, read_prompts, start, write_output_file
+from gptneox.inference import (
+    Printer,
+    check_results,
+    encode,
+    read_prompts,
+    start,
+    write_output_file,
+)
 
 WARM_UP_PROMPT = "Hamlet->Shakespeare\nOne Hundred Years of Solitude->"
 DEMO_PROMPTS = ("How to learn a new language?", "The CEO of Google is")
@@ -34,6 +41,7 @@ def run(settings: Settings) -> None:
             "ATB_LLM_BENCHMARK_ENABLE": settings.environment.benchmark_enabled,
         }
     )
+    check_results(settings)
     backend, group = start(settings)
     engine = FlashEngine.from_pretrained(
         settings.model_path,
@@ -51,7 +59,7 @@ def run(settings: Settings) -> None:
     options = generate_options(settings, engine, demo=False)
     size = settings.engine.max_batch_size
     outputs: list[FlashOutput] = []
-    printer = Printer(prompts, stream=False, out=out)
+    printer = Printer(prompts, stream=False, out=out, go_on=bool(args.output_file))
     for first in range(0, len(prompts), size):
         batch = [p.ids for p in prompts[first : first + size]]
         for i, done in enumerate(engine.generate(batch, **options), start=first):

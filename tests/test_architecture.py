@@ -23,7 +23,7 @@ COLUMNS = (
     {"layers", "quantization", "kv_cache", "weight_files"},
     {"backends", "parallel"},
     {"config"},
-    {"file_faults"},
+    {"file_faults", "files"},
 )
 WITHOUT_TORCH = ("engine/sequence.py", "engine/block_manager.py", "engine/scheduler.py")
 # Settings have to name the devices one can choose.
