@@ -22,7 +22,7 @@ COLUMNS = (
     {"model", "checkpoint", "cut"},
     {"layers", "quantization", "kv_cache"},
     {"backends", "parallel"},
-    {"config"},
+    {"config", "interpreter"},
 )
 WITHOUT_TORCH = ("engine/sequence.py", "engine/block_manager.py", "engine/scheduler.py")
 # Settings have to name the devices one can choose.
