@@ -8,13 +8,18 @@
 #   bash cut_model_and_run.sh --recut [TASK …]    replace a cut that is there
 #
 # The three settings below may be edited here or exported; config.ini speaks where they are empty.
+# A --model_path among the options goes before input_dir.
 input_dir=${input_dir:-}       # checkpoint; else [model] model_path, else weights/neox-mini
 output_dir=${output_dir:-}     # cut weights; else ${input_dir}/part_model
 world_size_=${world_size_:-}   # parts; else the number of [model] device_ids above one, else 2
 #
 # Environment besides; whatever is exported wins: see run_pa.sh, and what set_npu_switches sets.
 # Exit status: main.py's; 1 something is missing or the cut does not fit, 2 wrong usage.
-set -euo pipefail
+# A POSIX shell has to be able to read these four lines, and an old bash too.
+case ${BASH_VERSION:-none} in
+  none | [123].* | 4.[0-3].*) echo "$0 needs bash, 4.4 or later; type: bash $0" >&2 && exit 2 ;;
+esac
+set -euo pipefail +o posix
 
 repo=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 # shellcheck source=scripts/launch.sh disable=SC1091
@@ -29,7 +34,7 @@ task=${1:-}
 case $task in
   "" | inference | precision | performance) shift $(($# > 0)) ;;
   -h | --help)
-    sed -n '2,/^set -e/{s/^# \{0,1\}//p;s/^\([a-z_]*\)=[^ ]* *# /  \1: /p}' "${BASH_SOURCE[0]}"
+    sed -n '2,/^# Exit/{s/^# \{0,1\}//p;s/^\([a-z_]*\)=[^ ]* *# /  \1: /p}' "${BASH_SOURCE[0]}"
     exit 0
     ;;
   *) die 2 "'$task' is no task; use inference, precision or performance, or none to cut only" ;;
@@ -38,9 +43,17 @@ esac
 # shellcheck source=scripts/env.sh disable=SC1091
 source "$repo/scripts/env.sh" runtime
 
-# What config.ini says: model_path (absolute) and the number of device_ids.
-mapfile -t ini < <("$PYTHON" "$repo/cut_model_util.py" --print_config "$repo/config.ini") || true
-((${#ini[@]} == 2)) || die 2 "config.ini cannot be read; see the line above"
+for word; do
+  if [[ $word == -h || $word == --help ]]; then
+    exec "$PYTHON" "$repo/main.py" --help
+  fi
+done
+
+# What the options and config.ini say: model_path, the number of device_ids, and which of the two
+# model_path is from. Options that are wrong are found here, before the long cut.
+mapfile -t ini < <("$PYTHON" "$repo/cut_model_util.py" --print_config "$repo/config.ini" "$@") || true
+((${#ini[@]} == 3)) || die 2 "the options or config.ini cannot be read; see above"
+[[ ${ini[2]} != flag ]] || input_dir=${ini[0]}
 : "${input_dir:=${ini[0]}}"
 if [[ -z $world_size_ ]]; then
   world_size_=$((ini[1] > 1 ? ini[1] : 2))
@@ -101,4 +114,4 @@ printf '**********************The gpt-neox-20b part model exists, Now begin to r
 # The flash path finds part_model beside the weights; parts elsewhere have to be named.
 model_dir=$input_dir
 [[ $output_dir -ef $input_dir/part_model ]] || model_dir=$(realpath -- "$output_dir")
-exec_main --task "${task:-inference}" --auto_attention flash --model_path "$model_dir" "$@"
+exec_main --task "${task:-inference}" --auto_attention flash "$@" --model_path "$model_dir"

@@ -9,21 +9,26 @@ Exit status: 0 done, 1 failed, 2 wrong usage; with --check 3: a cut of ours, but
 of this model, so that --recut replaces it.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path
 
-from gptneox.files import prepare_streams
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
+
+from gptneox import interpreter
+
+if __name__ == "__main__":
+    interpreter.require(sys.argv, packages=False)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:  # no valid syntax? Python >= 3.10 is wanted
     """Run one command; returns the exit status."""
+    if argv[:1] == ["--print_config"]:
+        return _print_config(Path(argv[1]), argv[2:])
     args = _parse(argv)
-    if args.print_config:
-        return _print_config(args.print_config)
+    interpreter.require([__file__, *argv])
     from gptneox.cut import cut_checkpoint, merge_checkpoint  # imports torch
+    from gptneox.files import prepare_streams
 
     try:
         prepare_streams()
@@ -54,53 +59,48 @@ def _check(output_path: Path, input_path: Path, world_size: int) -> int:
     return 1 if obstacle else 3
 
 
-def _print_config(path: Path) -> int:
-    """For the launcher: the checkpoint and the number of devices that config.ini names."""
-    from gptneox.config import (
-        EMBEDDED_CHECKPOINT,
-        ModelSection,
-        layer,
-        parse_device_ids,
-        read_ini,
-        resolve_model_path,
-    )
+def _print_config(path: Path, options: list[str]) -> int:
+    """For the launcher: the checkpoint and the number of devices that main.py would go by.
+
+    The third line says where the checkpoint's path is from: flag, config.ini or default.
+    """
+    from gptneox.cli import make_parser, read_model_section
+    from gptneox.config import EMBEDDED_CHECKPOINT, parse_device_ids
 
     try:
-        model, _ = layer(ModelSection, {}, read_ini(path) if path.is_file() else {})
-    except (ValueError, OSError) as error:
+        model, sources, _ = read_model_section(make_parser().parse_args(options), path)
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(resolve_model_path(model.model_path, path) or EMBEDDED_CHECKPOINT)
+    print(Path(model.model_path).expanduser() if model.model_path else EMBEDDED_CHECKPOINT)
     print(len(parse_device_ids(model.device_ids)))
+    print(sources["model_path"])
     return 0
 
 
-def _path(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty")
-    return Path(text)
-
-
 def _parse(argv: list[str]) -> argparse.Namespace:
+    from gptneox.cli import given_path
+
     parser = argparse.ArgumentParser(
         prog="cut_model_util.py",
         description="Cut a GPT-NeoX checkpoint for tensor parallelism, or join the parts again.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--input_path", type=_path, help="checkpoint; with --merge: part_model")
-    add("--output_path", type=_path, help="part_model to write; with --merge: result")
+    add("--input_path", type=given_path, required=True, help="checkpoint; with --merge: part_model")
+    add("--output_path", type=given_path, required=True,
+        help="part_model to write; with --merge: result")  # fmt: skip
     add("--world_size", type=int, default=2, help="number of parts; default 2")
     add("--merge", action="store_true", help="join the parts into one checkpoint")
     add("--recut", action="store_true", help="replace the cut (or joined checkpoint) there")
     add("--check", action="store_true", help="only say whether --output_path is a complete cut")
     add("--debug", action="store_true", help="show tracebacks")
-    add("--print_config", type=Path, metavar="INI", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if not args.print_config and not (args.input_path and args.output_path):
-        parser.error("--input_path and --output_path are required")
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -5,11 +5,17 @@
 Exit status: 0 done, 1 failed, 2 wrong usage or settings, 130 interrupted.
 """
 
-from __future__ import annotations
-
 import logging
+import signal
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
+
+from gptneox import interpreter
+
+if __name__ == "__main__":
+    interpreter.require(sys.argv, packages=False)
 
 from gptneox.cli import Settings, read_settings, setup_logging
 from gptneox.config import ConfigError, load_devices_by_hand
@@ -22,7 +28,7 @@ class NotBuiltYet(Exception):
     """A documented part that this version does not have."""
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings) -> None:  # no valid syntax? Python >= 3.10 is wanted: bash run_pa.sh
     """Hand over to the task."""
     task = settings.args.task
     if task == "compare":
@@ -55,6 +61,7 @@ def main(argv: list[str]) -> int:
     """Run one task; returns the exit status."""
     load_devices_by_hand()
     debug = "--debug" in argv
+    command = [__file__, *argv]
     if argv[:1] == ["doctor"]:
         argv = ["--task", *argv]
     status = 0
@@ -64,6 +71,9 @@ def main(argv: list[str]) -> int:
         setup_logging(settings)
     except (ValueError, OSError) as error:
         return _fail(error, 2, debug=debug)
+    if settings.environment.rank > 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # rank 0 says that a run was interrupted
+    interpreter.require(command)
     try:
         if settings.args.task == "doctor":
             from gptneox import doctor  # it looks at torch, which may be what is missing
@@ -79,9 +89,10 @@ def main(argv: list[str]) -> int:
         return 1
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         return _fail(error, 1, debug=debug)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except ImportError as error:
+        remedy = f"{sys.executable} -m pip install {error.name or '…'}"
+        reason = f"{sys.executable} cannot import what a run needs: {error}; type: {remedy}"
+        return _fail(RuntimeError(reason), 1, debug=debug)
     return status
 
 
@@ -106,4 +117,8 @@ def _fail(error: BaseException, status: int, *, debug: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # here, for it may come while another error is being reported
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

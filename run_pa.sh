@@ -2,7 +2,7 @@
 # Text generation with paged attention.
 #
 # Usage, from any folder:
-#   bash run_pa.sh                                  the small checkpoint in weights/neox-mini
+#   bash run_pa.sh                                  model_path of config.ini, else weights/neox-mini
 #   bash run_pa.sh WEIGHT_DIR [main.py options]
 #   bash run_pa.sh [main.py options]                the first word starts with "-"
 #   bash run_pa.sh --help                           the options of main.py
@@ -12,12 +12,16 @@
 #   TP_WORLD_SIZE              ranks on this host, 1: without torchrun (unset: one per device)
 #   MASTER_PORT                rendezvous port                         (20014, or the next free one)
 #   NNODES, NODE_RANK, MASTER_ADDR   a run over several hosts          (one host)
-#   BIND_CPU, IS_QUANT         1 binds each rank to cores; quantized weights   (1, 0)
+#   BIND_CPU, IS_QUANT         1 binds each rank to cores; quantized weights   (config.ini, 0)
 #   INF_NAN_MODE_ENABLE        0: fp16 overflow saturates              (0 on 310P, else unset)
 #   OMP_NUM_THREADS            CPU threads of a rank                   (cores / ranks)
 #   PYTHON, TORCHRUN           interpreter and launcher to use         (see scripts/env.sh)
 # Exit status: main.py's; 1 something is missing, 2 wrong usage.
-set -euo pipefail
+# A POSIX shell has to be able to read these four lines, and an old bash too.
+case ${BASH_VERSION:-none} in
+  none | [123].* | 4.[0-3].*) echo "$0 needs bash, 4.4 or later; type: bash $0" >&2 && exit 2 ;;
+esac
+set -euo pipefail +o posix
 
 repo=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 # shellcheck source=scripts/launch.sh disable=SC1091
@@ -29,16 +33,15 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   exec "$PYTHON" "$repo/main.py" --help
 fi
 
-weight_dir=$repo/weights/neox-mini
-remedy="it belongs to the repository: check out the whole of it"
+model_path=() # else config.ini says it, or main.py's default
 if (($# > 0)) && [[ $1 != -* ]]; then
-  weight_dir=$1
-  remedy="give the folder with config.json and *.safetensors: bash run_pa.sh WEIGHT_DIR"
+  weight_dir=$(require_dir "$1" "weight path" \
+    "give the folder with config.json and *.safetensors: bash run_pa.sh WEIGHT_DIR")
+  model_path=(--model_path "$weight_dir")
   shift
 fi
-weight_dir=$(require_dir "$weight_dir" "weight path" "$remedy")
 read_launch_settings 20014
 
 # shellcheck source=scripts/env.sh disable=SC1091
 source "$repo/scripts/env.sh" runtime
-exec_main --task inference --auto_attention paged --model_path "$weight_dir" "$@"
+exec_main --task inference --auto_attention paged "${model_path[@]}" "$@"

@@ -119,6 +119,18 @@ def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
         help="end with any of these ids, as with end-of-text: 187 0, or 187,0")  # fmt: skip
 
 
+def given(text: str) -> str:
+    """A word that is not empty: an empty one is a shell variable that is not set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; name one, or leave the flag out")
+    return text
+
+
+def given_path(text: str) -> Path:
+    """A path that is not empty."""
+    return Path(given(text))
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of main.py. A flag that is not given is None, so that config.ini can speak."""
     parser = _Parser(
@@ -133,12 +145,13 @@ def make_parser() -> argparse.ArgumentParser:
     tasks = ("inference", "precision", "performance", "compare", "modeltest", "doctor")
     add("--task", choices=tasks, default="inference",
         help="default: inference; modeltest is started by tests/modeltest/run.sh")  # fmt: skip
-    add("--config", type=Path, help="settings file; default: config.ini beside main.py")
+    add("--config", type=given_path, help="settings file; default: config.ini beside main.py")
     add("--debug", action="store_true", help="log more, and show tracebacks")
 
     group: Any = parser.add_argument_group("model")
     _, add = add, lambda name, **kw: _Parser.flag(group, name, **kw)
-    add("--model_path", metavar="DIR", help="checkpoint; default: the embedded weights/neox-mini")
+    add("--model_path", type=given, metavar="DIR",
+        help="checkpoint; default: config.ini's, else the embedded weights/neox-mini")  # fmt: skip
     add("--device", metavar="NAME", help="auto, npu, cuda or cpu")
     add("--dtype", metavar="NAME", help="auto, float16, bfloat16 or float32")
     add("--attention", metavar="NAME", help="auto, paged or flash")
@@ -153,11 +166,21 @@ def make_parser() -> argparse.ArgumentParser:
         help="False: --input_ids in, ids out")  # fmt: skip
     add("--interactive", action="store_true", help="read prompts from the terminal")
     add("--stream", action="store_true", help="print answers while they grow")
-    add("--output_file", type=Path, metavar="FILE", help="also write the answers as JSON lines")
+    add(
+        "--output_file",
+        type=given_path,
+        metavar="FILE",
+        help="also write the answers as JSON lines",
+    )
 
     group = parser.add_argument_group("comparison of two performance results (--task compare)")
-    add("--against", type=Path, metavar="PATH", help="the earlier result: CSV, JSON or a directory")
-    add("--with", type=Path, dest="with_result", metavar="PATH",
+    add(
+        "--against",
+        type=given_path,
+        metavar="PATH",
+        help="the earlier result: CSV, JSON or a directory",
+    )
+    add("--with", type=given_path, dest="with_result", metavar="PATH",
         help="the later one; default: the newest in the current directory")  # fmt: skip
     add("--modeltest_arguments", nargs=argparse.REMAINDER, default=[], help=argparse.SUPPRESS)
 
@@ -179,6 +202,21 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_model_section(
+    args: argparse.Namespace, default_config: Path
+) -> tuple[ModelSection, dict[str, str], dict[str, dict[str, str]]]:
+    """[model], where its values are from, and all of config.ini.
+
+    A model_path of the file becomes right from the current folder.
+    """
+    config = args.config or default_config
+    ini = read_ini(config) if args.config or default_config.is_file() else {}
+    model, sources = layer(ModelSection, vars(args), ini)
+    if model.model_path and sources["model_path"] == "config.ini":
+        model = replace(model, model_path=resolve_model_path(model.model_path, config))
+    return model, sources, ini
+
+
 def read_settings(argv: Seq[str], default_config: Path) -> Settings:
     """Merge flags, environment and config.ini.
 
@@ -192,24 +230,18 @@ def read_settings(argv: Seq[str], default_config: Path) -> Settings:
     """
     args = make_parser().parse_args(argv)
     environment = Environment.read()
-    ini = {}
-    if args.config or default_config.is_file():
-        ini = read_ini(args.config or default_config)
+    model, model_sources, ini = read_model_section(args, default_config)
     flags = vars(args)
-    model, model_sources = layer(ModelSection, flags, ini)
     engine, engine_sources = layer(EngineSection, flags, ini)
     precision, _ = layer(PrecisionSection, {}, ini)
     performance, _ = layer(PerformanceSection, {}, ini)
-    if model.model_path and model_sources["model_path"] == "config.ini":
-        path = resolve_model_path(model.model_path, args.config or default_config)
-        model = replace(model, model_path=path)
-    given = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    chosen = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
     sampling = SamplingParams(
         max_new_tokens=engine.max_output_length,
         stop=tuple(args.stop),
         stop_token_ids=tuple(token_id for ids in args.stop_token_ids for token_id in ids),
         ignore_eos=args.ignore_eos,
-        **{name: flags[name] for name in given if flags[name] is not None},
+        **{name: flags[name] for name in chosen if flags[name] is not None},
     )
     if args.tp is not None and args.tp != environment.world_size:
         raise ConfigError(

@@ -613,6 +613,7 @@ class Environment:
     cpu_binding_num: int = 0  # CPU_BINDING_NUM: cores per device; 0: an even share of the node
     visible_devices: str = ""  # ASCEND_RT_VISIBLE_DEVICES
     ascend_home: str = ""  # ASCEND_HOME_PATH, which CANN's set_env.sh sets
+    master_addr: str = ""  # MASTER_ADDR: where the ranks meet
     master_port: int = 0  # MASTER_PORT; 0: the launcher's own
     hccl_base_port: int = 60000  # HCCL_IF_BASE_PORT: first of 16 host ports
     hccl_port_range: str = ""  # HCCL_HOST_SOCKET_PORT_RANGE, which goes before it
@@ -621,7 +622,8 @@ class Environment:
     modeltest_output_dir: str = ""  # MODELTEST_OUTPUT_DIR; empty: tests/modeltest/outputs
     modeltest_log_to_file: bool = False  # MODELTEST_LOG_TO_FILE: also log under outputs/logs
     cpu_kernels: str = "auto"  # GPTNEOX_CPU_KERNELS: on refuses to go without, off is plain torch
-    cache_home: str = ""  # XDG_CACHE_HOME; empty: ~/.cache
+    cache_home: str = ""  # XDG_CACHE_HOME; empty: .cache in the home folder
+    home: str = ""  # HOME; empty: as the system's list of users says
     cxx: str = ""  # CXX: the compiler of the CPU kernels
 
     @classmethod
@@ -649,23 +651,32 @@ class Environment:
         rank, world_size = integer("RANK"), integer("WORLD_SIZE", 1)
         if world_size < 1 or rank >= world_size:
             raise ConfigError(f"RANK {rank} is not below WORLD_SIZE {world_size}")
+        local_rank = integer("LOCAL_RANK")
+        local_world_size = integer("LOCAL_WORLD_SIZE", world_size) if launched else 1
+        if not local_rank < local_world_size <= world_size or local_rank > rank:
+            raise ConfigError(
+                f"LOCAL_RANK {local_rank} of LOCAL_WORLD_SIZE {local_world_size} cannot be RANK "
+                f"{rank} of WORLD_SIZE {world_size}; start through run_pa.sh or torchrun, or unset "
+                "all four"
+            )
         level = (environ.get("MINDIE_LOG_LEVEL") or "INFO").upper()
         _one_of("environment", "MINDIE_LOG_LEVEL", level, ("DEBUG", "INFO", "WARNING", "ERROR"))
         kernels = environ.get("GPTNEOX_CPU_KERNELS") or "auto"
         _one_of("environment", "GPTNEOX_CPU_KERNELS", kernels, ("auto", "on", "off"))
         return cls(
             rank=rank,
-            local_rank=integer("LOCAL_RANK"),
+            local_rank=local_rank,
             world_size=world_size,
-            local_world_size=integer("LOCAL_WORLD_SIZE", world_size),
+            local_world_size=local_world_size,
             is_quant=integer("IS_QUANT") == 1,
             benchmark_enabled=integer("ATB_LLM_BENCHMARK_ENABLE") == 1,
             benchmark_path=environ.get("ATB_LLM_BENCHMARK_FILEPATH", ""),
             log_level=level,
-            omp_num_threads=integer("OMP_NUM_THREADS"),
+            omp_num_threads=_outer_threads(environ.get("OMP_NUM_THREADS", "")),
             cpu_binding_num=integer("CPU_BINDING_NUM"),
             visible_devices=environ.get("ASCEND_RT_VISIBLE_DEVICES", ""),
             ascend_home=environ.get("ASCEND_HOME_PATH", ""),
+            master_addr=environ.get("MASTER_ADDR", ""),
             master_port=integer("MASTER_PORT"),
             hccl_base_port=integer("HCCL_IF_BASE_PORT", 60000),
             hccl_port_range=environ.get("HCCL_HOST_SOCKET_PORT_RANGE", ""),
@@ -675,8 +686,21 @@ class Environment:
             modeltest_log_to_file=integer("MODELTEST_LOG_TO_FILE") == 1,
             cpu_kernels=kernels,
             cache_home=environ.get("XDG_CACHE_HOME", ""),
+            home=environ.get("HOME", ""),
             cxx=environ.get("CXX", ""),
         )
+
+
+def _outer_threads(text: str) -> int:
+    """OMP_NUM_THREADS is a list, one number for each level of nesting; ours is the outermost.
+
+    Source: OpenMP API 5.2, section 21.2.
+    """
+    if not re.fullmatch(r"\s*(\d+\s*(,\s*\d+\s*)*)?", text, re.ASCII):
+        raise ConfigError(
+            f"OMP_NUM_THREADS is {text!r}; a number, or a list such as 4,2, is expected"
+        )
+    return int(text.split(",")[0] or 0) if text.strip() else 0
 
 
 def load_devices_by_hand() -> None:

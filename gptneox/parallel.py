@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from gptneox.config import ConfigError
+from gptneox.config import ConfigError, Environment
+
+logger = logging.getLogger(__name__)
+
+# After this long a rank that waits for the others says so.
+PATIENCE_S = 10.0
 
 
 @dataclass
@@ -96,5 +106,32 @@ def leave_group() -> None:
 def init_group(rank: int, world_size: int, dist_backend: str) -> TensorParallelGroup:
     """Join the processes that torchrun started; one process alone needs nothing."""
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group(dist_backend, rank=rank, world_size=world_size)
+        with _impatience(rank, world_size):
+            dist.init_process_group(dist_backend, rank=rank, world_size=world_size)
     return TensorParallelGroup(rank, world_size)
+
+
+@contextlib.contextmanager
+def _impatience(rank: int, world_size: int) -> Iterator[None]:
+    """Say after a while for whom this rank waits; Ctrl-C ends it, which torch's wait would not."""
+    others = [str(i) for i in range(world_size) if i != rank]
+    named = ", ".join(others if len(others) < 8 else [*others[:3], "…", others[-1]])
+    environment = Environment.read()
+    text = (
+        f"has waited {PATIENCE_S:.0f} s at {environment.master_addr} port "
+        f"{environment.master_port} for rank {named}; start all {world_size} with the same "
+        "MASTER_ADDR and MASTER_PORT, or, for a run of one process, unset RANK, LOCAL_RANK and "
+        "WORLD_SIZE"
+    )
+    # an error, which every rank shows: the one that is missing cannot
+    watch = threading.Timer(PATIENCE_S, logger.error, [text])
+    watch.daemon = True
+    watch.start()
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL) if is_main else None
+    try:
+        yield
+    finally:
+        watch.cancel()
+        if is_main:
+            signal.signal(signal.SIGINT, handler)

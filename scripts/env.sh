@@ -3,6 +3,7 @@
 #
 #   source scripts/env.sh runtime    what the toolkit needs to run
 #   source scripts/env.sh dev        that, and what tests/run_tests.sh needs
+#   source scripts/env.sh find INTERPRETER   finds that of runtime, INTERPRETER first; makes nothing
 #
 # Always give the word: `source` without one passes on the caller's own $1.
 #
@@ -15,39 +16,6 @@
 # done, so an interrupted installation is done again by the next launcher, never taken for whole.
 #
 # On failure: one line on stderr that names the remedy, and status 1.
-
-# Exits 0 when the interpreter meets every requirement given as an argument ("torch>=2.7"); else
-# prints what it lacks and exits 3. Reads metadata only: importing torch would cost 1.5 s.
-ENV_CHECK_CODE='
-import sys
-sys.path[:] = [folder for folder in sys.path if folder]  # a folder ./torch is not torch
-if sys.version_info < (3, 10):
-    print("Python >= 3.10 (it is %d.%d)" % sys.version_info[:2])
-    sys.exit(3)
-import re
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
-
-def release(text):
-    numbers = [int(n) for n in re.match(r"[0-9.]*[0-9]", text).group().split(".")]
-    return tuple(numbers + [0] * (6 - len(numbers)))
-
-compare = {"==": tuple.__eq__, ">=": tuple.__ge__, "<": tuple.__lt__}
-
-def is_met(name, limits):
-    try:
-        if name.isidentifier() and find_spec(name) is None:
-            return False
-        found = release(version(name))
-    except (PackageNotFoundError, AttributeError, TypeError):
-        return False
-    pairs = re.findall(r"(==|>=|<)([0-9.]+)", limits)
-    return all(compare[operator](found, release(limit)) for operator, limit in pairs)
-
-lacking = [r for r in sys.argv[1:] if not is_met(*re.match(r"([\w.-]+)(.*)", r).groups())]
-print(" ".join(lacking))
-sys.exit(3 if lacking else 0)
-'
 
 env_say() {
   printf 'scripts/env.sh: %s\n' "$1" >&2
@@ -74,6 +42,7 @@ env_lacks() {
 env_venv_is_ready() {
   local need=$1 checksum=$2 note
   note=$(env_note)
+  [[ $need != find ]] || need=runtime
   [[ -z $note || $note == "dev $checksum" || $note == "$need $checksum" ]] || return 1
   [[ -x $ENV_VENV/bin/python ]] && ! env_lacks "$ENV_VENV/bin/python" "${@:3}"
 }
@@ -131,6 +100,11 @@ network or pip's index and start again, or set PYTHON to an interpreter that has
 # at once take turns: the second finds the work done.
 env_use_venv() {
   if ! env_venv_is_ready "$@"; then
+    if [[ $1 == find ]]; then
+      env_say "$ENV_REASON, and there is no complete .venv; type: bash $ENV_ROOT/run_pa.sh, which \
+makes it once, or set PYTHON to an interpreter that has the packages"
+      return 1
+    fi
     if [[ ! -w $ENV_ROOT ]]; then
       env_say "$ENV_REASON, and $ENV_ROOT is not writable, so no .venv can be made there; set \
 PYTHON to an interpreter that has the packages"
@@ -157,12 +131,12 @@ PYTHON to an interpreter that has the packages"
   PYTHON=$ENV_VENV/bin/python
 }
 
-# Sets TORCHRUN_COMMAND (for launch.sh): TORCHRUN when the user set it, else the torchrun on PATH unless it
-# belongs to another Python, else the module, which always belongs to $PYTHON.
+# Sets TORCHRUN_COMMAND (for launch.sh): TORCHRUN when the user set it, else a torchrun on PATH that
+# is more than pip's script and not another Python's, else start_ranks.py, which is pip's with less to say.
 # shellcheck disable=SC2034
 env_find_torchrun() {
   local found folder head="" of_pip=$'^#![^\n]*/python[^/\n]*\n'
-  TORCHRUN_COMMAND=("$PYTHON" -m torch.distributed.run)
+  TORCHRUN_COMMAND=("$PYTHON" "$ENV_ROOT/scripts/start_ranks.py")
   if [[ -n ${TORCHRUN:-} ]]; then
     TORCHRUN_COMMAND=("$TORCHRUN")
     return 0
@@ -171,23 +145,24 @@ env_find_torchrun() {
   folder=$(dirname -- "$found")
   if [[ ! $folder -ef $(dirname -- "$PYTHON") ]]; then
     [[ ! -x $folder/python && ! -x $folder/python3 ]] || return 0 # another environment's folder
-    head=$(head -n 2 -- "$found" | tr -d '\0')
-    # A console script of pip names its interpreter; "#!/usr/bin/env …" is a wrapper of the user's.
-    [[ ! $head =~ $of_pip && $head != *"'''exec'"* ]] || return 0
   fi
+  head=$(head -n 2 -- "$found" | tr -d '\0')
+  # A console script of pip names its interpreter; "#!/usr/bin/env …" is a wrapper of the user's.
+  [[ ! $head =~ $of_pip && $head != *"'''exec'"* ]] || return 0
   TORCHRUN_COMMAND=("$found")
 }
 
-# env_setup NEED: the whole of the above.
+# env_setup NEED [INTERPRETER]: the whole of the above.
 env_setup() {
   local need=$1 checksum needed=() name active="" container_python="" lacking=()
   ENV_ROOT=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/..") || return 1
+  ENV_CHECK_CODE=$(<"$ENV_ROOT/gptneox/interpreter.py") || return 1
   ENV_VENV=$ENV_ROOT/.venv
   ENV_NOTE=$ENV_VENV/.gptneox-ascend
   # sentencepiece serves old tokenizers alone; an environment without it is used all the same
   mapfile -t needed < <(
     env_requirements dependencies | grep -v '^sentencepiece'
-    [[ $need == runtime ]] || env_requirements dev
+    [[ $need != dev ]] || env_requirements dev
   )
 
   if [[ -n ${PYTHON:-} ]]; then
@@ -203,9 +178,10 @@ env_setup() {
   fi
 
   ENV_REASON=""
-  for name in python3 python; do
-    active=$(type -P "$name") || continue
-    if ! env_lacks "$active" "${needed[@]}"; then
+  for name in "${@:2}" python3 python; do
+    active=$(type -P -- "$name") || continue
+    # beside a container's own, one without torch_npu would run on the CPU without a word
+    if ! env_lacks "$active" ${container_python:+torch_npu} "${needed[@]}"; then
       PYTHON=$active
       env_find_torchrun
       return 0
@@ -238,8 +214,8 @@ $container_python -m pip install$(printf " '%s'" "${lacking[@]}")"
 }
 
 # Any other word is the caller's own $1, inherited: see the top.
-if [[ ${1:-} == dev ]]; then
-  env_setup dev || return 1
-else
-  env_setup runtime || return 1
-fi
+case ${1:-} in
+  dev) env_setup dev || return 1 ;;
+  find) env_setup find "$2" || return 1 ;;
+  *) env_setup runtime || return 1 ;;
+esac

@@ -136,17 +136,6 @@ set_hccl_ports() {
   export HCCL_IF_BASE_PORT=$free
 }
 
-# Sets OMP_NUM_THREADS, where it is unset and several ranks share the cores: torchrun alone would
-# set 1.
-set_threads() {
-  local num_cores num_usable
-  ((NUM_PROCESSES > 1)) && [[ -z ${OMP_NUM_THREADS+set} ]] || return 0
-  num_usable=$(nproc)
-  num_cores=$({ lscpu -p=Core,Socket 2>/dev/null || true; } | sed '/^#/d' | sort -u | wc -l)
-  ((num_cores > 0 && num_cores < num_usable)) || num_cores=$num_usable
-  export OMP_NUM_THREADS=$((num_cores > NUM_PROCESSES ? num_cores / NUM_PROCESSES : 1))
-}
-
 # INF_NAN_MODE_ENABLE=0 (fp16 overflow saturates) belongs to the 310P; on Atlas A2 a current
 # torch_npu refuses it, so elsewhere the device's own default stays.
 set_overflow_mode() {
@@ -156,6 +145,20 @@ set_overflow_mode() {
   fi
 }
 
+# drop_foreign_ranks: unsets what a cluster's operator, an earlier run or another launcher says of
+# ranks and hosts (torchrun takes options from PET_…). The ranks are those that this launcher starts.
+drop_foreign_ranks() {
+  local name found=""
+  for name in RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE PET_NNODES PET_NODE_RANK \
+    PET_NPROC_PER_NODE PET_MASTER_ADDR PET_MASTER_PORT PET_LOCAL_ADDR PET_STANDALONE \
+    "${!PET_RDZV_@}" PET_MODULE PET_NO_PYTHON PET_RUN_PATH PET_VIRTUAL_LOCAL_RANK; do
+    [[ -z ${!name:-} ]] || found+=" $name=${!name}"
+    unset "$name"
+  done
+  [[ -z $found ]] || printf '%s: not used:%s; %s\n' "${0##*/}" "$found" \
+    "here TP_WORLD_SIZE or the devices listed, NNODES, NODE_RANK and MASTER_ADDR count" >&2
+}
+
 # read_launch_settings PORT: everything that can be wrong is found here, before the environment is
 # set up or a process starts.
 read_launch_settings() {
@@ -163,9 +166,8 @@ read_launch_settings() {
   read_nodes
   set_port "$1"
   set_hccl_ports
-  set_threads
   set_overflow_mode
-  export BIND_CPU="${BIND_CPU-1}" IS_QUANT="${IS_QUANT-0}"
+  drop_foreign_ranks
 }
 
 # preload_libgomp: on aarch64 a libgomp that is loaded late finds no room in static TLS ("cannot
@@ -182,10 +184,23 @@ print(sorted(found)[0] if found else "")' 2>/dev/null) || return 0
   [[ -z $library ]] || export LD_PRELOAD="$library${LD_PRELOAD:+:$LD_PRELOAD}"
 }
 
+# Sets OMP_NUM_THREADS, where it is unset and several ranks share the cores: torchrun alone would
+# set 1.
+set_threads() {
+  ((NUM_PROCESSES > 1)) && [[ -z ${OMP_NUM_THREADS:-} ]] || return 0
+  OMP_NUM_THREADS=$("$PYTHON" -c '
+import sys
+sys.path.insert(0, sys.argv[1])
+from gptneox.backends.binding import threads_per_rank
+print(threads_per_rank(int(sys.argv[2])))' "$LAUNCH_ROOT" "$NUM_PROCESSES")
+  export OMP_NUM_THREADS
+}
+
 # exec_main ARGUMENT…: becomes main.py, under torchrun when there is more than one rank. The current
 # folder stays the caller's, so that relative paths among the options mean what they say.
 exec_main() {
   preload_libgomp
+  set_threads
   if ((NUM_PROCESSES == 1 && ${#NODE_ARGUMENTS[@]} == 0)); then
     exec "$PYTHON" "$LAUNCH_ROOT/main.py" "$@"
   fi

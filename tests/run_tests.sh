@@ -9,7 +9,11 @@
 #   TEST_WORKERS      pytest processes of a full run (default: one per core, at most 8)
 #   OMP_NUM_THREADS   threads of each               (default: cores / TEST_WORKERS)
 # Exit status: 0 when every stage passed, else 1. A failed stage does not stop the later ones.
-set -euo pipefail
+# A POSIX shell has to be able to read these four lines, and an old bash too.
+case ${BASH_VERSION:-none} in
+  none | [123].* | 4.[0-3].*) echo "$0 needs bash, 4.4 or later; type: bash $0" >&2 && exit 2 ;;
+esac
+set -euo pipefail +o posix
 
 cd -- "$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")/.."
 # shellcheck source=scripts/env.sh disable=SC1091

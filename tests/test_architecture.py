@@ -22,7 +22,7 @@ COLUMNS = (
     {"model", "checkpoint", "cut"},
     {"layers", "quantization", "kv_cache", "weight_files"},
     {"backends", "parallel"},
-    {"config"},
+    {"config", "interpreter"},
     {"file_faults", "files"},
 )
 WITHOUT_TORCH = ("engine/sequence.py", "engine/block_manager.py", "engine/scheduler.py")

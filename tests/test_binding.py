@@ -199,6 +199,16 @@ def test_binding_keeps_to_the_cores_one_may_use(monkeypatch):
     assert bound == [[mine[0]]]
 
 
+@pytest.mark.parametrize("error", [PermissionError(1, "Operation not permitted"), OSError(22, "?")])
+def test_a_system_that_refuses_binding_ends_no_run(monkeypatch, caplog, error):
+    def refuse_all(*_):
+        raise error
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuse_all)
+    binding.bind(sorted(os.sched_getaffinity(0)))
+    assert f"not bound to cores, which may be slower: {error.strerror}" in caplog.text
+
+
 def make_topology(folder, siblings):
     for group in siblings:
         for cpu in group:
@@ -226,6 +236,7 @@ def test_ranks_share_physical_cores(tmp_path):
 def test_the_cpu_backend_binds_as_many_threads_as_it_runs(monkeypatch):
     monkeypatch.setattr(binding, "usable_cpus", lambda: [0, 1, 2, 3])
     monkeypatch.setattr(binding, "physical_cores", lambda usable, _="": [[c] for c in usable])
+    monkeypatch.setattr(binding.cgroup, "cpu_quota", lambda _="": None)
     backend = CpuBackend()
     before = torch.get_num_threads()
     try:

@@ -17,6 +17,7 @@ from transformers import GPTNeoXConfig
 
 from gptneox.cli import Settings, make_parser, read_settings
 from gptneox.config import (
+    EMBEDDED_CHECKPOINT,
     SECTIONS,
     ConfigError,
     EngineSection,
@@ -696,7 +697,13 @@ def test_half_set_torchrun_variables(environ: dict[str, str], missing: str) -> N
         ("LOCAL_RANK", "x"),
         ("IS_QUANT", "true"),
         ("ATB_LLM_BENCHMARK_ENABLE", "on"),
-        ("OMP_NUM_THREADS", "4,2"),
+        ("OMP_NUM_THREADS", "4,x"),
+        ("OMP_NUM_THREADS", "4 2"),
+        ("OMP_NUM_THREADS", ",2"),
+        ("OMP_NUM_THREADS", "-1"),
+        ("LOCAL_RANK", "1"),
+        ("LOCAL_WORLD_SIZE", "3"),
+        ("LOCAL_WORLD_SIZE", "0"),
         ("MINDIE_LOG_LEVEL", "LOUD"),
     ],
 )
@@ -704,3 +711,39 @@ def test_bad_environment_is_refused_by_name(name: str, value: str) -> None:
     environ = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"} | {name: value}
     with pytest.raises(ConfigError, match=name):
         Environment.read(environ)
+
+
+@pytest.mark.parametrize(
+    ("text", "threads"),
+    [("4,2", 4), ("4", 4), (" 4 , 2 ", 4), ("8,4,2", 8), ("", 0), (" ", 0), ("0", 0)],
+)
+def test_the_outermost_number_of_threads_counts(text: str, threads: int) -> None:
+    assert Environment.read({"OMP_NUM_THREADS": text}).omp_num_threads == threads
+
+
+def test_a_number_of_ranks_alone_says_nothing() -> None:
+    """As a cluster's operator leaves it behind; only RANK and its like make a rank."""
+    assert Environment.read({"LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "h"}).local_world_size == 1
+
+
+@pytest.mark.parametrize("flag", ["--model_path", "--config", "--output_file", "--against"])
+def test_an_empty_path_is_an_unset_variable_of_the_shell(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It never means the embedded checkpoint, nor the current folder."""
+    with pytest.raises(SystemExit, match="2"):
+        settings(tmp_path, flag, "")
+    assert f"argument {flag}" in capsys.readouterr().err
+
+
+def test_where_the_checkpoint_is_from(tmp_path: Path) -> None:
+    """Flag, then config.ini, then the embedded one; --auto_attention is all a launcher adds."""
+    launcher = ("--task", "inference", "--auto_attention", "paged")
+    assert settings(tmp_path, *launcher).model_path == EMBEDDED_CHECKPOINT
+    write_ini(tmp_path, "[model]\nmodel_path = weights\nbind_cpu = 0\n")
+    read = settings(tmp_path, *launcher)
+    assert (read.model_path, read.model.bind_cpu) == (tmp_path / "weights", 0)
+    read = settings(tmp_path, *launcher, "--model_path", "x", "--model-path", "y")
+    assert read.model_path == Path("y")
+    write_ini(tmp_path, "[model]\nmodel_path =\n")
+    assert settings(tmp_path, *launcher).model_path == EMBEDDED_CHECKPOINT

@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import platform
+import pwd
 import shutil
 import subprocess
 import sys
@@ -740,6 +741,31 @@ def test_a_cache_folder_that_cannot_be_written(
     text = the_warning(caplog)
     assert "cannot be written" in text
     assert "set XDG_CACHE_HOME" in text
+
+
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [
+        (Environment(cache_home="/c", home="/h"), "/c"),
+        (Environment(home="/h"), "/h/.cache"),
+        (Environment(cache_home="cache", home="/h"), "/h/.cache"),
+        (Environment(), "HOME OF USER/.cache"),
+    ],
+)
+def test_where_they_are_kept(environment: Environment, folder: str, caplog) -> None:
+    folder = folder.replace("HOME OF USER", pwd.getpwuid(os.getuid()).pw_dir)
+    assert str(cpu_build._cache_folder(environment)) == folder
+    assert ("not an absolute path" in caplog.text) == (environment.cache_home == "cache")
+
+
+def test_a_user_without_a_name_and_a_home(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    """As containers run that may be any user."""
+    monkeypatch.setattr(os, "getuid", lambda: 987654321)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GPTNEOX_CPU_KERNELS", "auto")
+    assert cpu_build.load.__wrapped__() is None
+    assert "no folder to keep them in (HOME is ''); set XDG_CACHE_HOME" in the_warning(caplog)
 
 
 @pytest.mark.parametrize("missing", ["Python.h", "setuptools"])

@@ -180,7 +180,7 @@ def test_a_task_cuts_and_runs(task: str, start: Callable[..., Run], model: Path)
     assert 20001 <= int(call.option("--master_port")) <= 20050
     assert call.main_arguments == [
         *("--task", task, "--auto_attention", "flash"),
-        *("--model_path", str(model), *options),
+        *(*options, "--model_path", str(model)),
     ]
     assert call.status == STUB_STATUS
     assert call.err == ""
@@ -242,7 +242,7 @@ def test_recut(start: Callable[..., Run], model: Path) -> None:
     assert call.cuts == [cut_arguments(model, "--recut")]
     assert call.out.splitlines() == [CUT, RUN]
     assert call.main_arguments[1] == "precision"
-    assert call.main_arguments[-1] == "--debug"
+    assert "--debug" in call.main_arguments
 
 
 @pytest.mark.parametrize("arguments", [(), ("inference",), ("--recut", "inference")])
@@ -433,6 +433,56 @@ def test_config_ini_that_cannot_be_read(start: Callable[..., Run], checkout: Pat
     first, second = call.err.splitlines()
     assert "unknown model_pth" in first
     assert "config.ini cannot be read" in second
+
+
+@pytest.mark.parametrize("spelling", ["--model_path MODEL", "--model-path=MODEL"])
+def test_a_model_path_among_the_options_is_what_is_cut(
+    spelling: str, start: Callable[..., Run], model: Path, tmp_path: Path
+) -> None:
+    """Flag before environment before config.ini; a relative one is the caller's."""
+    other = tmp_path / "other"
+    other.mkdir()
+    options = [word.replace("MODEL", "other") for word in spelling.split()]
+    call = start("inference", *options, cwd=tmp_path, input_dir=str(model))
+    assert call.cuts == [cut_arguments(other)]
+    assert call.main_arguments[-2:] == ["--model_path", str(other)]
+    parts = tmp_path / "elsewhere"
+    call = start("inference", *options, cwd=tmp_path, output_dir=str(parts))
+    assert call.cuts == [cut_arguments(other, parts=parts)]
+    assert call.main_arguments[-2:] == ["--model_path", str(parts)]
+
+
+def test_a_config_among_the_options_is_read(
+    start: Callable[..., Run], model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.ini").write_text(
+        f"[model]\nmodel_path = {model.name}\ndevice_ids = 0,1,2,3\n"
+    )
+    options = ("--config", "mine.ini")
+    call = start("inference", *options, cwd=tmp_path, input_dir=None)
+    assert call.cuts == [cut_arguments(model, world_size=4)]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--max_output_lenght", "3"), "--max_output_lenght"),
+        (("--model_path", ""), "it is empty; name one"),
+        (("--config", "nowhere.ini"), "no settings file nowhere.ini"),
+    ],
+)
+def test_wrong_options_are_found_before_the_cut(
+    options: tuple[str, ...], named: str, start: Callable[..., Run]
+) -> None:
+    call = start("inference", *options)
+    assert (call.program, call.status, call.cuts) == ("", 2, [])
+    assert named in call.err
+
+
+def test_help_among_the_options_cuts_nothing(start: Callable[..., Run]) -> None:
+    call = start("inference", "--max_output_length", "3", "--help")
+    assert (call.program, call.cuts) == ("python-recorder", [])
+    assert call.main_arguments == ["--help"]
 
 
 def test_settings_edited_in_the_script(

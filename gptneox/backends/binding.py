@@ -15,6 +15,8 @@ import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from gptneox.backends import cgroup
+
 logger = logging.getLogger(__name__)
 
 SYSFS = Path("/sys")
@@ -172,12 +174,32 @@ def usable_cpus() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
+def threads_per_rank(num_ranks: int, sysfs: Path = SYSFS, proc: Path = cgroup.PROC) -> int:
+    """One thread for each physical core of a rank's even share.
+
+    No more than the control groups leave processor time for: a thread that is held back there
+    keeps all the others waiting.
+    """
+    cores = len(physical_cores(usable_cpus(), sysfs))
+    quota = cgroup.cpu_quota(proc)
+    if quota is not None:
+        cores = min(cores, int(quota))
+    return max(1, cores // num_ranks)
+
+
 def bind(cores: Sequence[int]) -> None:
-    """Bind this process to `cores`, as far as it may use them; none leaves it as it is."""
+    """Bind this process to `cores`, as far as it may use them; none leaves it as it is.
+
+    Where the system refuses, as some sandboxes do, a run is slower and nothing else.
+    """
     usable = sorted(set(cores) & set(usable_cpus()))
     if not usable or not hasattr(os, "sched_setaffinity"):
         return
-    os.sched_setaffinity(0, usable)
+    try:
+        os.sched_setaffinity(0, usable)
+    except OSError as error:
+        logger.warning("not bound to cores, which may be slower: %s (BIND_CPU=0)", error.strerror)
+        return
     logger.info("bound to %d cores, %d to %d", len(usable), usable[0], usable[-1])
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptneox.backends import binding, cpu_build
+from gptneox.backends import binding, cgroup, cpu_build
 from gptneox.backends.base import (
     Backend,
     Finding,
@@ -29,7 +29,6 @@ from gptneox.config import ConfigError
 
 # The numbers that the kernels know activations by.
 ACTIVATION_IDS = {"gelu_erf": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 class CpuBackend(Backend):
@@ -67,8 +66,7 @@ class CpuBackend(Backend):
 
     def setup(self, local_rank: int, local_world_size: int = 1, num_threads: int = 0) -> None:
         """One thread per physical core of this rank's share, unless the user set a number."""
-        cores = len(binding.physical_cores(binding.usable_cpus()))
-        torch.set_num_threads(num_threads or max(1, cores // local_world_size))
+        torch.set_num_threads(num_threads or binding.threads_per_rank(local_world_size))
 
     def choose_cores(self, local_rank: int, local_world_size: int, limit: int = 0) -> list[int]:
         """Its share of the physical cores, unless the user wants more threads than that.
@@ -79,13 +77,11 @@ class CpuBackend(Backend):
         return cores if torch.get_num_threads() <= len(cores) else []
 
     def memory(self) -> Memory:
-        """From /proc/meminfo, lowered to the container's limit where there is one."""
+        """From /proc/meminfo, lowered to the control groups' limits where there are any."""
         info = _meminfo()
         total, free = info.get("MemTotal", 0), info.get("MemAvailable", 0)
-        limit, used = _cgroup("memory.max"), _cgroup("memory.current")
-        if limit and limit < total:
-            reclaimable = _cgroup_reclaimable()
-            total, free = limit, min(free, limit - (used or 0) + reclaimable)
+        groups = [(limit, room) for limit, room in cgroup.memory() if limit < total]
+        total, free = map(min, zip((total, free), *groups, strict=True))
         return Memory(free, total, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
 
     def describe(self) -> str:
@@ -344,15 +340,3 @@ def _meminfo() -> dict[str, int]:
     """/proc/meminfo in bytes."""
     entries = (line.split() for line in _read("/proc/meminfo").splitlines())
     return {e[0].rstrip(":"): int(e[1]) << 10 for e in entries if len(e) > 1}
-
-
-def _cgroup(name: str) -> int | None:
-    """A number of the container's memory controller (version 2), None when unlimited."""
-    text = _read(_CGROUP / name).strip()
-    return int(text) if text.isdigit() else None
-
-
-def _cgroup_reclaimable() -> int:
-    """File pages the kernel gives back under pressure."""
-    entries = (line.split() for line in _read(_CGROUP / "memory.stat").splitlines())
-    return sum(int(e[1]) for e in entries if e[0] in ("inactive_file", "active_file"))

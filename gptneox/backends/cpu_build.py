@@ -8,12 +8,15 @@ another torch, Python, processor or source compiles its own. A failed attempt is
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
 import json
 import logging
+import os
 import platform
+import pwd
 import shutil
 import subprocess
 import sys
@@ -22,6 +25,11 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import IO
+
+from gptneox import interpreter
+
+if __name__ == "__main__":
+    interpreter.require(["-m", "gptneox.backends.cpu_build", *sys.argv[1:]])
 
 import torch
 
@@ -117,8 +125,7 @@ def _built(environment: Environment) -> Path:
     key = hashlib.sha256("\0".join(parts).encode())
     for source in sorted(SOURCES.iterdir()):
         key.update(source.name.encode() + source.read_bytes())
-    cache = Path(environment.cache_home or "~/.cache").expanduser()
-    folder = cache / "gptneox-ascend" / "cpu_kernels" / key.hexdigest()[:16]
+    folder = _cache_folder(environment) / "gptneox-ascend" / "cpu_kernels" / key.hexdigest()[:16]
     library = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if library.is_file():
         return library
@@ -135,6 +142,30 @@ def _built(environment: Environment) -> Path:
         if not library.is_file():
             _compile(library, compiler, flags)
     return library
+
+
+def _cache_folder(environment: Environment) -> Path:
+    """XDG_CACHE_HOME, else .cache in the home folder.
+
+    Raises:
+        RuntimeError: there is neither.
+
+    Source: XDG Base Directory Specification 0.8, which has relative paths ignored.
+    """
+    chosen = Path(environment.cache_home)
+    if chosen.is_absolute():
+        return chosen
+    if environment.cache_home:
+        logger.warning("XDG_CACHE_HOME=%s is not an absolute path: ~/.cache is used", chosen)
+    home = environment.home
+    if not home:
+        with contextlib.suppress(KeyError):  # a container may run as a number that has no name
+            home = pwd.getpwuid(os.getuid()).pw_dir
+    if not Path(home).is_absolute():
+        raise RuntimeError(
+            f"there is no folder to keep them in (HOME is {home!r}); set XDG_CACHE_HOME to one"
+        )
+    return Path(home) / ".cache"
 
 
 def _compiler(environment: Environment) -> str:

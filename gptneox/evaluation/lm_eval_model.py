@@ -12,9 +12,19 @@ import atexit
 import sys
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from gptneox import interpreter
+
+if __name__ == "__main__":
+    interpreter.require(["-m", "gptneox.evaluation.lm_eval_model", *sys.argv[1:]])
+    if find_spec("lm_eval") is None:
+        sys.exit(
+            f"lm_eval is missing; type: {sys.executable} -m pip install 'lm_eval>=0.4.13,<0.5'"
+        )
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model

@@ -13,14 +13,18 @@
 #   MODELTEST_DATA_DIR, MODELTEST_OUTPUT_DIR   instead of data/ and outputs/ beside this file
 #   MODELTEST_LOG_TO_FILE=1                    also log into outputs/logs
 # Exit status: 0 every case ran; 1 one failed, the others ran; 2 wrong usage, or not served.
-set -euo pipefail
+# A POSIX shell has to be able to read these four lines, and an old bash too.
+case ${BASH_VERSION:-none} in
+  none | [123].* | 4.[0-3].*) echo "$0 needs bash, 4.4 or later; type: bash $0" >&2 && exit 2 ;;
+esac
+set -euo pipefail +o posix
 
 repo=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/../..")
 # shellcheck source=scripts/launch.sh disable=SC1091
 source "$repo/scripts/launch.sh"
 
 if [[ $# -eq 0 || $1 == -h || $1 == --help ]]; then
-  sed -n '2,/^set -e/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  sed -n '2,/^# Exit/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
   exit $(($# ? 0 : 2))
 fi
 

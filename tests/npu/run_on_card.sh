@@ -6,7 +6,11 @@
 #
 # Environment: PYTHON (interpreter with torch_npu), ASCEND_RT_VISIBLE_DEVICES (0).
 # Exit status: 0 when everything passed; 1 something failed or the machine is not ready.
-set -euo pipefail
+# A POSIX shell has to be able to read these four lines, and an old bash too.
+case ${BASH_VERSION:-none} in
+  none | [123].* | 4.[0-3].*) echo "$0 needs bash, 4.4 or later; type: bash $0" >&2 && exit 2 ;;
+esac
+set -euo pipefail +o posix
 
 cd -- "$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")/../.."
 # shellcheck source=scripts/env.sh disable=SC1091

@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""torchrun with less to say: a line in place of a traceback of its own, and a status that tells.
+
+    python scripts/start_ranks.py [torchrun's options] main.py [arguments]
+
+Exit status: that of the first rank that failed; 128 and the signal's number where one ended it all,
+so 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+PATIENCE_S = 10.0
+
+
+def main(argv: list[str]) -> int:
+    """Run the ranks; returns the exit status."""
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:  # before torchrun handles signals itself
+        return _ended_by(signal.SIGINT)
+
+
+def _run(argv: list[str]) -> int:
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if "LOGLEVEL" not in os.environ:  # torchrun's own variable
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+        for name in ("agent.server.api", "multiprocessing.api"):
+            logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.ERROR)
+    args = run.parse_args(argv)  # type: ignore[no-untyped-call]
+    watch = threading.Timer(PATIENCE_S, _say_who_is_missing, [args])
+    watch.daemon = True
+    watch.start()
+    # torchrun handles signals only when the ranks have started; its wait for other hosts none
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        run.main(argv)
+    except SignalException as error:
+        _end_ranks()
+        return _ended_by(error.sigval, is_said=error.sigval == signal.SIGINT)  # by rank 0
+    except ChildFailedError as error:
+        sys.stderr.write(f"{error}\n")
+        return max(1, error.get_first_failure()[1].exitcode)
+    finally:
+        watch.cancel()
+    return 0
+
+
+def _ended_by(number: int, *, is_said: bool = False) -> int:
+    if not is_said:
+        name = signal.Signals(number).name
+        sys.stderr.write("interrupted\n" if number == signal.SIGINT else f"ended by {name}\n")
+    return 128 + number
+
+
+def _end_ranks() -> None:
+    """Leave none behind, where a second signal has cut short what torchrun does for that."""
+    for pid in _children():
+        with contextlib.suppress(OSError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def _children() -> list[int]:
+    """The ranks that this process has started."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
+            if fields[1:2] == [str(os.getpid())]:
+                found.append(int(entry.name))
+    return found
+
+
+def _say_who_is_missing(args: argparse.Namespace) -> None:
+    """Ranks are started only when all hosts have met."""
+    if _children():
+        return
+    here, last = int(args.node_rank), int(args.nnodes.split(":")[-1]) - 1
+    others = [str(i) for i in range(last + 1) if i != here] if here == 0 else ["0"]
+    sys.stderr.write(
+        f"host {here} has waited {PATIENCE_S:.0f} s at {args.master_addr} port {args.master_port} "
+        f"for host {', '.join(others)}; start the same command there with "
+        f"NODE_RANK={others[0]}{' and so on' if len(others) > 1 else ''}, NNODES, MASTER_ADDR and "
+        "MASTER_PORT as here, and see that the port can be reached\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
