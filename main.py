@@ -90,8 +90,10 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         return _fail(error, 1, debug=debug)
     except ImportError as error:
-        remedy = f"{sys.executable} -m pip install {error.name or '…'}"
-        reason = f"{sys.executable} cannot import what a run needs: {error}; type: {remedy}"
+        remedy = "reinstall what it belongs to, or set PYTHON to another interpreter"
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            remedy = f"type: {sys.executable} -m pip install {error.name.partition('.')[0]}"
+        reason = f"{sys.executable} cannot import what a run needs: {error}; {remedy}"
         return _fail(RuntimeError(reason), 1, debug=debug)
     return status
 

@@ -868,6 +868,30 @@ def test_a_container_is_not_left_for_an_environment_without_its_devices(bare: Ch
     assert "-m pip install 'transformers>=5,<6'" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [
+        ("import no_such_module.part", "-m pip install no_such_module\n"),
+        ("raise ImportError('libx.so.1: cannot open')", "reinstall what it belongs to"),
+    ],
+)
+def test_a_package_that_is_there_but_broken(tmp_path: Path, content: str, remedy: str) -> None:
+    """Its metadata is whole; only the import tells."""
+    (tmp_path / "tqdm").mkdir()
+    (tmp_path / "tqdm" / "__init__.py").write_text(content)
+    done = subprocess.run(
+        [sys.executable, REPO / "main.py", "--task", "compare", "--against", "x"],
+        env=clean_environment() | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.returncode) == ("", 1)
+    assert done.stderr.startswith(f"error: {sys.executable} cannot import what a run needs: ")
+    assert remedy in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["main.py", "cut_model_util.py", "gptneox/interpreter.py"])
 def test_an_old_python_reads_as_far_as_the_words_about_it(name: str) -> None:
     tree = ast.parse((REPO / name).read_text(), feature_version=(3, 6))
