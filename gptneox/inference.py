@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,12 +23,12 @@ from tqdm import tqdm
 from gptneox.backends import select
 from gptneox.backends.base import Backend
 from gptneox.backends.binding import bind
-from gptneox.cli import DEFAULT_PROMPT, Settings
-from gptneox.config import ConfigError
+from gptneox.cli import Settings
 from gptneox.engine.flash_engine import FlashOutput
 from gptneox.engine.llm_engine import EngineStats, LLMEngine, RequestOutput
 from gptneox.engine.sequence import SamplingParams
 from gptneox.parallel import TensorParallelGroup, init_group
+from gptneox.prompts import Prompt, encode, make_prompts, read_texts
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +45,6 @@ BENCHMARK_COLUMNS = (
     "max_generate_batch_size",
     "prefill_average_time(ms)",
 )
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One input: its ids, and how it is shown."""
-
-    ids: list[int]
-    shown: str
 
 
 def start(settings: Settings) -> tuple[Backend, TensorParallelGroup]:
@@ -78,11 +70,12 @@ def run(settings: Settings) -> None:
     """
     environment = settings.environment
     backend, group = start(settings)
+    texts = [] if settings.args.interactive else read_texts(settings, group)
     engine = load_engine(settings, backend, group)
     if settings.args.interactive:
         interact(engine, settings.sampling)
         return
-    prompts = read_prompts(settings, engine.tokenizer)
+    prompts = make_prompts(settings, texts, engine.tokenizer)
     params = [fit_output_length(settings, engine, p) for p in prompts]
     if environment.benchmark_enabled:
         engine.generate([p.ids for p in prompts], [replace(q, max_new_tokens=2) for q in params])
@@ -122,55 +115,6 @@ def load_engine(settings: Settings, backend: Backend, group: TensorParallelGroup
         engine.settings.block_size,
     )
     return engine
-
-
-def read_prompts(settings: Settings, tokenizer: Any) -> list[Prompt]:
-    """--input_ids if given, else --input_texts; a text that names a file stands for its content.
-
-    Raises:
-        ConfigError: a text is empty or not valid Unicode.
-    """
-    args = settings.args
-    if args.input_ids:
-        return [Prompt(ids, ",".join(map(str, ids))) for ids in args.input_ids]
-    prompts = []
-    for i, text in enumerate(args.input_texts or [DEFAULT_PROMPT]):
-        content = _file_content(text)
-        content = text if content is None else content
-        prompts.append(Prompt(encode(tokenizer, content, f"prompt {i}"), content))
-    return prompts
-
-
-def _file_content(text: str) -> str | None:
-    """What the file called `text` holds, None when there is none."""
-    try:
-        if not Path(text).is_file():
-            return None
-    except (OSError, ValueError):  # too long for a name, a NUL byte: an ordinary text
-        return None
-    try:
-        return Path(text).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"file {text} is not UTF-8: {error.reason} at byte {error.start}; convert it first"
-        ) from error
-
-
-def encode(tokenizer: Any, text: str, what: str) -> list[int]:
-    """Token ids of a prompt, without added special tokens.
-
-    Raises:
-        ConfigError: empty, or not valid Unicode.
-    """
-    if not text:
-        raise ConfigError(f"{what} is empty; give a text, or --input_ids 0 to start from nothing")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"{what} is not valid Unicode: {error.reason} at {error.start}"
-        ) from error
-    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def fit_output_length(settings: Settings, engine: LLMEngine, prompt: Prompt) -> SamplingParams:

@@ -39,7 +39,8 @@ from transformers import GPTNeoXForCausalLM
 
 from gptneox.config import EngineSection
 from gptneox.engine.llm_engine import EngineStats, RequestOutput, StepStats
-from gptneox.inference import BENCHMARK_COLUMNS, Prompt, replace_file, write_benchmark
+from gptneox.inference import BENCHMARK_COLUMNS, replace_file, write_benchmark
+from gptneox.prompts import Prompt
 
 # What the model says: after each letter the next one, then end-of-text.
 CHAINS = ("123456789", "abca", "!👍.", "z~y", "{\0}")
@@ -249,9 +250,8 @@ def test_a_seed_repeats_a_sampled_text(cli: Callable[..., Result], chain: Path) 
 def test_prompts_that_look_like_paths(
     cli: Callable[..., Result], chain: Path, tmp_path: Path
 ) -> None:
-    """Only an existing file stands for its content; anything else is a text."""
-    (tmp_path / "directory").mkdir()
-    texts = ("directory", "no/such/file", "x" * 300 + "1", "/" + "y" * 5000 + "1", "~", ".")
+    """Only what exists stands for its content; anything else is a text."""
+    texts = ("directory", "no/such/file", "x" * 300 + "1", "/" + "y" * 5000 + "1", "~", "...")
     positions = ("--max_output_length", "1")
     result = cli(*paged(chain, *positions, "--input_texts", *texts[:3], *texts[4:]))
     assert [a[0] for a in result.answers()] == [*texts[:3], *texts[4:]]

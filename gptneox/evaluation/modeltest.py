@@ -36,8 +36,9 @@ from gptneox.evaluation.report import counted, csv_text, say, table
 from gptneox.evaluation.runner import load_runner
 from gptneox.evaluation.scoring import Result, evaluate
 from gptneox.evaluation.timing import Stopwatch, Timing, max_over_ranks, random_prompts
-from gptneox.inference import encode, replace_file, start
+from gptneox.inference import replace_file, start
 from gptneox.parallel import TensorParallelGroup
+from gptneox.prompts import encode
 
 logger = logging.getLogger(__name__)
 
