@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
 
+USER_FOLDER = "gptneox-ascend"  # in the folders where a user's programs keep their files
 EMBEDDED_CHECKPOINT = Path(__file__).resolve().parent.parent / "weights" / "neox-mini"
 
 # Activations that GPT-NeoX checkpoints name (as in transformers' ACT2FN) -> operator.
@@ -617,6 +618,7 @@ class Environment:
     modeltest_log_to_file: bool = False  # MODELTEST_LOG_TO_FILE: also log under outputs/logs
     cpu_kernels: str = "auto"  # GPTNEOX_CPU_KERNELS: on refuses to go without, off is plain torch
     cache_home: str = ""  # XDG_CACHE_HOME; empty: ~/.cache
+    state_home: str = ""  # XDG_STATE_HOME; empty: ~/.local/state
     cxx: str = ""  # CXX: the compiler of the CPU kernels
 
     @classmethod
@@ -670,6 +672,7 @@ class Environment:
             modeltest_log_to_file=integer("MODELTEST_LOG_TO_FILE") == 1,
             cpu_kernels=kernels,
             cache_home=environ.get("XDG_CACHE_HOME", ""),
+            state_home=environ.get("XDG_STATE_HOME", ""),
             cxx=environ.get("CXX", ""),
         )
 
