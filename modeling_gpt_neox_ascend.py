@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 try:
     from gptneox.backends import select
     from gptneox.checkpoint import load_model, rank_directory
-    from gptneox.config import Environment, ModelConfig
+    from gptneox.config import Environment, ModelConfig, read_json
     from gptneox.kv_cache import ContiguousKVCache
     from gptneox.model import GPTNeoX
     from gptneox.parallel import TensorParallelGroup, init_group
@@ -143,7 +143,7 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             raise ValueError(f"from_pretrained takes no positional arguments, got {model_args}")
         environment = Environment.read()
         path = Path(pretrained_model_name_or_path)
-        config = config or GPTNeoXConfig.from_pretrained(path)
+        config = config or GPTNeoXConfig.from_dict(read_json(path / "config.json"))
         backend = select(device_map or "auto")
         if environment.world_size > 1:
             backend.setup(

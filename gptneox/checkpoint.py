@@ -5,15 +5,12 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -21,6 +18,14 @@ from gptneox.config import ConfigError, ModelConfig, read_json
 from gptneox.layers import Linear
 from gptneox.model import GPTNeoX, Layer
 from gptneox.parallel import TensorParallelGroup
+from gptneox.weight_files import (
+    CheckpointError,
+    SafetensorsFile,
+    WeightFile,
+    find_quantization,
+    find_weight_files,
+    listed,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,109 +40,13 @@ CUT_DIMENSIONS = {
 # Buffers that old checkpoints hold and the model recomputes.
 IGNORED_SUFFIXES = (".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
 HEAD_NAMES = ("embed_out.weight", "lm_head.weight")
+PREFIX = "gpt_neox."
 EMBEDDING_NAME = "gpt_neox.embed_in.weight"
+# A tensor of which every rank's part differs from the whole in shape.
+CUT_NAME = "gpt_neox.layers.0.attention.query_key_value.weight"
 MANIFEST_NAME = "manifest.json"
 PART_FILE = "model.safetensors"
-
-# A mapped file keeps the pages that were read resident; it is mapped anew after this many bytes.
-REMAP_BYTES = 64 << 20
-
-
-class CheckpointError(ValueError):
-    """Weight files are missing, damaged or do not fit config.json."""
-
-
-class WeightFile:
-    """One file of tensors, mapped into memory; reading a slice copies nothing but the slice."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._handle: Any = None
-        self._bytes_read = 0
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor, from the header alone where the format has one."""
-        raise NotImplementedError
-
-    def _open(self) -> Any:
-        raise NotImplementedError
-
-    def _slice(self, handle: Any, name: str, index: tuple[slice, ...]) -> Tensor:
-        raise NotImplementedError
-
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
-        """A tensor, or a slice of it; it may alias the file, so copy it before `close`."""
-        if self._handle is None or self._bytes_read > REMAP_BYTES:
-            self.close()
-            self._handle = self._open()
-        tensor = self._slice(self._handle, name, index)
-        self._bytes_read += tensor.numel() * tensor.element_size()
-        return tensor
-
-    def close(self) -> None:
-        """Unmap the file."""
-        self._handle, self._bytes_read = None, 0
-
-
-class SafetensorsFile(WeightFile):
-    """`*.safetensors`; the library refuses damaged headers and truncated data."""
-
-    def _open(self) -> Any:
-        try:
-            return safe_open(self.path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path} is damaged: {error}; download it again") from error
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """From the header."""
-        handle = self._open()
-        return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
-
-    def metadata(self) -> dict[str, str]:
-        """The free text that the header carries."""
-        return self._open().metadata() or {}
-
-    def _slice(self, handle: Any, name: str, index: tuple[slice, ...]) -> Tensor:
-        if not index:
-            return handle.get_tensor(name)
-        return handle.get_slice(name)[index]
-
-
-class PickleFile(WeightFile):
-    """`pytorch_model*.bin`, read with weights_only: a pickle that runs code is refused."""
-
-    def _open(self) -> Any:
-        try:
-            return self._load(mmap=True)
-        except RuntimeError:  # written before torch 1.6: not a zip archive, cannot be mapped
-            return self._load(mmap=False)
-
-    def _load(self, mmap: bool) -> Any:
-        try:
-            state = torch.load(self.path, map_location="cpu", mmap=mmap, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{self.path} holds more than tensors and was not opened, because unpickling it "
-                "could run code; convert it to safetensors where you trust it"
-            ) from error
-        except Exception as error:  # a damaged pickle can raise anything
-            if mmap and isinstance(error, RuntimeError):
-                raise
-            raise CheckpointError(f"{self.path} is damaged: {error}; download it again") from error
-        if not isinstance(state, dict) or not all(
-            isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()
-        ):
-            raise CheckpointError(f"{self.path} is not a state dict (name -> tensor)")
-        return state
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """From the state dict."""
-        if self._handle is None:
-            self._handle = self._open()
-        return {name: tuple(tensor.shape) for name, tensor in self._handle.items()}
-
-    def _slice(self, handle: Any, name: str, index: tuple[slice, ...]) -> Tensor:
-        return handle[name][index] if index else handle[name]
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Checkpoint:
@@ -148,25 +57,35 @@ class Checkpoint:
 
         Raises:
             FileNotFoundError: no weight file, or one that the index names is absent.
-            CheckpointError: a file is damaged, or a tensor is in two files or in none.
+            CheckpointError: a file is damaged, or a tensor is in two files with different values.
         """
         self.model_path = model_path
-        self.files, index = _find_files(model_path)
+        self.files, self.index = find_weight_files(model_path)
         self.where: dict[str, WeightFile] = {}
         self._last: WeightFile | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
         for file in self.files:
-            for name, shape in file.shapes().items():
+            for name, info in file.tensors().items():
                 if name in self.where:
-                    raise CheckpointError(
-                        f"tensor {name} is in both {self.where[name].path.name} and "
-                        f"{file.path.name} of {model_path}; remove one"
-                    )
-                self.where[name], self.shapes[name] = file, shape
-        if absent := sorted(index.keys() - self.where.keys()):
+                    self._check_equal(name, file)
+                    continue
+                self.where[name] = file
+                self.shapes[name], self.dtypes[name] = info.shape, info.dtype
+            if not file.is_mapped and len(self.files) > 1:
+                file.close()  # what is not mapped takes memory
+        if unmapped := [file.path.name for file in self.files if not file.is_mapped]:
+            logger.info("%s: %s cannot be mapped and will be read", model_path, listed(unmapped, 3))
+
+    def _check_equal(self, name: str, file: WeightFile) -> None:
+        """Refuse a tensor that a second file holds with other values."""
+        first = self.where[name]
+        one, two = first.read(name), file.read(name)
+        if one.dtype != two.dtype or not torch.equal(one, two):
             raise CheckpointError(
-                f"{model_path}: {_listed(absent)} named by the index, but in no file; "
-                "download the checkpoint again"
+                f"tensor {name} is in both {first.path.name} and {file.path.name} of "
+                f"{self.model_path}, with different values; remove the file that does not belong "
+                "there"
             )
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
@@ -181,42 +100,6 @@ class Checkpoint:
         """Unmap all files."""
         for file in self.files:
             file.close()
-
-
-def _find_files(model_path: Path) -> tuple[list[WeightFile], Mapping[str, str]]:
-    """Weight files, safetensors preferred, and the index's weight map ({} without an index)."""
-    kinds: list[tuple[str, type[WeightFile], str]] = [
-        ("*.safetensors", SafetensorsFile, "model.safetensors.index.json"),
-        ("pytorch_model*.bin", PickleFile, "pytorch_model.bin.index.json"),
-    ]
-    found = {pattern: sorted(model_path.glob(pattern)) for pattern, _, _ in kinds}
-    if all(found.values()):
-        logger.info("%s has both .safetensors and .bin weights; safetensors are used", model_path)
-    for pattern, kind, index_name in kinds:
-        index_path = model_path / index_name
-        if index_path.is_file():
-            weight_map = read_json(index_path).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(
-                isinstance(n, str) and n for n in weight_map.values()
-            ):
-                raise CheckpointError(f"{index_path} has no valid weight_map; download it again")
-            names = sorted(set(weight_map.values()))
-            if missing := [n for n in names if not (model_path / n).is_file()]:
-                raise FileNotFoundError(
-                    f"{model_path} lacks {_listed(missing)}, which {index_name} names; "
-                    "download the missing files"
-                )
-            return [kind(model_path / n) for n in names], weight_map
-        if found[pattern]:
-            return [kind(path) for path in found[pattern]], {}
-    raise FileNotFoundError(
-        f"no weights in {model_path}: neither *.safetensors nor pytorch_model*.bin"
-    )
-
-
-def _listed(names: list[str], most: int = 20) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 # -- one rank's part of a tensor -----------------------------------------------------------------
@@ -251,12 +134,28 @@ def part_shape(name: str, shape: tuple[int, ...], world_size: int) -> tuple[int,
     return (*shape[:dim], math.ceil(shape[dim] / world_size), *shape[dim + 1 :])
 
 
+def parameter_name(stored: str) -> str:
+    """The parameter that a stored tensor fills, by the name that published checkpoints give it.
+
+    The prefix of the base model may be missing, or be there once too often, and the head has two
+    names. Source: transformers 5, core_model_loading.py, `rename_source_key`, and its mapping of
+    `embed_out` to `lm_head` for GPT-NeoX.
+    """
+    bare = stored.removeprefix(PREFIX)
+    if stored in HEAD_NAMES or bare == HEAD_NAMES[1]:
+        return HEAD_NAMES[0]
+    return bare if bare.startswith(PREFIX) else PREFIX + bare
+
+
 def is_embedding(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor is the token embedding, which every rank needs whole.
+    """Whether a stored tensor is the token embedding, which every rank needs whole.
 
     In a tied checkpoint it may be stored under the head's name.
     """
-    return name == EMBEDDING_NAME or (config.tie_word_embeddings and name in HEAD_NAMES)
+    parameter = parameter_name(name)
+    return parameter == EMBEDDING_NAME or (
+        config.tie_word_embeddings and parameter == HEAD_NAMES[0]
+    )
 
 
 def is_partial_bias(name: str, value: Tensor) -> bool:
@@ -355,6 +254,112 @@ def rank_directory(
     return parts / str(group.rank)
 
 
+# -- checking ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint stores the model.
+
+    `names` maps each parameter to the stored tensor that fills it. `num_parts` above 1: the files
+    are one rank's part of a cut checkpoint.
+    """
+
+    names: dict[str, str]
+    num_parts: int
+
+
+def check_weights(model_path: Path, config: ModelConfig) -> None:
+    """Check the weight files against config.json without reading their data.
+
+    Args:
+        model_path: what `load_model` would be given.
+        config: read from the same directory.
+
+    Raises:
+        OSError, CheckpointError: exactly as `load_model` would raise.
+    """
+    checkpoint = Checkpoint(model_path)
+    try:
+        find_layout(checkpoint, config)
+    finally:
+        checkpoint.close()
+
+
+def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
+    """Which stored tensor fills which parameter, after checking that everything fits.
+
+    Raises:
+        CheckpointError: the weights are quantized, or tensors are missing (all are listed) or of
+            a wrong type or shape.
+    """
+    path = checkpoint.model_path
+    if method := config.quantize or find_quantization(path, checkpoint.shapes):
+        raise CheckpointError(
+            f"{path} is quantized ({method}), which is not built yet; use the float checkpoint"
+        )
+    names = _find_names(checkpoint, config)
+    expected = full_shapes(config)
+    if missing := [name for name in expected if name not in names]:
+        raise CheckpointError(f"{path} lacks {_describe_missing(missing, checkpoint, names)}")
+    num_parts = config.part_world_size
+    if checkpoint.shapes[names[CUT_NAME]] == expected[CUT_NAME]:
+        num_parts = 1  # whole, whatever config.json kept of an earlier cut
+    wrong = []
+    for name, whole in expected.items():
+        found = names[name]
+        if checkpoint.dtypes[found] not in FLOATS:
+            raise CheckpointError(
+                f"{path}: {found} holds {str(checkpoint.dtypes[found]).removeprefix('torch.')}; "
+                "a checkpoint of floating-point weights is expected"
+            )
+        # The head of a tied checkpoint is the embedding, which is whole in every part.
+        shape = whole if is_embedding(found, config) else part_shape(name, whole, num_parts)
+        if checkpoint.shapes[found] != shape:
+            wrong.append(f"{found} is {list(checkpoint.shapes[found])}, expected {list(shape)}")
+    if wrong:
+        raise CheckpointError(f"{path} does not fit its config.json: {listed(wrong, 5)}")
+    if unknown := _unknown(checkpoint, names):
+        logger.warning("%s: ignored unknown %s", path, listed(unknown, 5))
+    return Layout(names, num_parts)
+
+
+def _find_names(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, str]:
+    """Parameter name -> stored tensor; of several that would fill one, the first by name.
+
+    A tied pair is stored once, under either name, or twice; then each keeps its own, as in
+    transformers.
+    """
+    names: dict[str, str] = {}
+    for stored in sorted(checkpoint.shapes):
+        names.setdefault(parameter_name(stored), stored)
+    if config.tie_word_embeddings:
+        for name, other in ((HEAD_NAMES[0], EMBEDDING_NAME), (EMBEDDING_NAME, HEAD_NAMES[0])):
+            if other in names:
+                names.setdefault(name, names[other])
+    return {name: names[name] for name in full_shapes(config) if name in names}
+
+
+def _unknown(checkpoint: Checkpoint, names: dict[str, str]) -> list[str]:
+    """Stored tensors that fill no parameter and are no buffers."""
+    extra = checkpoint.shapes.keys() - set(names.values())
+    return sorted(name for name in extra if not name.endswith(IGNORED_SUFFIXES))
+
+
+def _describe_missing(missing: list[str], checkpoint: Checkpoint, names: dict[str, str]) -> str:
+    """The missing tensors, beside what was found or promised instead of them."""
+    text = f"{len(missing)} tensors: {listed(missing)}"
+    unknown = _unknown(checkpoint, names)
+    if unknown:
+        text += f"; found {len(unknown)} others: {listed(unknown, 3)}"
+    prefixes = {name.removesuffix(m) for name in unknown for m in missing if name.endswith(m)}
+    if len(prefixes) == 1:
+        text += f"; save the weights without the prefix {prefixes.pop()!r}"
+    if promised := sorted({checkpoint.index[m] for m in missing if m in checkpoint.index}):
+        text += f"; the index says they are in {listed(promised, 3)}: download the checkpoint again"
+    return text
+
+
 # -- loading -------------------------------------------------------------------------------------
 
 
@@ -372,18 +377,19 @@ def load_model(
         show_progress: draw a progress bar on stderr when it is a terminal.
 
     Raises:
-        FileNotFoundError, CheckpointError: see `Checkpoint`; also missing or misshapen tensors.
+        OSError, CheckpointError: see `Checkpoint` and `find_layout`; or the files are one part of
+            a model that other than these ranks share.
         RuntimeError: not enough memory; the message has both numbers.
     """
-    if model.config.part_world_size not in (1, model.group.world_size):
-        raise CheckpointError(
-            f"{model_path} is one part of {model.config.part_world_size}, but "
-            f"{model.group.world_size} ranks run; start {model.config.part_world_size} ranks, or "
-            "give the uncut checkpoint"
-        )
     checkpoint = Checkpoint(model_path)
-    names = _map_names(model, checkpoint)
+    layout = find_layout(checkpoint, model.config)
+    if layout.num_parts not in (1, model.group.world_size):
+        raise CheckpointError(
+            f"{model_path} is one part of {layout.num_parts}, but {model.group.world_size} ranks "
+            f"run; start {layout.num_parts} ranks, or give the uncut checkpoint"
+        )
     _check_memory(model, dtype)
+    _warn_of_untied(checkpoint, layout, model.config)
     modules = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
     disable = not (show_progress and model.group.rank == 0 and sys.stderr.isatty())
     owner = {id(m): n for n, m in model.named_modules()}
@@ -393,7 +399,7 @@ def load_model(
     for module in tqdm(modules, desc="loading", unit="layer", leave=False, disable=disable):
         for key, parameter in list(module.named_parameters(recurse=False)):
             name = f"{owner[id(module)]}.{key}"
-            value = _read_part(checkpoint, name, names[name], parameter, model)
+            value = _read_part(checkpoint, layout, name, parameter, model)
             # What was read may alias the mapped file: copy it, unless `pack` copies it at once.
             copy = not isinstance(module, Linear) or key != "weight"
             value = value.to(device=model.backend.device, dtype=dtype, copy=copy)
@@ -407,68 +413,32 @@ def load_model(
 
 
 def _read_part(
-    checkpoint: Checkpoint, name: str, source: str, parameter: Tensor, model: GPTNeoX
+    checkpoint: Checkpoint, layout: Layout, name: str, parameter: Tensor, model: GPTNeoX
 ) -> Tensor:
-    """This rank's part of parameter `name`, stored as `source`, in the file's dtype."""
-    group = model.group
-    if model.config.part_world_size > 1 and not is_embedding(source, model.config):
+    """This rank's part of parameter `name`, in the file's dtype."""
+    group, source = model.group, layout.names[name]
+    if layout.num_parts > 1 and not is_embedding(source, model.config):
         return checkpoint.read(source)  # cut when it was written
     index = rank_slice(name, checkpoint.shapes[source], group.rank, group.world_size)
     value = checkpoint.read(source, index)
-    if not value.is_floating_point():
-        raise CheckpointError(
-            f"{checkpoint.model_path}: {source} holds {str(value.dtype).removeprefix('torch.')}; "
-            "a checkpoint of floating-point weights is expected"
-        )
     if is_partial_bias(name, value) and group.rank > 0:
         return torch.zeros_like(value)  # a row-parallel bias is added on rank 0 only
     return pad_rows(value, parameter.shape[0])
 
 
-def _map_names(model: GPTNeoX, checkpoint: Checkpoint) -> dict[str, str]:
-    """Parameter name -> tensor name in the files, after checking that everything fits.
-
-    Raises:
-        CheckpointError: tensors missing (all are listed) or of a wrong shape.
-    """
-    config = model.config
-    expected = full_shapes(config)
-    names, missing, wrong = {}, [], []
-    for name, whole in expected.items():
-        found = _find_name(name, checkpoint, config)
-        if found is None:
-            missing.append(name)
-            continue
-        names[name] = found
-        # The head of a tied checkpoint is the embedding, which is whole in every part.
-        cut = config.part_world_size > 1 and not is_embedding(found, config)
-        shape = part_shape(name, whole, config.part_world_size) if cut else whole
-        if checkpoint.shapes[found] != shape:
-            wrong.append(f"{found} is {list(checkpoint.shapes[found])}, expected {list(shape)}")
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint.model_path} lacks {len(missing)} tensors: {_listed(missing)}"
+def _warn_of_untied(checkpoint: Checkpoint, layout: Layout, config: ModelConfig) -> None:
+    """Say when a head is stored that the tied embedding it should be is not."""
+    head, embedding = layout.names[HEAD_NAMES[0]], layout.names[EMBEDDING_NAME]
+    if not config.tie_word_embeddings or head == embedding:
+        return
+    if not torch.equal(checkpoint.read(head), checkpoint.read(embedding)):
+        logger.warning(
+            "%s: config.json ties the embeddings, but %s and %s differ; both are used as stored. "
+            "Set tie_word_embeddings to false to silence this",
+            checkpoint.model_path,
+            head,
+            embedding,
         )
-    if wrong:
-        raise CheckpointError(
-            f"{checkpoint.model_path} does not fit its config.json: {_listed(wrong, 5)}"
-        )
-    extra = set(checkpoint.shapes) - set(names.values()) - set(HEAD_NAMES) - {EMBEDDING_NAME}
-    if unknown := sorted(n for n in extra if not n.endswith(IGNORED_SUFFIXES)):
-        logger.warning("%s: ignored unknown %s", checkpoint.model_path, _listed(unknown, 5))
-    return names
-
-
-def _find_name(name: str, checkpoint: Checkpoint, config: ModelConfig) -> str | None:
-    """The tensor that fills parameter `name`; a tied pair may be stored under either name."""
-    candidates: tuple[str, ...] = (name,)
-    if name in HEAD_NAMES:
-        candidates = HEAD_NAMES
-        if config.tie_word_embeddings:
-            candidates = (EMBEDDING_NAME, *HEAD_NAMES)
-    elif name == EMBEDDING_NAME and config.tie_word_embeddings:
-        candidates = (EMBEDDING_NAME, *HEAD_NAMES)
-    return next((c for c in candidates if c in checkpoint.shapes), None)
 
 
 def full_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -22,6 +22,8 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gptneox.files import explain, explain_place
+
 logger = logging.getLogger(__name__)
 
 USER_FOLDER = "gptneox-ascend"  # in the folders where a user's programs keep their files
@@ -74,7 +76,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     dtype: str = "float32"
     eos_token_ids: tuple[int, ...] = ()
-    quantize: str = ""
+    quantize: str = ""  # the method by which the weights were quantized
     part_world_size: int = 1  # above 1: the files are one rank's part of a cut checkpoint
 
     @property
@@ -151,7 +153,7 @@ class ModelConfig:
             tie_word_embeddings=keys.boolean("tie_word_embeddings", False),
             dtype=_file_dtype(raw, origin),
             eos_token_ids=token_ids(raw.get("eos_token_id"), f"{origin}: eos_token_id"),
-            quantize=str(raw.get("quantize") or ""),
+            quantize=_quantization(raw),
             part_world_size=keys.positive_int("world_size", 1),
             **rope,
         )
@@ -164,7 +166,9 @@ class _Keys:
         self.raw, self.origin = raw, origin
 
     def positive_int(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
-        value = self.raw.get(key, default)
+        value = self.raw.get(key)
+        if value is None:
+            value = default
         if value is None:
             raise ConfigError(f"{self.origin}: key {key!r} is missing")
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
@@ -232,6 +236,26 @@ def _file_dtype(raw: Mapping[str, Any], origin: str) -> str:
     return name
 
 
+def _quantization(raw: Mapping[str, Any]) -> str:
+    """The method by which config.json says that its weights were quantized; "" for none.
+
+    Source: MindIE (`quantize`), transformers (`quantization_config`), compressed-tensors
+    (`compression_config`, as it was called first), MLX (`quantization`).
+    """
+    names = {"compression_config": "compressed-tensors", "quantization": "MLX"}
+    for key in ("quantize", "quantization_config", *names):
+        entry = raw.get(key)
+        if isinstance(entry, dict) and entry:
+            method = entry.get("quant_method") or entry.get("quant_algo") or names.get(key)
+            if not method:  # bitsandbytes named none at first
+                is_known = any(str(k).startswith("load_in_") for k in entry)
+                method = "bitsandbytes" if is_known else f"by {key}, which names no method"
+            return str(method)
+        if entry:
+            return str(entry)
+    return ""
+
+
 def token_ids(value: Any, what: str) -> tuple[int, ...]:
     """An `eos_token_id` entry (missing, one id or a list of ids) as a tuple."""
     ids = [] if value is None else value if isinstance(value, list) else [value]
@@ -243,25 +267,40 @@ def token_ids(value: Any, what: str) -> tuple[int, ...]:
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON object; errors name the file.
 
+    A byte order mark at the start, as editors on Windows write it, is passed over.
+
     Raises:
         FileNotFoundError: the file or its directory does not exist.
+        OSError: there is something of this name that is no readable file.
         ConfigError: the content is not a JSON object.
     """
+    if reason := explain_place(path):
+        raise OSError(f"{path} {reason}")
     if not path.is_file():
-        state = "exists, but is not a directory" if path.parent.is_file() else "holds none"
-        if not path.parent.exists():
-            state = "does not exist"
         raise FileNotFoundError(
-            f"no {path.name} in {path.parent}: the path {state}; give the directory of a "
-            "GPT-NeoX checkpoint"
+            f"no {path.name} in {path.parent}: the path {_without_json(path)}; give the directory "
+            "of a GPT-NeoX checkpoint"
         )
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        raw = json.loads(data.decode(json.detect_encoding(data)))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too deep, too long numbers
-        raise ConfigError(f"{path} is not valid JSON: {error}; download it again") from error
+        reason = explain(path) or f"is not valid JSON: {error}; download it again"
+        raise ConfigError(f"{path} {reason}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds {type(raw).__name__}; a JSON object is expected")
     return raw
+
+
+def _without_json(path: Path) -> str:
+    """What the directory is in which a JSON file was expected."""
+    if path.parent.is_file():
+        return "exists, but is not a directory"
+    if not path.parent.exists():
+        return "does not exist"
+    if snapshots := sorted(path.parent.glob(f"snapshots/*/{path.name}")):
+        return f"is a folder of the hub's cache, which has it in {snapshots[-1].parent}"
+    return "holds none"
 
 
 # -- text files ----------------------------------------------------------------------------------

@@ -33,43 +33,30 @@ from tqdm import tqdm
 
 from gptneox.checkpoint import (
     EMBEDDING_NAME,
-    HEAD_NAMES,
     MANIFEST_NAME,
     PART_FILE,
-    REMAP_BYTES,
     Checkpoint,
-    CheckpointError,
     Manifest,
     cut_dimension,
+    find_layout,
     is_embedding,
     is_partial_bias,
     pad_rows,
+    parameter_name,
     part_shape,
     rank_slice,
     read_manifest,
 )
 from gptneox.config import ModelConfig, read_json
 from gptneox.parallel import check_divides
+from gptneox.weight_files import DTYPES, REMAP_BYTES, CheckpointError
 
 logger = logging.getLogger(__name__)
 
 MODELING_FILE = Path(__file__).resolve().parent.parent / "modeling_gpt_neox_ascend.py"
 AUTO_MAP = {"AutoModelForCausalLM": "modeling_gpt_neox_ascend.GPTNeoXForCausalLM"}
 
-# safetensors' names of what a checkpoint may hold.
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class SafetensorsWriter:
@@ -142,13 +129,13 @@ def cut_checkpoint(
         RuntimeError: not enough room on the disk, or another cut to this place is running.
     """
     config = ModelConfig.from_pretrained(input_path)
-    if config.part_world_size > 1:
-        raise CheckpointError(f"{input_path} is itself a part; give the uncut checkpoint")
     check_divides(world_size, config.num_heads, config.intermediate_size)
     if output_path.exists() and not recut:
         raise FileExistsError(f"{output_path} exists; --recut replaces it")
     checkpoint = Checkpoint(input_path)
-    tensors = {n: (checkpoint.read(n).dtype, s) for n, s in checkpoint.shapes.items()}
+    if find_layout(checkpoint, config).num_parts > 1:
+        raise CheckpointError(f"{input_path} is itself a part; give the uncut checkpoint")
+    tensors = {n: (checkpoint.dtypes[n], s) for n, s in checkpoint.shapes.items()}
     checkpoint.close()
     parts = {n: (d, part_shape(_rule(n, config), s, world_size)) for n, (d, s) in tensors.items()}
     with _temporary(output_path) as folder:
@@ -166,7 +153,7 @@ def cut_checkpoint(
         _write_parts(checkpoint, parts, folder, manifest)
         for rank in range(world_size):
             _copy_side_files(input_path, folder / str(rank))
-            part_config = {**manifest.config, "world_size": world_size, "auto_map": AUTO_MAP}
+            part_config = {**_own_config(manifest), "world_size": world_size, "auto_map": AUTO_MAP}
             _write_json(folder / str(rank) / "config.json", part_config)
             shutil.copyfile(MODELING_FILE, folder / str(rank) / MODELING_FILE.name)
         _write_json(folder / MANIFEST_NAME, asdict(manifest))
@@ -174,11 +161,14 @@ def cut_checkpoint(
     return manifest
 
 
+def _own_config(manifest: Manifest) -> dict[str, Any]:
+    """The source's config.json, less the name of its weight file: ours has the usual one."""
+    return {k: v for k, v in manifest.config.items() if k != "transformers_weights"}
+
+
 def _rule(name: str, config: ModelConfig) -> str:
-    """The name whose rule a tensor follows: the output head and the embedding have several."""
-    if is_embedding(name, config):
-        return EMBEDDING_NAME
-    return "embed_out.weight" if name in HEAD_NAMES else name
+    """The name whose rule a tensor follows: it may be stored under another."""
+    return EMBEDDING_NAME if is_embedding(name, config) else parameter_name(name)
 
 
 def _write_parts(
@@ -229,7 +219,7 @@ def merge_checkpoint(part_model: Path, output_path: Path, *, recut: bool = False
     config = ModelConfig.from_dict(manifest.config)
     parts = [Checkpoint(part_model / str(rank)) for rank in range(manifest.world_size)]
     tensors = {
-        name: (_DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        name: (DTYPES[entry["dtype"]], tuple(entry["shape"]))
         for name, entry in manifest.tensors.items()
     }
     with _temporary(output_path) as folder:
@@ -249,7 +239,7 @@ def merge_checkpoint(part_model: Path, output_path: Path, *, recut: bool = False
         writer.close()
         _copy_side_files(part_model / "0", folder)
         (folder / MODELING_FILE.name).unlink(missing_ok=True)
-        _write_json(folder / "config.json", manifest.config)
+        _write_json(folder / "config.json", _own_config(manifest))
         _replace_directory(folder, output_path)
 
 

@@ -21,9 +21,10 @@ COLUMNS = (
     {"engine"},
     {"modeling_gpt_neox_ascend"},  # the adapter to transformers, which the flash path loads
     {"model", "checkpoint", "cut"},
-    {"layers", "quantization", "kv_cache"},
+    {"layers", "quantization", "kv_cache", "weight_files"},
     {"backends", "parallel"},
     {"config"},
+    {"files"},
 )
 WITHOUT_TORCH = ("engine/sequence.py", "engine/block_manager.py", "engine/scheduler.py")
 # Settings have to name the devices one can choose.

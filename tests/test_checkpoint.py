@@ -23,6 +23,7 @@ import twins
 from hostile import REPO, clean_environ, copy_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import GPTNeoXForCausalLM
 
 from gptneox.backends.base import Backend, Memory
 from gptneox.checkpoint import Checkpoint, CheckpointError, full_shapes, load_model
@@ -58,6 +59,19 @@ def weights(model: GPTNeoX) -> dict[str, torch.Tensor]:
         for key, parameter in module.named_parameters(recurse=False):
             packed = isinstance(module, Linear) and key == "weight"
             found[f"{owner}.{key}"] = module.packed.weight if packed else parameter.data
+    return found
+
+
+def assert_loads_like_transformers(path: Path) -> dict[str, torch.Tensor]:
+    """Every parameter equals that of transformers' model; returns them."""
+    theirs, info = GPTNeoXForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not info["missing_keys"], "transformers itself does not find these"
+    found = weights(load(path))
+    expected = dict(theirs.named_parameters(remove_duplicate=False))
+    expected["embed_out.weight"] = expected.pop("lm_head.weight")
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name].float()), name
     return found
 
 
@@ -322,14 +336,39 @@ def test_all_missing_shards_are_named_once(copied_shards: Path) -> None:
     assert shards[1].name not in str(caught.value)
 
 
-def test_index_names_absent_tensors(copied_shards: Path) -> None:
-    path = copied_shards / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    file = next(iter(index["weight_map"].values()))
-    index["weight_map"] |= {"ghost.a": file, "ghost.b": file}
-    path.write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"ghost\.a, ghost\.b named by the index"):
+def edit_index(path: Path, change: Callable[[dict[str, str]], None]) -> None:
+    file = path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    change(index["weight_map"])
+    file.write_text(json.dumps(index))
+
+
+def test_an_index_that_names_more_than_the_files_hold(copied_shards: Path) -> None:
+    """Old buffers and the tied head stay in an index that somebody edited by hand."""
+    file = next(copied_shards.glob("*.safetensors")).name
+    layer = "gpt_neox.layers.0.attention"
+    for name in (f"{layer}.masked_bias", f"{layer}.rotary_emb.inv_freq", "ghost"):
+        edit_index(copied_shards, lambda names, name=name: names.update({name: file}))
+    assert_loads_like_transformers(copied_shards)
+
+
+def test_a_tensor_that_the_index_promises_and_no_file_holds(copied_shards: Path) -> None:
+    name = "gpt_neox.layers.1.mlp.dense_4h_to_h.bias"
+    where = json.loads((copied_shards / "model.safetensors.index.json").read_text())
+    file = where["weight_map"][name]
+    rewrite(copied_shards / file, lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=rf"lacks 1 tensors: {re.escape(name)}; .*{file}"):
         load(copied_shards)
+
+
+def test_an_index_that_names_the_wrong_shards(copied_shards: Path) -> None:
+    def swap(names: dict[str, str]) -> None:
+        first = next(iter(names))
+        second = next(n for n in names if names[n] != names[first])
+        names[first], names[second] = names[second], names[first]
+
+    edit_index(copied_shards, swap)
+    assert_loads_like_transformers(copied_shards)
 
 
 @pytest.mark.parametrize(
@@ -351,11 +390,21 @@ def test_broken_index(copied_shards: Path, index: str) -> None:
         load(copied_shards)
 
 
-def test_the_same_tensor_in_two_files(copied_shards: Path) -> None:
+@pytest.mark.parametrize("with_index", [True, False])
+def test_the_same_tensor_in_two_files(copied_shards: Path, with_index: bool) -> None:
+    """Equal values are one tensor; of different ones nobody can say which is meant."""
     first, second = sorted(copied_shards.glob("*.safetensors"))[:2]
     name, tensor = next(iter(load_file(first).items()))
     rewrite(second, lambda tensors: tensors.update({name: tensor}))
+    assert_loads_like_transformers(copied_shards)
+    if not with_index:
+        (copied_shards / "model.safetensors.index.json").unlink()
+        load(copied_shards)
+    rewrite(second, lambda tensors: tensors.update({name: tensor + 1}))
     with pytest.raises(CheckpointError, match=rf"{re.escape(name)} is in both {first.name} and"):
+        load(copied_shards)
+    rewrite(second, lambda tensors: tensors.update({name: tensor.half()}))
+    with pytest.raises(CheckpointError, match="different values"):
         load(copied_shards)
 
 
@@ -406,28 +455,134 @@ def test_old_buffers_are_ignored_and_strangers_reported(
     assert "ignored unknown stranger" in caplog.text
 
 
+def tie(path: Path) -> None:
+    edit_config(path, tie_word_embeddings=True)
+
+
+def edit_config(path: Path, **keys: Any) -> None:
+    config = json.loads((path / "config.json").read_text()) | keys
+    (path / "config.json").write_text(json.dumps(config))
+
+
+HEAD, EMBEDDING = "embed_out.weight", "gpt_neox.embed_in.weight"
+
+
 @pytest.mark.parametrize("kept", ["both", "embed_in", "embed_out", "lm_head"])
 def test_tied_embeddings_under_any_name(
-    copied: Path, original: dict[str, torch.Tensor], kept: str
+    copied: Path,
+    original: dict[str, torch.Tensor],
+    kept: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    config = json.loads((copied / "config.json").read_text()) | {"tie_word_embeddings": True}
-    (copied / "config.json").write_text(json.dumps(config))
-    table = original["gpt_neox.embed_in.weight"]
+    tie(copied)
+    table = original[EMBEDDING]
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        head, embedding = "embed_out.weight", "gpt_neox.embed_in.weight"
-        tensors[head] = table.clone()
+        tensors[HEAD] = table.clone()
         if kept in ("embed_in",):
-            del tensors[head]
+            del tensors[HEAD]
         if kept in ("embed_out", "lm_head"):
-            del tensors[embedding]
+            del tensors[EMBEDDING]
         if kept == "lm_head":
-            tensors["lm_head.weight"] = tensors.pop(head)
+            tensors["lm_head.weight"] = tensors.pop(HEAD)
 
     rewrite(copied / NAME, change)
-    loaded = weights(load(copied))
-    assert torch.equal(loaded["gpt_neox.embed_in.weight"], table)
-    assert torch.equal(loaded["embed_out.weight"], table)
+    loaded = assert_loads_like_transformers(copied)
+    assert torch.equal(loaded[EMBEDDING], table)
+    assert torch.equal(loaded[HEAD], table)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", [HEAD, "lm_head.weight"])
+def test_a_stored_head_that_differs_from_its_tied_embedding_is_kept(
+    copied: Path,
+    original: dict[str, torch.Tensor],
+    name: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tie(copied)
+    rewrite(copied / NAME, lambda tensors: tensors.update({name: tensors.pop(HEAD)}))
+    loaded = assert_loads_like_transformers(copied)
+    assert torch.equal(loaded[HEAD], original[HEAD])
+    assert f"{name} and {EMBEDDING} differ" in caplog.text
+
+
+def test_tied_embeddings_that_are_both_absent(copied: Path) -> None:
+    tie(copied)
+    rewrite(copied / NAME, lambda tensors: [tensors.pop(HEAD), tensors.pop(EMBEDDING)])
+    with pytest.raises(CheckpointError, match="lacks 2 tensors"):
+        load(copied)
+
+
+# -- names (M9) ----------------------------------------------------------------------------------
+
+
+RENAMED = {
+    "without the prefix": lambda name: name.removeprefix("gpt_neox."),
+    "prefix twice": lambda name: name if name == HEAD else f"gpt_neox.{name}",
+    "prefix before the new head": lambda name: name.replace("embed_out", "gpt_neox.lm_head"),
+}
+
+
+@pytest.mark.parametrize("kind", RENAMED)
+def test_names_that_transformers_understands(
+    copied: Path, original: dict[str, torch.Tensor], kind: str
+) -> None:
+    save_file({RENAMED[kind](n): t for n, t in original.items()}, copied / NAME)
+    assert_loads_like_transformers(copied)
+
+
+@pytest.mark.parametrize(
+    ("name", "of"),
+    [
+        ("lm_head.weight", HEAD),
+        ("gpt_neox.lm_head.weight", HEAD),
+        ("embed_in.weight", EMBEDDING),
+        ("layers.0.attention.dense.bias", "gpt_neox.layers.0.attention.dense.bias"),
+        ("final_layer_norm.bias", "gpt_neox.final_layer_norm.bias"),
+    ],
+)
+def test_of_two_names_for_one_parameter_transformers_choice_is_loaded(
+    copied: Path,
+    original: dict[str, torch.Tensor],
+    name: str,
+    of: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    save_file(original | {name: original[of] * 2}, copied / NAME)
+    assert_loads_like_transformers(copied)
+    assert "ignored unknown" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "model.", "transformer.", "base_model.model.", "x"]
+)
+def test_other_prefixes_are_named(
+    copied: Path, original: dict[str, torch.Tensor], prefix: str
+) -> None:
+    """transformers fills such a model at random."""
+    save_file({prefix + name: tensor for name, tensor in original.items()}, copied / NAME)
+    with pytest.raises(CheckpointError, match="lacks 16 tensors") as caught:
+        load(copied)
+    assert f"found 16 others: {prefix}embed_out.weight" in str(caught.value)
+    assert f"without the prefix {prefix!r}" in str(caught.value)
+
+
+def test_a_head_that_is_not_one(copied: Path, original: dict[str, torch.Tensor]) -> None:
+    """A base model alone, or one with the head of another task."""
+    for name in ("score.weight", "gpt_neox.embed_out.weight"):
+        tensors = {n: t for n, t in original.items() if n != HEAD}
+        save_file(tensors | {name: original[HEAD]}, copied / NAME)
+        with pytest.raises(CheckpointError, match=rf"lacks 1 tensors: {HEAD}; found 1 .*{name}"):
+            load(copied)
+
+
+def test_the_world_size_of_an_earlier_cut_is_passed_over(
+    copied: Path, original: dict[str, torch.Tensor]
+) -> None:
+    for world_size in (2, 3, None):
+        edit_config(copied, world_size=world_size)
+        assert_loads_equal(copied, original)
 
 
 def test_head_under_its_new_name(copied: Path, original: dict[str, torch.Tensor]) -> None:
@@ -441,7 +596,7 @@ def test_safetensors_are_preferred_to_bin(
     torch.save({name: t + 1 for name, t in original.items()}, copied / "pytorch_model.bin")
     with caplog.at_level(logging.INFO):
         assert_loads_equal(copied, original)
-    assert "safetensors are used" in caplog.text
+    assert "model.safetensors is used, not pytorch_model.bin" in caplog.text
 
 
 # -- pickles (M7) --------------------------------------------------------------------------------

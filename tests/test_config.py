@@ -121,9 +121,29 @@ def test_missing_keys_take_the_documented_defaults() -> None:
             "dtype",
             "eos_token_id",
             "quantize",
+            "quantization_config",
+            "world_size",
         ]
     )
     assert config(**nulls) == read
+
+
+@pytest.mark.parametrize(
+    ("keys", "method"),
+    [
+        ({"quantize": "w8a8"}, "w8a8"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}, "fp8"),
+        ({"quantization_config": {"load_in_8bit": True}}, "bitsandbytes"),
+        ({"quantization_config": {"bits": 4}}, "by quantization_config, which names no method"),
+        ({"compression_config": {"format": "pack-quantized"}}, "compressed-tensors"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
+        ({"quantization_config": {"quant_algo": "FP8"}}, "FP8"),
+        ({"quantization_config": {}, "quantize": "", "compression_config": None}, ""),
+    ],
+)
+def test_the_method_that_weights_were_quantized_with(keys: dict[str, Any], method: str) -> None:
+    assert config(**keys).quantize == method
 
 
 @pytest.mark.parametrize(
@@ -291,6 +311,41 @@ def test_no_config_json_says_where(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(FileNotFoundError, match="not a directory"):
         read_json(file / "config.json")
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"hub's cache, which has it in .*snapshots/0123;"):
+        read_json(tmp_path / "models--a--b" / "config.json")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-8"])
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(BASE | {"note": "重み"}, ensure_ascii=False), encoding=encoding)
+    assert read_json(path)["note"] == "重み"
+    assert ModelConfig.from_pretrained(tmp_path) == config()
+
+
+def test_a_config_json_that_is_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.symlink_to("gone")
+    with pytest.raises(OSError, match=r"config\.json is a link to gone, which does not exist"):
+        read_json(path)
+    path.unlink()
+    path.symlink_to("config.json")
+    with pytest.raises(OSError, match=r"is a link to config\.json that cannot be followed"):
+        read_json(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OSError, match=r"config\.json is a folder"):
+        read_json(path)
+    path.rmdir()
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ConfigError, match=r"config\.json is a git-lfs pointer.*git lfs pull"):
+        read_json(path)
+    path.write_text("<!DOCTYPE html><html>Sign in</html>")
+    with pytest.raises(ConfigError, match=r"config\.json is a web page"):
+        read_json(path)
 
 
 # -- config.ini ----------------------------------------------------------------------------------

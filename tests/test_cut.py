@@ -32,16 +32,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import cut_model_util
+from gptneox.backends.base import Backend, Memory
 from gptneox.checkpoint import (
     CheckpointError,
     cut_dimension,
     full_shapes,
+    load_model,
     part_shape,
     rank_slice,
     read_manifest,
 )
 from gptneox.config import ConfigError, ModelConfig
 from gptneox.cut import cut_checkpoint, describe_mismatch, merge_checkpoint
+from gptneox.layers import Linear
+from gptneox.model import GPTNeoX
+from gptneox.parallel import TensorParallelGroup
 
 ROWS = ("query_key_value", "dense_h_to_4h", "embed_out", "lm_head")
 COLUMNS = ("dense", "dense_4h_to_h")
@@ -227,6 +232,87 @@ def test_a_tied_pair_under_either_name(stored: str, tmp_path: Path) -> None:
     name = names.get(stored, f"{stored}.weight")
     part = load_file(tmp_path / "parts" / "3" / "model.safetensors")
     assert_same_bits({name: part[name]}, {name: weight})
+
+
+def bare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("gpt_neox."): tensor for name, tensor in tensors.items()}
+
+
+def parameters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As training code saves them: they want gradients, and some are transposed views."""
+    return {
+        name: torch.nn.Parameter(t.t().contiguous().t() if t.dim() == 2 else t)
+        for name, t in tensors.items()
+    }
+
+
+# Kind -> config.json, what is stored, in which form.
+ODD_SOURCES: dict[str, tuple[dict[str, Any], Callable[[Any], Any], str]] = {
+    "names without the prefix": ({}, bare, "safetensors"),
+    "the same, tied": ({"tie_word_embeddings": True}, bare, "safetensors"),
+    "a head that differs from its tied embedding": (
+        {"tie_word_embeddings": True},
+        lambda t: t | {"embed_out.weight": t["gpt_neox.embed_in.weight"] + 1},
+        "safetensors",
+    ),
+    "parameters": ({}, parameters, "bin"),
+    "the world size of an earlier cut": ({"world_size": 4}, dict, "safetensors"),
+    "an index of more than there is": ({}, dict, "sharded"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_SOURCES)
+def test_parts_of_an_odd_source_load_as_it_does(kind: str, tmp_path: Path) -> None:
+    keys, change, form = ODD_SOURCES[kind]
+    config = CONFIG | keys
+    tensors = {n: t.nan_to_num(0, 1, 1) for n, t in random_tensors(config, torch.float32).items()}
+    stored = change(tensors)
+    source = write(tmp_path / "model", stored, config, form)
+    if form == "sharded":
+        index = source / "model.safetensors.index.json"
+        where = json.loads(index.read_text())
+        where["weight_map"]["ghost.attention.bias"] = "model-00001-of-00002.safetensors"
+        index.write_text(json.dumps(where))
+        repeated = load_file(source / "model-00002-of-00002.safetensors")
+        repeated["gpt_neox.embed_in.weight"] = tensors["gpt_neox.embed_in.weight"]
+        save_file(repeated, source / "model-00002-of-00002.safetensors", {"format": "pt"})
+    cut_checkpoint(source, tmp_path / "parts", 2)
+    for rank in range(2):
+        group = TensorParallelGroup(rank, 2)
+        expected = loaded(source, group)
+        assert_same_bits(loaded(tmp_path / "parts" / str(rank), group), expected)
+    merge_checkpoint(tmp_path / "parts", tmp_path / "joined")
+    expected = {name: t.detach() for name, t in stored.items()}
+    assert_same_bits(load_file(tmp_path / "joined" / "model.safetensors"), expected)
+    whole = TensorParallelGroup()
+    assert_same_bits(loaded(tmp_path / "joined", whole), loaded(source, whole))
+
+
+def loaded(path: Path, group: TensorParallelGroup) -> dict[str, Tensor]:
+    """Every parameter that a rank holds after loading."""
+    model = GPTNeoX(ModelConfig.from_pretrained(path), RoomyBackend(), group)
+    load_model(model, path, torch.float32)
+    found = {}
+    for owner, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            packed = isinstance(module, Linear) and key == "weight"
+            found[f"{owner}.{key}"] = module.packed.weight if packed else parameter.data
+    return found
+
+
+class RoomyBackend(Backend):
+    """The base class with memory: weights stay readable after loading."""
+
+    def memory(self) -> Memory:
+        return Memory(1 << 40, 1 << 40, 0)
+
+
+@pytest.mark.parametrize("keys", [{"quantize": "w8a8"}, {"num_hidden_layers": 3}])
+def test_a_source_that_would_not_load_is_not_cut(keys: dict[str, Any], tmp_path: Path) -> None:
+    source = write(tmp_path / "model", random_tensors(CONFIG, torch.float16), CONFIG | keys)
+    with pytest.raises(CheckpointError, match=r"is quantized|lacks 12 tensors"):
+        cut_checkpoint(source, tmp_path / "parts", 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -507,7 +593,8 @@ def test_a_cut_of_another_model_is_noticed(parts: Path, source: Path) -> None:
     content[-1] ^= 1
     file.write_bytes(content)
     assert describe_mismatch(parts, source, 2) == ""
-    (source / "model.safetensors.index.json").unlink()
+    index = source / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(file.name, "more.safetensors"))
     file.rename(source / "more.safetensors")
     assert "cut from other files" in describe_mismatch(parts, source, 2)
 
@@ -608,18 +695,20 @@ def test_a_write_that_fails_half_way(source: Path, tmp_path: Path) -> None:
 
 
 def write_sparse(path: Path, num_bytes: int) -> None:
-    """Files that claim to hold so many bytes of weights, with holes for data."""
+    """A checkpoint whose embedding claims to take so many bytes, with a hole for data."""
     path.mkdir()
-    (path / "config.json").write_text(json.dumps(CONFIG))
-    each = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4  # more cannot be mapped
-    rows = each // 4096
-    for i in range(math.ceil(num_bytes / (rows * 4096))):
-        entry = {"dtype": "F32", "shape": [rows, 1024], "data_offsets": [0, rows * 4096]}
-        text = json.dumps({f"layer.{i}.weight": entry}).encode()
-        text += b" " * (-len(text) % 8)
-        file = path / f"{i}.safetensors"
-        file.write_bytes(struct.pack("<Q", len(text)) + text)
-        os.truncate(file, 8 + len(text) + rows * 4096)
+    config = CONFIG | {"hidden_size": 8192, "num_hidden_layers": 1}
+    config["vocab_size"] = num_bytes // (4 * 8192)
+    (path / "config.json").write_text(json.dumps(config))
+    header, end = {}, 0
+    for name, shape in full_shapes(ModelConfig.from_dict(config)).items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file = path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(file, 8 + len(text) + end)
 
 
 def test_a_disk_that_is_too_small(tmp_path: Path, capsys) -> None:

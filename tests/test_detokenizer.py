@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import json
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -257,10 +258,54 @@ def test_tokenizer_larger_than_the_embedding(tmp_path: Path) -> None:
 def test_broken_tokenizer_file_is_one_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     (tmp_path / "config.json").write_text('{"model_type": "gpt_neox"}')
-    with pytest.raises(ConfigError, match="cannot be loaded") as caught:
+    with pytest.raises(ConfigError, match=r"cannot be loaded|is empty") as caught:
         load_tokenizer(tmp_path, VOCAB_SIZE)
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 138\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model"]
+)
+def test_a_text_instead_of_a_tokenizer_file_is_named(tmp_path: Path, name: str) -> None:
+    if name != "spiece.model":
+        write_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt_neox"}')
+    for text, found in ((LFS_POINTER, "git-lfs pointer"), ("<html>404</html>", "web page")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ConfigError, match=rf"{name} is a {found}"):
+            load_tokenizer(tmp_path, VOCAB_SIZE)
+
+
+def test_a_tokenizer_file_that_is_not_needed_may_be_a_pointer(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_text(LFS_POINTER)
+    assert load_tokenizer(tmp_path, VOCAB_SIZE).encode("the cat")
+
+
+def test_a_tokenizer_file_that_links_nowhere_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").symlink_to("gone")
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json is a link to gone, which does"):
+        load_tokenizer(tmp_path, VOCAB_SIZE)
+
+
+def test_a_padding_token_beyond_the_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Added for training and never learnt: transformers runs such a model, and so do we."""
+    num_tokens = write_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    added = content["added_tokens"]
+    added.append(added[0] | {"id": num_tokens, "content": "[PAD]"})
+    file.write_text(json.dumps(content))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt_neox"}')
+    tokenizer = load_tokenizer(tmp_path, num_tokens)
+    assert tokenizer.encode("[PAD]") == [num_tokens]
+    assert "no rows for the special tokens [PAD]" in caplog.text
+    with pytest.raises(ConfigError, match="different models"):
+        load_tokenizer(tmp_path, num_tokens - 1)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model"])

@@ -10,6 +10,7 @@ from typing import Any
 
 from gptneox.config import ConfigError
 from gptneox.engine.sentencepiece_tokenizer import MODEL_NAMES, SentencePieceTokenizer
+from gptneox.files import explain_first
 
 logger = logging.getLogger(__name__)
 
@@ -31,19 +32,43 @@ def load_tokenizer(model_path: Path, vocab_size: int, *, trust_remote_code: bool
     names = ("tokenizer.json", *MODEL_NAMES, "vocab.json")
     if not any((model_path / name).is_file() for name in names):
         raise FileNotFoundError(
-            f"no tokenizer in {model_path}: none of {', '.join(names)}; copy the tokenizer files "
-            "of the checkpoint there, or use --input_ids with --load_tokenizer False"
+            explain_first(model_path / name for name in names)
+            or f"no tokenizer in {model_path}: none of {', '.join(names)}; copy the checkpoint's "
+            "tokenizer files there, or use --input_ids with --load_tokenizer False"
         )
-    if any((model_path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        tokenizer = _load_with_transformers(model_path, trust_remote_code)
-    else:
-        tokenizer = SentencePieceTokenizer(model_path)
-    if len(tokenizer) > vocab_size:
+    try:
+        if any((model_path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            tokenizer = _load_with_transformers(model_path, trust_remote_code)
+        else:
+            tokenizer = SentencePieceTokenizer(model_path)
+    except ConfigError as error:
+        files = (*names, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+        if reason := explain_first(model_path / name for name in files):
+            raise ConfigError(reason) from error
+        raise
+    _check_size(tokenizer, model_path, vocab_size)
+    return tokenizer
+
+
+def _check_size(tokenizer: Any, model_path: Path, vocab_size: int) -> None:
+    """Refuse a tokenizer of another model.
+
+    Special tokens that were added to it alone, such as one for padding, may lie beyond the rows
+    of the embedding: no answer holds them.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    beyond = [t.content for i, t in sorted(added.items()) if i >= vocab_size and t.special]
+    if len(tokenizer) - len(beyond) > vocab_size:
         raise ConfigError(
             f"the tokenizer in {model_path} has {len(tokenizer)} tokens, but config.json says "
             f"vocab_size {vocab_size}; they are of different models"
         )
-    return tokenizer
+    if beyond:
+        logger.warning(
+            "%s: the model has no rows for the special tokens %s; a prompt with one is refused",
+            model_path,
+            ", ".join(beyond),
+        )
 
 
 def _load_with_transformers(model_path: Path, trust_remote_code: bool) -> Any:

@@ -16,7 +16,6 @@ import torch
 from gptneox.backends.base import Backend
 from gptneox.checkpoint import load_model, rank_directory
 from gptneox.config import (
-    ConfigError,
     EngineSection,
     ModelConfig,
     read_json,
@@ -180,11 +179,6 @@ class LLMEngine:
         """
         model_path = rank_directory(model_path, group or TensorParallelGroup())
         config = ModelConfig.from_pretrained(model_path)
-        if config.quantize:
-            raise ConfigError(
-                f"{model_path} is quantized ({config.quantize}), which is not built yet; "
-                "use the float checkpoint"
-            )
         tokenizer = None
         if with_tokenizer:
             tokenizer = load_tokenizer(
