@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 try:
     from gptneox.backends import select
     from gptneox.checkpoint import load_model, rank_directory
-    from gptneox.config import Environment, ModelConfig, read_json
+    from gptneox.config import ConfigError, Environment, ModelConfig, read_json
     from gptneox.kv_cache import ContiguousKVCache
     from gptneox.model import GPTNeoX
     from gptneox.parallel import TensorParallelGroup, init_group
@@ -102,12 +102,13 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         group: TensorParallelGroup | None = None,
         device: str = "auto",
         model_config: ModelConfig | None = None,
+        max_position_embeddings: int = 0,
     ) -> None:
         """Build without weights; use `from_pretrained`."""
         super().__init__(config)
         backend = select(device)
         model_config = model_config or ModelConfig.from_dict(config.to_dict())
-        model = GPTNeoX(model_config, backend, group)
+        model = GPTNeoX(model_config, backend, group, max_position_embeddings)
         self._model = (model,)  # in a tuple: its children are registered below under HF's names
         self.gpt_neox, self.embed_out = model.gpt_neox, model.embed_out
 
@@ -120,6 +121,8 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device_map: str | None = None,
+        generation_config: GenerationConfig | None = None,
+        max_position_embeddings: int = 0,
         **kwargs: Any,
     ) -> GPTNeoXForCausalLM:
         """Load a checkpoint directory, or this rank's part of one.
@@ -132,6 +135,8 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             dtype: "auto" (default: as config.json says) or a dtype.
             torch_dtype: older name of `dtype`.
             device_map: "auto" or a device name; there is one device per process.
+            generation_config: by default as transformers reads it from the directory.
+            max_position_embeddings: positions of prompt and answer; 0: as config.json says.
             kwargs: Hugging Face's hub options are accepted and unused; others are refused.
 
         Raises:
@@ -152,7 +157,8 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         group = init_group(environment.rank, environment.world_size, backend.dist_backend)
         path = rank_directory(path, group)
         model_config = ModelConfig.from_pretrained(path)
-        model = cls(config, group, backend.name, model_config)
+        generation_config = generation_config or _read_generation_config(path)
+        model = cls(config, group, backend.name, model_config, max_position_embeddings)
         wanted = str(dtype or torch_dtype or "auto").removeprefix("torch.")
         compute_dtype, notice = backend.resolve_dtype(model_config.dtype, wanted)
         if notice:
@@ -160,8 +166,7 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
 
             logging.get_logger(__name__).warning(notice)
         load_model(model.model, path, compute_dtype, show_progress=True)
-        if (path / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(path)
+        model.generation_config = generation_config
         return model.eval()  # type: ignore[no-untyped-call]
 
     @property
@@ -278,6 +283,18 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             device = self.model.backend.device
             return torch.arange(length, length + s, device=device).expand(b, s)
         return (key_mask.long().cumsum(-1) - 1).clamp(min=0)[:, length:]
+
+
+def _read_generation_config(path: Path) -> GenerationConfig:
+    """generation_config.json, else what an older config.json holds of it; as transformers reads."""
+    file = path / "generation_config.json"
+    if not file.is_file():
+        return GenerationConfig.from_model_config(read_json(path / "config.json"))
+    read_json(file)  # refuses what is no object
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{file}: transformers refuses it: {error}") from error
 
 
 def _check_cache(cache: Any) -> None:

@@ -73,7 +73,8 @@ class Settings:
                 shown.append(f"{key}={text}" + ("" if source == "default" else f" ({source})"))
             lines.append(f"[{name}] " + ", ".join(shown))
         asked = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
-        sampling = [f"{k}={getattr(self.sampling, k)}" for k in (*asked, "stop", "ignore_eos")]
+        ends = ("stop", "stop_token_ids", "ignore_eos")
+        sampling = [f"{k}={getattr(self.sampling, k)}" for k in (*asked, *ends)]
         return [*lines, "[sampling] " + ", ".join(sampling)]
 
 
@@ -98,6 +99,25 @@ def _ids(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no list of token ids joined by commas"
         ) from error
+
+
+def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
+    group: Any = parser.add_argument_group("generation")
+
+    def add(name: str, **kwargs: Any) -> None:
+        _Parser.flag(group, name, **kwargs)
+
+    add("--max_output_length", type=int, metavar="N", help="new tokens per request; default 20")
+    add("--ignore_eos", action="store_true", help="go on after the end-of-text token")
+    add("--temperature", type=float, help="0 (default): always the likeliest token")
+    add("--top_k", type=int, help="keep the k likeliest tokens; 0: all")
+    add("--top_p", type=float, help="keep the likeliest tokens up to this probability")
+    add("--repetition_penalty", type=float, help="above 1: avoid repeating")
+    add("--seed", type=int, help="same seed, same text")
+    add("--stop", nargs="+", action="extend", default=[], metavar="TEXT",
+        help="end before any of these strings")  # fmt: skip
+    add("--stop_token_ids", nargs="+", action="extend", type=_ids, default=[], metavar="IDS",
+        help="end with any of these ids, as with end-of-text: 187 0, or 187,0")  # fmt: skip
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -144,16 +164,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="the later one; default: the newest in the current directory")  # fmt: skip
     add("--modeltest_arguments", nargs=argparse.REMAINDER, default=[], help=argparse.SUPPRESS)
 
-    group = parser.add_argument_group("generation")
-    add("--max_output_length", type=int, metavar="N", help="new tokens per request; default 20")
-    add("--ignore_eos", action="store_true", help="go on after the end-of-text token")
-    add("--temperature", type=float, help="0 (default): always the likeliest token")
-    add("--top_k", type=int, help="keep the k likeliest tokens; 0: all")
-    add("--top_p", type=float, help="keep the likeliest tokens up to this probability")
-    add("--repetition_penalty", type=float, help="above 1: avoid repeating")
-    add("--seed", type=int, help="same seed, same text")
-    add("--stop", nargs="+", action="extend", default=[], metavar="TEXT",
-        help="end before any of these strings")  # fmt: skip
+    _add_generation_flags(parser)
 
     group = parser.add_argument_group("engine")
     add("--max_batch_size", type=int, metavar="N", help="requests running at once; default 1")
@@ -199,6 +210,7 @@ def read_settings(argv: Seq[str], default_config: Path) -> Settings:
     sampling = SamplingParams(
         max_new_tokens=engine.max_output_length,
         stop=tuple(args.stop),
+        stop_token_ids=tuple(token_id for ids in args.stop_token_ids for token_id in ids),
         ignore_eos=args.ignore_eos,
         **{name: flags[name] for name in given if flags[name] is not None},
     )

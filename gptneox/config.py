@@ -70,6 +70,7 @@ class ModelConfig:
     rotary_dim: int = 24
     rope_theta: float = 10000.0
     rope_factor: float = 1.0
+    rope_is_dynamic: bool = False  # frequencies change with a text that exceeds the positions
     layer_norm_eps: float = 1e-5
     use_parallel_residual: bool = True
     attention_bias: bool = True
@@ -99,6 +100,21 @@ class ModelConfig:
         if self.tie_word_embeddings:
             return self.num_parameters
         return self.num_parameters - self.vocab_size * self.hidden_size
+
+    def positions(self, wanted: int) -> int:
+        """Positions of a run: `wanted`; 0: max_position_embeddings.
+
+        Raises:
+            ConfigError: more than the rotary embedding can give.
+        """
+        if self.rope_is_dynamic and wanted > self.max_position_embeddings:
+            raise ConfigError(
+                f"{wanted} positions are wanted (--max_position_embeddings), but config.json says "
+                f"{self.max_position_embeddings} with rope type 'dynamic': beyond that the "
+                "frequencies change with the length of each text, which no cache of keys can "
+                f"follow; use at most {self.max_position_embeddings}"
+            )
+        return wanted or self.max_position_embeddings
 
     def kv_bytes_per_token(self, itemsize: int, world_size: int = 1) -> int:
         """Bytes of K and V that one token takes on one rank, over all layers."""
@@ -224,8 +240,9 @@ def _rope(keys: _Keys, head_dim: int) -> dict[str, Any]:
     return {
         "rotary_dim": rotary_dim,
         "rope_theta": _number(theta, 10000.0, f"{origin}: rotary_emb_base"),
-        # "dynamic" changes nothing up to max_position_embeddings, and longer requests are refused.
+        # "dynamic" changes nothing up to max_position_embeddings, and `positions` allows no more.
         "rope_factor": factor if rope_type == "linear" else 1.0,
+        "rope_is_dynamic": rope_type == "dynamic",
     }
 
 

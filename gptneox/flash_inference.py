@@ -44,6 +44,7 @@ def run(settings: Settings) -> None:
         group,
         dtype=settings.model.dtype,
         with_tokenizer=args.load_tokenizer,
+        max_position_embeddings=settings.engine.max_position_embeddings,
     )
     out = sys.stdout if group.rank == 0 else None
     if is_demo:
@@ -79,6 +80,8 @@ def generate_options(settings: Settings, engine: FlashEngine, *, demo: bool) -> 
         "do_sample": params.temperature > 0,
         "repetition_penalty": params.repetition_penalty,
         "ignore_eos": params.ignore_eos,
+        "stop": params.stop,
+        "stop_token_ids": params.stop_token_ids,
     }
     if demo and settings.sources["engine"]["max_output_length"] == "default":
         options["max_new_tokens"] = DEMO_MAX_NEW_TOKENS
@@ -90,8 +93,6 @@ def generate_options(settings: Settings, engine: FlashEngine, *, demo: bool) -> 
             "top_k": max(params.top_k, 0),
             "top_p": params.top_p,
         }
-    if params.stop:
-        options |= {"stop_strings": list(params.stop), "tokenizer": engine.tokenizer}
     torch.manual_seed(1 if params.seed is None else params.seed)
     return options
 

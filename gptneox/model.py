@@ -166,14 +166,14 @@ class GPTNeoX(nn.Module):
             num_positions: rows of the rotary table; config.max_position_embeddings by default.
 
         Raises:
-            ConfigError: the heads cannot be shared evenly.
+            ConfigError: the heads cannot be shared evenly, or `num_positions` cannot be had.
         """
         super().__init__()
         group = group or TensorParallelGroup()
         check_divides(group.world_size, config.num_heads, config.intermediate_size)
         backend.prepare(config.head_dim, config.rotary_dim)
         self.config, self.backend, self.group = config, backend, group
-        self.num_positions = num_positions or config.max_position_embeddings
+        self.num_positions = config.positions(num_positions)
         self.gpt_neox = Decoder(config, self.num_positions, backend, group)
         self.embed_out = VocabParallelHead(config.vocab_size, config.hidden_size, backend, group)
 

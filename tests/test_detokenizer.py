@@ -3,20 +3,26 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import sentencepiece
-from hostile import sentence_piece_tokenizer, write_tokenizer
+from hostile import byte_level_tokenizer, sentence_piece_tokenizer, write_tokenizer
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken as TokenizersAddedToken
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, GPTNeoXTokenizer, PreTrainedTokenizerFast
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from gptneox.config import ConfigError
-from gptneox.engine.detokenizer import Detokenizer, decode, load_tokenizer
+from gptneox.engine.detokenizer import Detokenizer, decode, extend, load_tokenizer
 
 VOCAB_SIZE = 336  # rows of the embedding; the tokenizers are smaller
 REPLACEMENT = "\ufffd"
@@ -238,6 +244,61 @@ def test_an_unfinished_stop_is_shown_at_the_end(byte_level: Any) -> None:
     assert pieces(byte_level, ids, ("abc",)) == ["x", "", "ab"]
 
 
+# -- stop strings and special tokens ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """As Dolly's and StableLM's: special tokens that stand between the turns of a talk."""
+    directory = tmp_path_factory.mktemp("chat")
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens(["### End", "<|user|>"])
+    tokenizer.add_tokens(["<plain>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return load_tokenizer(directory, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "shown"),
+    [
+        ("the cat### End the dog", ("### End",), "the cat"),
+        ("the cat### End the dog", ("End",), "the cat"),
+        ("the cat### End\nthe dog", ("### End\n",), "the cat"),
+        ("the cat\n<|user|>the dog", ("\n<|user|>",), "the cat"),
+        ("the cat<plain> the dog", ("<plain>",), "the cat"),
+        ("a<|user|>b### Endc the", ("c",), "ab"),
+        ("a<|user|>b### Endc", ("never",), "abc"),
+        ("the<|user|><|user|>cat", ("|><|",), "the"),
+        ("the cat ### Ending", ("### Ending",), "the cat "),
+        ("the ### En### End", ("### End", "x"), "the ### En"),
+        ("👍<|user|>👍", ("<|user|>",), "👍"),
+        ("<|endoftext|>the", ("<|endoftext|>",), ""),
+    ],
+)
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_a_stop_string_sees_special_tokens(
+    text: str, stop: tuple[str, ...], shown: str, step: int, chat: Any
+) -> None:
+    """They are part of the text that is looked through, and never of what is shown."""
+    ids = chat.encode(text, add_special_tokens=False)
+    detokenizer = Detokenizer(chat, stop)
+    for i in range(0, len(ids), step):
+        detokenizer.add(ids[i : i + step], last=i + step >= len(ids))
+    assert detokenizer.text == shown
+    assert detokenizer.stopped == (stop != ("never",))
+
+
+def test_an_end_as_the_engines_take_it(chat: Any) -> None:
+    """A stop id has no text; a stop string goes before a length that is reached."""
+    the, cat = chat.encode("the cat", add_special_tokens=False)[:2]
+    detokenizer = Detokenizer(chat, ("cat", " c"))
+    assert extend(detokenizer, [the], {cat}, full=False) == ("the", "")
+    assert extend(detokenizer, [cat], {cat}, full=True) == ("", "stop")
+    assert extend(None, [cat], {the}, full=True) == ("", "length")
+    stopping = Detokenizer(chat, ("the",))
+    assert extend(stopping, [the], (), full=True) == ("", "stop")
+
+
 # -- loading -------------------------------------------------------------------------------------
 
 
@@ -292,25 +353,221 @@ def test_a_tokenizer_file_that_links_nowhere_is_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path, VOCAB_SIZE)
 
 
-def test_a_padding_token_beyond_the_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Added for training and never learnt: transformers runs such a model, and so do we."""
-    num_tokens = write_tokenizer(tmp_path)
-    file = tmp_path / "tokenizer.json"
-    content = json.loads(file.read_text())
-    added = content["added_tokens"]
-    added.append(added[0] | {"id": num_tokens, "content": "[PAD]"})
-    file.write_text(json.dumps(content))
+# What tokenizer.json may hold: every kind of text that a rebuilt tokenizer would cut otherwise.
+MIXED = "Ｈｅｌｌｏ ﬁne ① one\n\n\nhello  world, year 1234 e\u0301 THE cat<|sep|>the"
+
+
+def nfkc(tokenizer: Tokenizer) -> None:
+    tokenizer.normalizer = normalizers.NFKC()
+
+
+def lowercase(tokenizer: Tokenizer) -> None:
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase()])
+
+
+def digits(tokenizer: Tokenizer) -> None:
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+
+
+def newlines(tokenizer: Tokenizer) -> None:
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\n+|[^\n]+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def prefix_space(tokenizer: Tokenizer) -> None:
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+
+
+def own_decoder(tokenizer: Tokenizer) -> None:
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip("t", 1, 0)])
+
+
+def template(tokenizer: Tokenizer) -> None:
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+
+
+def truncation(tokenizer: Tokenizer) -> None:
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64, pad_id=1, pad_token="<|padding|>")
+
+
+def plain(tokenizer: Tokenizer) -> None:
+    """As it is."""
+
+
+def separator(tokenizer: Tokenizer) -> None:
+    tokenizer.add_special_tokens([TokenizersAddedToken("<|sep|>", lstrip=True, rstrip=True)])
+
+
+CLASSES = ("GPTNeoXTokenizer", "GPTNeoXTokenizerFast", "PreTrainedTokenizerFast", "LlamaTokenizer")
+
+
+@pytest.mark.parametrize("class_name", [*CLASSES, "T5Tokenizer", "NobodysTokenizer", "", None])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(plain, nfkc, lowercase, digits, newlines),
+        *(prefix_space, own_decoder, template, truncation, separator),
+    ],
+)
+def test_tokenizer_json_is_taken_as_it_is(
+    change: Callable[[Tokenizer], None], class_name: str | None, tmp_path: Path
+) -> None:
+    """Whatever class tokenizer_config.json names; None: without that file."""
+    reference = byte_level_tokenizer()
+    change(reference)
+    reference.save(str(tmp_path / "tokenizer.json"))
+    if class_name is not None:
+        named = {"tokenizer_class": class_name} if class_name else {"eos_token": "<|endoftext|>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    tokenizer = load_tokenizer(tmp_path, VOCAB_SIZE)
+    reference.no_truncation()  # that belongs to training
+    reference.no_padding()
+    ids = reference.encode(MIXED, add_special_tokens=False).ids
+    assert tokenizer.encode(MIXED, add_special_tokens=False) == ids
+    assert decode(tokenizer, ids) == reference.decode(ids, skip_special_tokens=True)
+    assert tokenizer.get_vocab() == reference.get_vocab(), "no token more, none less"
+    assert tokenizer.eos_token_id == (0 if class_name == "" else None)
+
+
+@pytest.mark.parametrize("class_name", ["GPTNeoXTokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("asked", [False, True])
+def test_add_prefix_space_of_the_settings(
+    asked: bool, stored: bool, class_name: str, tmp_path: Path
+) -> None:
+    """As transformers' GPT-NeoX class obeys it."""
+    reference = byte_level_tokenizer()
+    reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=stored)
+    reference.save(str(tmp_path / "tokenizer.json"))
+    settings_file = {"tokenizer_class": class_name, "add_prefix_space": asked}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings_file))
+    expected = GPTNeoXTokenizer.from_pretrained(str(tmp_path)).encode("the cat")
+    actual = load_tokenizer(tmp_path, VOCAB_SIZE).encode("the cat", add_special_tokens=False)
+    assert actual == expected
+
+
+ADDED = {
+    "additional_special_tokens": {"additional_special_tokens": ["<|user|>", "### End"]},
+    "extra_special_tokens": {"extra_special_tokens": ["<|user|>", "### End"]},
+    "pad": {"pad_token": "[PAD]", "eos_token": "<|endoftext|>"},
+    "eos is new": {"eos_token": {"content": "### End", "lstrip": True, "__type": "AddedToken"}},
+    "eos is a word": {"eos_token": "the"},
+    "decoder": {
+        "added_tokens_decoder": {
+            "313": {"content": "<|user|>", "special": True},
+            "314": {"content": "plain<>", "special": False, "normalized": False},
+            "315": {"content": "### End", "special": True, "rstrip": True},
+        },
+        "eos_token": "### End",
+    },
+}
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("named", ADDED)
+def test_added_tokens_are_those_of_transformers(named: str, where: str, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    if where == "special_tokens_map.json" and named == "decoder":
+        (tmp_path / "added_tokens.json").write_text('{"<|user|>": 313, "### End": 314}')
+    settings_file = {"tokenizer_class": "GPTNeoXTokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings_file))
+    (tmp_path / where).write_text(json.dumps(settings_file | ADDED[named]))
+    expected = PreTrainedTokenizerFast.from_pretrained(str(tmp_path))
+    tokenizer = load_tokenizer(tmp_path, VOCAB_SIZE)
+    text = "<|user|>the cat ### End  plain<>[PAD]the"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert ids == expected.encode(text)
+    assert tokenizer.get_vocab() == expected.get_vocab()
+    assert tokenizer.eos_token_id == expected.eos_token_id
+    assert decode(tokenizer, ids) == expected.decode(ids, skip_special_tokens=True)
+
+
+def test_special_tokens_beyond_the_rows_only_warn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A "[PAD]" that a tuner added without a row: transformers runs such a checkpoint, too."""
+    reference = byte_level_tokenizer()
+    reference.add_special_tokens(["[PAD]"])
+    reference.save(str(tmp_path / "tokenizer.json"))
+    size = reference.get_vocab_size()
+    tokenizer = load_tokenizer(tmp_path, size - 1)
+    assert tokenizer.encode("[PAD]") == [size - 1]
+    assert f"[PAD] ({size - 1})" in caplog.text
+
+
+def test_ids_with_gaps_decode(tmp_path: Path) -> None:
+    tokenizer_file = json.loads(byte_level_tokenizer().to_str())
+    vocab = tokenizer_file["model"]["vocab"]
+    last = max(vocab, key=vocab.__getitem__)
+    vocab[last] = 330
+    tokenizer_file["added_tokens"] = tokenizer_file["added_tokens"][:2]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_file))
+    tokenizer = load_tokenizer(tmp_path, VOCAB_SIZE)
+    assert len(tokenizer) < 330
+    assert decode(tokenizer, [330, 329, 10**6, -1]) == tokenizer.decode([330]) != ""
+    with pytest.raises(ConfigError, match=r"331 tokens.*vocab_size 330"):
+        load_tokenizer(tmp_path, 330)
+
+
+@pytest.mark.parametrize("class_name", ["GPTNeoXTokenizer", "GPT2Tokenizer", None])
+def test_vocab_and_merges_are_enough(class_name: str | None, tmp_path: Path) -> None:
+    byte_level_tokenizer().model.save(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "gpt_neox"}')
-    tokenizer = load_tokenizer(tmp_path, num_tokens)
-    assert tokenizer.encode("[PAD]") == [num_tokens]
-    assert "no rows for the special tokens [PAD]" in caplog.text
-    with pytest.raises(ConfigError, match="different models"):
-        load_tokenizer(tmp_path, num_tokens - 1)
+    if class_name:
+        named = {"tokenizer_class": class_name, "eos_token": "<|endoftext|>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    expected = AutoTokenizer.from_pretrained(str(tmp_path))
+    tokenizer = load_tokenizer(tmp_path, VOCAB_SIZE)
+    text = "the cat 日本 e\u0301<|endoftext|> a"
+    assert tokenizer.encode(text, add_special_tokens=False) == expected.encode(text)
+    assert decode(tokenizer, expected.encode(text)) == expected.decode(
+        expected.encode(text), skip_special_tokens=True
+    )
+    assert tokenizer.eos_token_id == expected.eos_token_id == 0
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model"])
-def test_a_sentence_piece_file_is_enough(tmp_path: Path, name: str) -> None:
-    """Japanese checkpoints have nothing else; ids and text are the processor's own."""
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_half_a_tokenizer_names_the_other_half(name: str, tmp_path: Path) -> None:
+    byte_level_tokenizer().model.save(str(tmp_path))
+    other = {"vocab.json": "merges.txt", "merges.txt": "vocab.json"}[name]
+    (tmp_path / other).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name} without {other}"):
+        load_tokenizer(tmp_path, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("content", ["", "[]", "{"])
+def test_broken_settings_of_a_tokenizer_are_named(name: str, content: str, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=name):
+        load_tokenizer(tmp_path, VOCAB_SIZE)
+
+
+def test_faults_of_config_json_are_not_the_tokenizers(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    for content in ("", "[]", '{"model_type": "gpt_neox", "vocab_size": "many"}'):
+        (tmp_path / "config.json").write_text(content)
+        assert load_tokenizer(tmp_path, VOCAB_SIZE).encode("the cat")
+
+
+# -- SentencePiece -------------------------------------------------------------------------------
+
+
+@functools.cache
+def sentence_piece_model() -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["the cat and the dog sat on the mat"] * 20),
@@ -319,13 +576,20 @@ def test_a_sentence_piece_file_is_enough(tmp_path: Path, name: str) -> None:
         model_type="bpe",
         byte_fallback=True,
         hard_vocab_limit=False,
+        user_defined_symbols=["<NL>"],
         minloglevel=2,
     )
-    (tmp_path / name).write_bytes(model.getvalue())
+    return model.getvalue()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model"])
+def test_a_sentence_piece_file_is_enough(tmp_path: Path, name: str) -> None:
+    """Japanese checkpoints have nothing else; ids and text are the processor's own."""
+    (tmp_path / name).write_bytes(sentence_piece_model())
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "</s>"}}')
     tokenizer = load_tokenizer(tmp_path, VOCAB_SIZE)
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    text = "the cat 🐈 sat on the dog"
+    processor = sentencepiece.SentencePieceProcessor(model_proto=sentence_piece_model())
+    text = "the cat 🐈 sat<NL>on the dog"
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert ids == processor.encode(text)
     assert len(tokenizer) == processor.get_piece_size()
@@ -333,6 +597,99 @@ def test_a_sentence_piece_file_is_enough(tmp_path: Path, name: str) -> None:
     assert "".join(pieces(tokenizer, [*ids, tokenizer.eos_token_id])) == text
     with pytest.raises(ConfigError, match="vocab_size 10"):
         load_tokenizer(tmp_path, 10)
+
+
+class SlowTokenizer(SentencePieceBackend):
+    """transformers' own, which takes the model as it is; its subclasses rebuild it."""
+
+    vocab_files_names: ClassVar = {"vocab_file": "spiece.model"}
+
+
+USER, END = "<|user|>", "<|end|>"
+ROLES = {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+LISTED = {
+    "281": {"content": USER, "special": True, "rstrip": True, "lstrip": True},
+    "283": {"content": END, "special": False, "normalized": False},
+    "300": {"content": " x ", "special": False, "normalized": False},
+}
+SPM_FILES: dict[str, dict[str, dict[str, Any]]] = {
+    "roles": {"tokenizer_config.json": ROLES},
+    "pad": {"tokenizer_config.json": ROLES | {"pad_token": "[PAD]", "mask_token": "[MASK]"}},
+    "map": {"special_tokens_map.json": ROLES | {"additional_special_tokens": [USER, END]}},
+    "added_tokens.json": {
+        "tokenizer_config.json": ROLES,
+        "added_tokens.json": {USER: 281, END: 282, "[PAD]": 283},
+        "special_tokens_map.json": {"additional_special_tokens": [USER], "pad_token": "[PAD]"},
+    },
+    "added_tokens_decoder": {"tokenizer_config.json": ROLES | {"added_tokens_decoder": LISTED}},
+    "eos is added": {
+        "tokenizer_config.json": ROLES | {"added_tokens_decoder": LISTED, "eos_token": END}
+    },
+    "eos is added and in the map only": {
+        "tokenizer_config.json": ROLES,
+        "added_tokens.json": {END: 281},
+        "special_tokens_map.json": {"eos_token": {"content": END, "lstrip": False}},
+    },
+    "listed, so the map is not read": {
+        "tokenizer_config.json": ROLES | {"added_tokens_decoder": LISTED},
+        "special_tokens_map.json": {"eos_token": USER},
+    },
+}
+
+
+@pytest.mark.parametrize("case", SPM_FILES)
+def test_added_tokens_beside_a_sentence_piece_file(case: str, tmp_path: Path) -> None:
+    """Ids as transformers' slow tokenizer finds them; special tokens have no text."""
+    (tmp_path / "spiece.model").write_bytes(sentence_piece_model())
+    for name, content in SPM_FILES[case].items():
+        (tmp_path / name).write_text(json.dumps(content))
+    expected = SlowTokenizer.from_pretrained(str(tmp_path))
+    tokenizer = load_tokenizer(tmp_path, VOCAB_SIZE)
+    text = f"<s>the cat  {USER}  the dog{END} on x the </s>mat[PAD]<unk>the<NL>[MASK]"
+    ids = tokenizer.encode(text)
+    assert ids == expected.encode(text, add_special_tokens=False)
+    assert tokenizer.eos_token_id == expected.eos_token_id
+    assert tokenizer.bos_token_id == expected.bos_token_id
+    assert not any(t in decode(tokenizer, ids) for t in expected.all_special_tokens)
+    assert "".join(pieces(tokenizer, ids)) == decode(tokenizer, ids)
+    assert decode(tokenizer, [VOCAB_SIZE, 299, -1]) == ""
+    new = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if not t.special}
+    assert all(decode(tokenizer, [i]) == content for i, content in new.items())
+
+
+def test_only_a_text_begins_with_a_blank_unless_legacy(tmp_path: Path) -> None:
+    """As T5Tokenizer with `legacy: false`: a part behind an added token is not a new text."""
+    (tmp_path / "spiece.model").write_bytes(sentence_piece_model())
+    processor = sentencepiece.SentencePieceProcessor(model_proto=sentence_piece_model())
+    for legacy, behind in ((True, ["▁the"]), (False, ["t", "he"])):
+        named = ROLES | {"additional_special_tokens": [USER], "legacy": legacy}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+        tokenizer = load_tokenizer(tmp_path, VOCAB_SIZE)
+        user = tokenizer.encode(USER)
+        assert len(user) == 1
+        assert tokenizer.encode("the cat") == processor.encode("the cat")
+        ids = tokenizer.encode(f"the{USER}the{USER} the")
+        assert ids[:2] == [processor.piece_to_id("▁the"), *user]
+        assert [processor.id_to_piece(i) for i in ids[2 : ids.index(user[0], 2)]] == behind
+        assert ids[-1] == processor.piece_to_id("▁the")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("added_tokens.json", "[]"),
+        ("added_tokens.json", '{"<|user|>": "281"}'),
+        ("added_tokens.json", '{"": 281}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [3]}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "a"}}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"281": 3}}'),
+    ],
+)
+def test_broken_added_tokens_are_named(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / "spiece.model").write_bytes(sentence_piece_model())
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=name):
+        load_tokenizer(tmp_path, VOCAB_SIZE)
 
 
 def test_a_damaged_sentence_piece_file_is_named(tmp_path: Path) -> None:

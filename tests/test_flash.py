@@ -18,6 +18,7 @@ import pytest
 import torch
 import twins
 from hostile import EOS_ID, byte_level_tokenizer, clean_environ, write_chain_checkpoint
+from safetensors.torch import load_file, save_file
 
 import main
 from gptneox.backends import select
@@ -208,6 +209,108 @@ def test_ignore_eos_and_stop(cli: Callable[..., Result], chain: Path) -> None:
     result = cli(chain, *prompts, "--stop", "78", "bca", "--max_batch_size", "2")
     assert result.status == 0, result.err
     assert [row[1] for row in answers(result.out)] == ["6", ""]
+
+
+@pytest.mark.parametrize("attention", ["paged", "flash"])
+@pytest.mark.parametrize(
+    ("options", "text", "num_tokens"),
+    [
+        (("--stop", "<|x|>"), "23", 3),
+        (("--stop", "3<|x|>4"), "2", 4),
+        (("--stop", "x|"), "23", 3),
+        (("--stop_token_ids", "313"), "23", 3),
+        (("--stop-token-ids", "9,313", "8", "--ignore_eos"), "23", 3),
+        (("--stop", "nothing"), "23456789", 10),
+    ],
+)
+def test_stops_at_special_tokens_and_ids(
+    attention: str,
+    options: tuple[str, ...],
+    text: str,
+    num_tokens: int,
+    cli: Callable[..., Result],
+    tmp_path: Path,
+) -> None:
+    """The chain goes through a special token, as the answers of tuned models do."""
+    path = special_chain(tmp_path / "special")
+    argv = ("--input_texts", "1", "--output_file", "out.jsonl", "--max_output_length", "30")
+    result = cli(path, *argv, *options, "--attention", attention)
+    assert result.status == 0, result.err
+    assert answers(result.out) == [("1", text, num_tokens)]
+    [record] = map(json.loads, (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines())
+    assert (record["text"], record["finish_reason"]) == (text, "stop")
+    assert len(record["token_ids"]) == num_tokens
+
+
+def special_chain(path: Path) -> Path:
+    """1 2 3 <|x|> 4 … 9 and the end: the last padding row but one is a special token."""
+    write_chain_checkpoint(path, "123456789")
+    tokenizer = byte_level_tokenizer()
+    special = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(["<|x|>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    assert tokenizer.token_to_id("<|x|>") == special == 313
+    tensors = load_file(path / "model.safetensors")
+    embedding, head = tensors["gpt_neox.embed_in.weight"], tensors["embed_out.weight"]
+    three, four = (tokenizer.encode(c).ids[0] for c in "34")
+    embedding[three], embedding[special] = head[special], head[four]
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("attention", ["paged", "flash"])
+def test_a_stop_id_is_of_the_vocabulary(
+    attention: str, cli: Callable[..., Result], chain: Path
+) -> None:
+    result = cli(chain, "--input_ids", "5", "--stop_token_ids", "336", "--attention", attention)
+    assert result.status == 1
+    assert "stop_token_ids is 336; an id of the vocabulary (0 to 335)" in result.err
+
+
+@pytest.mark.parametrize("attention", ["paged", "flash"])
+@pytest.mark.parametrize(
+    ("rope", "named"),
+    [
+        (None, ""),
+        ({"type": "linear", "factor": 2.0}, ""),
+        ({"type": "dynamic", "factor": 2.0}, "40 positions are wanted"),
+    ],
+)
+def test_raised_positions(
+    attention: str,
+    rope: dict[str, Any] | None,
+    named: str,
+    cli: Callable[..., Result],
+    tmp_path: Path,
+) -> None:
+    """transformers' tokens beyond config.json's positions, or a refusal."""
+    config = twins.FAMILY["pythia-14m"] | {"max_position_embeddings": 16, "rope_scaling": rope}
+    path = tmp_path / "raised"
+    model = twins.write_checkpoint(path, config, seed=2, sharpness=3.0)
+    prompt = twins.prompts((8,), 304, seed=1)
+    ids = torch.tensor(prompt)
+    argv = ("--load_tokenizer", "False", "--input_ids", ",".join(map(str, prompt[0])))
+    argv += ("--dtype", "float32", "--ignore_eos", "--attention", attention)
+    result = cli(path, *argv, "--max_output_length", "32")
+    assert result.status == 1
+    assert "16 positions" in result.err
+    argv += ("--max_position_embeddings", "40")
+    result = cli(path, *argv, "--max_output_length", "32")
+    if named:
+        assert result.status == 1
+        assert named in result.err
+        assert "rope type 'dynamic'" in result.err
+        return
+    assert result.status == 0, result.err
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=32,
+        do_sample=False,
+        eos_token_id=-1,
+        pad_token_id=0,
+    )
+    assert answers(result.out)[0][1] == ",".join(map(str, output[0, 8:].tolist()))
 
 
 def test_ids_without_a_tokenizer(cli: Callable[..., Result], chain: Path, tmp_path: Path) -> None:

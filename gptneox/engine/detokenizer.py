@@ -3,13 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
+from collections.abc import Container, Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
 from gptneox.config import ConfigError
-from gptneox.engine.sentencepiece_tokenizer import MODEL_NAMES, SentencePieceTokenizer
+from gptneox.engine.sentencepiece_tokenizer import (
+    MODEL_NAMES,
+    SentencePieceTokenizer,
+    read_settings,
+)
 from gptneox.files import explain_first
 
 logger = logging.getLogger(__name__)
@@ -18,7 +25,10 @@ _REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are no character 
 
 
 def load_tokenizer(model_path: Path, vocab_size: int, *, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's tokenizer, byte-level BPE or SentencePiece.
+    """The checkpoint's tokenizer: tokenizer.json, else vocab.json + merges.txt, else SentencePiece.
+
+    tokenizer.json is taken as it is, whatever class tokenizer_config.json names; only the tokens
+    that the checkpoint's other files add and name are added.
 
     Args:
         model_path: checkpoint directory; nothing is fetched.
@@ -29,70 +39,135 @@ def load_tokenizer(model_path: Path, vocab_size: int, *, trust_remote_code: bool
         FileNotFoundError: the directory has no tokenizer files.
         ConfigError: a tokenizer that cannot be loaded, or has more tokens than the embedding.
     """
-    names = ("tokenizer.json", *MODEL_NAMES, "vocab.json")
-    if not any((model_path / name).is_file() for name in names):
-        raise FileNotFoundError(
-            explain_first(model_path / name for name in names)
-            or f"no tokenizer in {model_path}: none of {', '.join(names)}; copy the checkpoint's "
-            "tokenizer files there, or use --input_ids with --load_tokenizer False"
-        )
+    names = ("tokenizer.json", *MODEL_NAMES, "vocab.json", "merges.txt")
     try:
-        if any((model_path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-            tokenizer = _load_with_transformers(model_path, trust_remote_code)
-        else:
-            tokenizer = SentencePieceTokenizer(model_path)
-    except ConfigError as error:
+        tokenizer = _load(model_path, names, trust_remote_code)
+    except (ConfigError, FileNotFoundError) as error:
         files = (*names, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
         if reason := explain_first(model_path / name for name in files):
-            raise ConfigError(reason) from error
+            raise type(error)(reason) from error
         raise
     _check_size(tokenizer, model_path, vocab_size)
     return tokenizer
 
 
-def _check_size(tokenizer: Any, model_path: Path, vocab_size: int) -> None:
-    """Refuse a tokenizer of another model.
-
-    Special tokens that were added to it alone, such as one for padding, may lie beyond the rows
-    of the embedding: no answer holds them.
-    """
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    beyond = [t.content for i, t in sorted(added.items()) if i >= vocab_size and t.special]
-    if len(tokenizer) - len(beyond) > vocab_size:
-        raise ConfigError(
-            f"the tokenizer in {model_path} has {len(tokenizer)} tokens, but config.json says "
-            f"vocab_size {vocab_size}; they are of different models"
+def _load(model_path: Path, names: Seq[str], trust_remote_code: bool) -> Any:
+    """The tokenizer of the files that are there, `names` being those of which one is needed."""
+    found = {name for name in names if (model_path / name).is_file()}
+    settings = read_settings(model_path)
+    if trust_remote_code and "AutoTokenizer" in (settings.get("auto_map") or ()):
+        return _load_with_own_code(model_path)
+    if "tokenizer.json" in found or {"vocab.json", "merges.txt"} <= found:
+        return _load_fast(model_path, settings, with_json="tokenizer.json" in found)
+    if found & set(MODEL_NAMES):
+        return SentencePieceTokenizer(model_path)
+    if found:
+        lacking = "merges.txt" if "vocab.json" in found else "vocab.json"
+        raise FileNotFoundError(
+            f"the tokenizer in {model_path} is incomplete: {', '.join(found)} without {lacking}; "
+            f"copy {lacking} there, or tokenizer.json, which is enough by itself"
         )
-    if beyond:
-        logger.warning(
-            "%s: the model has no rows for the special tokens %s; a prompt with one is refused",
-            model_path,
-            ", ".join(beyond),
-        )
+    raise FileNotFoundError(
+        f"no tokenizer in {model_path}: none of {', '.join(names[:-1])}; copy the checkpoint's "
+        "tokenizer files there, or use --input_ids with --load_tokenizer False"
+    )
 
 
-def _load_with_transformers(model_path: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer  # slow to import, and not needed without text
+def _load_with_own_code(model_path: Path) -> Any:
+    """The class that `auto_map` in tokenizer_config.json names, from a file beside the weights."""
+    from transformers import AutoTokenizer
 
-    try:
+    with _one_line_errors(model_path):
         return AutoTokenizer.from_pretrained(
             str(model_path),
             local_files_only=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=True,
             clean_up_tokenization_spaces=False,
         )
+
+
+def _load_fast(model_path: Path, settings: dict[str, Any], *, with_json: bool) -> Any:
+    """transformers' plain class, which builds nothing anew from what is in tokenizer.json."""
+    from transformers import PreTrainedTokenizerFast  # slow to import, and not needed without text
+
+    with _one_line_errors(model_path):
+        built = {} if with_json else _byte_level(model_path, settings)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            str(model_path), local_files_only=True, clean_up_tokenization_spaces=False, **built
+        )
+    # transformers' GPT-NeoX class obeys this key, too; the tokens of the training depend on it.
+    before = tokenizer.backend_tokenizer.pre_tokenizer
+    wanted = settings.get("add_prefix_space")
+    if isinstance(wanted, bool) and getattr(before, "add_prefix_space", wanted) != wanted:
+        before.add_prefix_space = wanted
+        tokenizer.backend_tokenizer.pre_tokenizer = before
+    return tokenizer
+
+
+def _byte_level(model_path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """vocab.json and merges.txt as the byte-level BPE they are the two halves of.
+
+    Source: transformers GPTNeoXTokenizer, and GPT2Tokenizer, which does not normalise.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    files = [str(model_path / name) for name in ("vocab.json", "merges.txt")]
+    tokenizer = Tokenizer(models.BPE.from_file(*files))
+    if not str(settings.get("tokenizer_class")).startswith("GPT2"):
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [t for t in ("<|endoftext|>", "<|padding|>") if tokenizer.token_to_id(t) is not None]
+    tokenizer.add_special_tokens(special)
+    built: dict[str, Any] = {"tokenizer_object": tokenizer}
+    if "<|endoftext|>" in special and "eos_token" not in settings:
+        built["eos_token"] = "<|endoftext|>"
+    return built
+
+
+@contextlib.contextmanager
+def _one_line_errors(model_path: Path) -> Iterator[None]:
+    """Whatever a tokenizer library raises, as one line that names the directory."""
+    try:
+        yield
     except ImportError as error:
         raise ConfigError(f"the tokenizer in {model_path} needs a package: {error}") from error
     except Exception as error:
-        first_line = str(error).strip().split("\n", 1)[0]
+        first_line = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
         raise ConfigError(
             f"the tokenizer in {model_path} cannot be loaded: {first_line}"
         ) from error
 
 
+def _check_size(tokenizer: Any, model_path: Path, vocab_size: int) -> None:
+    """Refuse tokens that the embedding has no row for; special ones, if unused, do no harm."""
+    beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
+    if not beyond:
+        return
+    if beyond.keys() <= special_tokens(tokenizer).keys():
+        logger.warning(
+            "%s: the embedding has %d rows, so a prompt cannot hold the special token(s) %s",
+            model_path,
+            vocab_size,
+            ", ".join(f"{token} ({i})" for i, token in sorted(beyond.items())[:10]),
+        )
+        return
+    raise ConfigError(
+        f"the tokenizer in {model_path} has {max(beyond) + 1} tokens, but config.json says "
+        f"vocab_size {vocab_size}; they are of different models"
+    )
+
+
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """The tokens that `decode` leaves out, and what each is called."""
+    return {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+
+
 def decode(tokenizer: Any, token_ids: Seq[int]) -> str:
     """Text of tokens without special ones; padding rows of the vocabulary decode to nothing."""
-    known = [t for t in token_ids if 0 <= t < len(tokenizer)]
+    # Ids may have gaps, which only a tokenizer's own Python code may stumble over.
+    end = math.inf if tokenizer.is_fast else len(tokenizer)
+    known = [t for t in token_ids if 0 <= t < end]
     text = tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
@@ -102,16 +177,19 @@ class Detokenizer:
     """Text of one growing sequence.
 
     `text` is what may be shown. Bytes that end inside a character are held back until it is
-    complete, and an ending that could still become a stop string until it cannot.
+    complete, and an ending that could still become a stop string until it cannot. A stop string
+    is looked for in the text with the special tokens in it, which themselves are never shown.
     """
 
     def __init__(self, tokenizer: Any, stop: Seq[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, stop
         self.text = ""
         self.stopped = False  # a stop string was met; text ends before it
+        self._special = special_tokens(tokenizer) if stop else {}
         self._token_ids: list[int] = []
         self._context, self._next = 0, 0  # tokens decoded before, and first token to decode
         self._pending = ""  # decoded, but perhaps the beginning of a stop string
+        self._hidden: set[int] = set()  # which characters of it are a special token's
 
     def add(self, token_ids: Seq[int], *, last: bool = False) -> str:
         """Take new tokens; returns the text that can be shown now.
@@ -122,6 +200,18 @@ class Detokenizer:
         """
         if self.stopped:
             return ""
+        first = 0
+        for i, token_id in enumerate(token_ids):
+            if name := self._special.get(token_id):
+                self._decode(token_ids[first : i + 1], last=False)
+                first, start = i + 1, len(self._pending)
+                self._pending += name
+                self._hidden.update(range(start, len(self._pending)))
+        self._decode(token_ids[first:], last=last)
+        return self._show(last=last)
+
+    def _decode(self, token_ids: Seq[int], *, last: bool) -> None:
+        """Move the text of new tokens to pending, as far as its characters are whole."""
         self._token_ids += token_ids
         before = decode(self.tokenizer, self._token_ids[self._context : self._next])
         now = decode(self.tokenizer, self._token_ids[self._context :])
@@ -132,20 +222,43 @@ class Detokenizer:
             if len(now) > len(before):
                 self._context = self._next
             self._next = len(self._token_ids)
-        return self._show(last=last)
 
     def _show(self, *, last: bool) -> str:
         """Move what is safe from pending to text."""
         hits = [i for i in (self._pending.find(s) for s in self.stop) if i >= 0]
         if hits:
-            shown, self.stopped = self._pending[: min(hits)], True
-            self._pending = ""
+            cut, self.stopped = min(hits), True
         else:
-            keep = 0 if last else _possible_stop(self._pending, self.stop)
-            cut = len(self._pending) - keep
-            shown, self._pending = self._pending[:cut], self._pending[cut:]
+            cut = len(self._pending) - (0 if last else _possible_stop(self._pending, self.stop))
+        shown = "".join(c for i, c in enumerate(self._pending[:cut]) if i not in self._hidden)
+        self._pending = "" if hits else self._pending[cut:]
+        self._hidden = {i - cut for i in self._hidden if i >= cut}
         self.text += shown
         return shown
+
+
+def extend(
+    detokenizer: Detokenizer | None, new: Seq[int], stop_ids: Container[int], *, full: bool
+) -> tuple[str, str]:
+    """Take the new tokens of a sequence: their text, and why the sequence ends with them.
+
+    Args:
+        detokenizer: None: the sequence has no text.
+        new: the tokens; a stop id among them is the last one, and has no text.
+        stop_ids: ids that end the sequence.
+        full: the sequence has as many tokens as it may have.
+
+    Returns:
+        What can be shown now, and "stop", "length" or "" (it goes on).
+    """
+    reason = "length" if full else ""
+    if new and new[-1] in stop_ids:
+        reason, new = "stop", new[:-1]
+    text = ""
+    if detokenizer:
+        text = detokenizer.add(new, last=bool(reason))
+        reason = "stop" if detokenizer.stopped else reason
+    return text, reason
 
 
 def _possible_stop(text: str, stop: Seq[str]) -> int:

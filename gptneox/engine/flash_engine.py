@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Container
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +17,14 @@ from torch import Tensor
 from gptneox.backends.base import Backend
 from gptneox.checkpoint import rank_directory
 from gptneox.config import ModelConfig
-from gptneox.engine.detokenizer import decode, load_tokenizer
-from gptneox.engine.llm_engine import stop_token_ids
+from gptneox.engine.detokenizer import Detokenizer, decode, extend, load_tokenizer
+from gptneox.engine.generation_config import NO_RULES, GenerationRules, read_generation_config
+from gptneox.engine.llm_engine import end_of_text
+from gptneox.engine.sampler import restrict
 from gptneox.engine.sequence import InvalidParameter, check_vocabulary
 from gptneox.parallel import TensorParallelGroup
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -35,11 +41,15 @@ class FlashEngine:
     """A model, its tokenizer and `generate` for left-padded batches."""
 
     def __init__(
-        self, model: Any, config: ModelConfig, tokenizer: Any, eos_token_ids: Seq[int]
+        self,
+        model: Any,
+        config: ModelConfig,
+        tokenizer: Any,
+        rules: GenerationRules = NO_RULES,
     ) -> None:
         """`from_pretrained` makes one."""
-        self.model, self.config, self.tokenizer = model, config, tokenizer
-        self.eos_token_ids = list(eos_token_ids)
+        self.model, self.config, self.tokenizer, self.rules = model, config, tokenizer, rules
+        self.eos_token_ids = end_of_text(rules, tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -50,20 +60,33 @@ class FlashEngine:
         *,
         dtype: str = "auto",
         with_tokenizer: bool = True,
+        max_position_embeddings: int = 0,
     ) -> FlashEngine:
         """Load a checkpoint, or this rank's folder of `model_path/part_model` on several ranks.
 
         Raises:
             ValueError, FileNotFoundError, RuntimeError: the files are wrong, or memory is short.
         """
+        from transformers import GenerationConfig
+
         # The adapter itself, not a copy of it beside the weights: nothing there is executed.
         from modeling_gpt_neox_ascend import GPTNeoXForCausalLM
 
         path = rank_directory(model_path, group, prefer_parts=True)
         config = ModelConfig.from_pretrained(path)
         tokenizer = load_tokenizer(path, config.vocab_size) if with_tokenizer else None
-        model = GPTNeoXForCausalLM.from_pretrained(str(path), dtype=dtype, device_map=backend.name)
-        return cls(model, config, tokenizer, stop_token_ids(path, config, tokenizer))
+        rules = read_generation_config(path, config.vocab_size)
+        for notice in rules.notices:
+            logger.warning(notice)
+        model = GPTNeoXForCausalLM.from_pretrained(
+            str(path),
+            dtype=dtype,
+            device_map=backend.name,
+            # Nothing of the file but the rules, which are the same code on both paths.
+            generation_config=GenerationConfig(),  # type: ignore[no-untyped-call]
+            max_position_embeddings=max_position_embeddings,
+        )
+        return cls(model, config, tokenizer, rules)
 
     @property
     def max_positions(self) -> int:
@@ -71,30 +94,50 @@ class FlashEngine:
         return int(self.model.model.num_positions)
 
     def generate(
-        self, prompts: Seq[Seq[int]], *, ignore_eos: bool = False, **options: Any
+        self,
+        prompts: Seq[Seq[int]],
+        *,
+        ignore_eos: bool = False,
+        stop: Seq[str] = (),
+        stop_token_ids: Seq[int] = (),
+        **options: Any,
     ) -> list[FlashOutput]:
         """One padded batch.
 
         Args:
             prompts: token ids.
             ignore_eos: go on after the end-of-text token.
+            stop: end before any of these strings; special tokens are part of the text.
+            stop_token_ids: ids that end a row, as end-of-text does.
             options: of transformers' `generate`; `max_new_tokens` is required.
 
         Raises:
-            InvalidParameter: an empty prompt, an id out of the vocabulary, too many tokens.
+            InvalidParameter: an empty prompt, an id out of the vocabulary, too many tokens, a
+                stop string without a tokenizer.
         """
         new = options["max_new_tokens"]
         for prompt in prompts:
             self._check(prompt, new)
+        check_vocabulary("stop_token_ids", stop_token_ids, self.config.vocab_size)
+        if stop and not self.tokenizer:
+            raise InvalidParameter("stop", list(stop), "no stop string without a tokenizer")
         input_ids, mask = self._pad(prompts)
-        eos = None if ignore_eos or not self.eos_token_ids else self.eos_token_ids
-        rows = self.model.generate(
-            input_ids, attention_mask=mask, eos_token_id=eos, pad_token_id=0, **options
+        eos = () if ignore_eos else self.eos_token_ids
+        ends = frozenset((*eos, *stop_token_ids))
+        stop = (*stop, *self.rules.stop_strings) if self.tokenizer else ()
+        rows = [_Row(list(prompt), ends, new, self.tokenizer, stop) for prompt in prompts]
+        batch = _Batch(rows, self.rules, eos, self.model.model.group)
+        output = self.model.generate(
+            input_ids,
+            attention_mask=mask,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=0,
+            logits_processor=[batch.restrict] if self.rules.restricts else [],
+            stopping_criteria=[batch.ended] if stop or self.rules.max_time else [],
+            **options,
         )
-        outputs = []
-        for prompt, row in zip(prompts, rows[:, input_ids.shape[1] :].tolist(), strict=True):
-            outputs.append(self._output(list(prompt), row, eos, options.get("stop_strings")))
-        return outputs
+        new_ids = output[:, input_ids.shape[1] :].tolist()
+        return [row.finish(ids) for row, ids in zip(rows, new_ids, strict=True)]
 
     def timed(self, prompts: Seq[Seq[int]], **options: Any) -> tuple[list[FlashOutput], float]:
         """`generate`, and the seconds it took until the device was done."""
@@ -139,18 +182,69 @@ class FlashEngine:
         device = self.model.model.backend.device
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
-    def _output(
-        self, prompt: list[int], row: list[int], eos: list[int] | None, stop: list[str] | None
-    ) -> FlashOutput:
-        """Cut a row after its first end-of-text id, and its text before a stop string."""
-        ends = [i for i, token in enumerate(row) if eos and token in eos]
-        new = row[: ends[0] + 1] if ends else row
-        reason = "stop" if ends else "length"
+
+class _Row:
+    """One prompt and what it becomes, up to where it ends."""
+
+    def __init__(
+        self, prompt: list[int], ends: Container[int], limit: int, tokenizer: Any, stop: Seq[str]
+    ) -> None:
+        self.prompt, self.ends, self.limit, self.tokenizer = prompt, ends, limit, tokenizer
+        self.detokenizer = Detokenizer(tokenizer, stop) if stop else None
+        self.token_ids: list[int] = []
+        self.reason = ""  # "": it goes on
+
+    def add(self, token_id: int, *, late: bool = False) -> None:
+        """Take the next token, if the row has not ended."""
+        if not self.reason:
+            self.token_ids.append(token_id)
+            full = late or len(self.token_ids) >= self.limit
+            _, self.reason = extend(self.detokenizer, [token_id], self.ends, full=full)
+
+    def finish(self, new_ids: Seq[int]) -> FlashOutput:
+        """What the row became; `new_ids` may go on after its end."""
+        for token_id in new_ids[len(self.token_ids) :]:
+            self.add(token_id)
         if self.tokenizer is None:
-            return FlashOutput(new, "", "", reason)
-        text, full_text = decode(self.tokenizer, new), decode(self.tokenizer, prompt + new)
-        hits = [i for i in (text.find(s) for s in stop or []) if i >= 0]
-        if hits:
-            full_text = full_text[: len(full_text) - len(text) + min(hits)]
-            text, reason = text[: min(hits)], "stop"
-        return FlashOutput(new, text, full_text, reason)
+            return FlashOutput(self.token_ids, "", "", self.reason)
+        shown = self.token_ids[:-1] if self.token_ids[-1] in self.ends else self.token_ids
+        text, full_text = (decode(self.tokenizer, i) for i in (shown, self.prompt + shown))
+        if self.detokenizer:  # a stop string may have cut the end off
+            full_text = full_text[: len(full_text) - len(text) + len(self.detokenizer.text)]
+            text = self.detokenizer.text
+        return FlashOutput(self.token_ids, text, full_text, self.reason)
+
+
+class _Batch:
+    """What `generate` calls at each step: the rules before a choice, the ends after it."""
+
+    def __init__(
+        self,
+        rows: list[_Row],
+        rules: GenerationRules,
+        eos: Seq[int],
+        group: TensorParallelGroup,
+    ) -> None:
+        self.rows, self.rules, self.eos, self.group = rows, rules, eos, group
+        self.width = max(len(row.prompt) for row in rows)
+        self.started = time.perf_counter()
+
+    def restrict(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """A logits processor: input_ids [B, padded + new], scores [B, V]."""
+        scores = scores.clone()
+        for i, row in enumerate(self.rows):
+            num_prompt = len(row.prompt)
+            token_ids = input_ids[i, self.width - num_prompt :].tolist()
+            wanted = self.rules.restrict(token_ids, num_prompt, num_prompt + row.limit, self.eos)
+            scores[i] = restrict(scores[i], *wanted)
+        return scores
+
+    def ended(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        """A stopping criterion; returns [B], true where a row has ended."""
+        late = False
+        if self.rules.max_time is not None:  # the clock of rank 0 counts
+            seconds = time.perf_counter() - self.started
+            late = bool(self.group.broadcast_object(seconds > self.rules.max_time))
+        for row, token_id in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
+            row.add(token_id, late=late)
+        return torch.tensor([bool(row.reason) for row in self.rows], device=input_ids.device)

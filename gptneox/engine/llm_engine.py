@@ -15,16 +15,10 @@ import torch
 
 from gptneox.backends.base import Backend
 from gptneox.checkpoint import load_model, rank_directory
-from gptneox.config import (
-    EngineSection,
-    ModelConfig,
-    read_json,
-)
-from gptneox.config import (
-    token_ids as eos_ids,
-)
+from gptneox.config import EngineSection, ModelConfig
 from gptneox.engine.block_manager import BlockManager
-from gptneox.engine.detokenizer import Detokenizer, load_tokenizer
+from gptneox.engine.detokenizer import Detokenizer, extend, load_tokenizer
+from gptneox.engine.generation_config import NO_RULES, GenerationRules, read_generation_config
 from gptneox.engine.model_runner import ModelRunner
 from gptneox.engine.scheduler import Scheduled, Scheduler
 from gptneox.engine.sequence import (
@@ -103,6 +97,7 @@ class _Request:
     seq: Sequence
     detokenizer: Detokenizer | None
     stop_ids: frozenset[int]
+    started: float = 0.0  # perf_counter of its first step
 
 
 class LLMEngine:
@@ -119,7 +114,7 @@ class LLMEngine:
         dtype: torch.dtype,
         *,
         tokenizer: Any = None,
-        eos_token_ids: Seq[int] = (),
+        rules: GenerationRules = NO_RULES,
     ) -> None:
         """Make an engine around a loaded model; `from_pretrained` does all of it.
 
@@ -127,7 +122,8 @@ class LLMEngine:
             RuntimeError: the memory holds not even one block.
         """
         self.model, self.settings, self.tokenizer = model, settings, tokenizer
-        self.eos_token_ids = tuple(eos_token_ids)
+        self.rules = rules
+        self.eos_token_ids = end_of_text(self.rules, tokenizer)
         self.max_positions = model.num_positions
         self.dtype = dtype
         model.backend.graphs = settings.graphs
@@ -184,13 +180,15 @@ class LLMEngine:
             tokenizer = load_tokenizer(
                 model_path, config.vocab_size, trust_remote_code=trust_remote_code
             )
+        rules = read_generation_config(model_path, config.vocab_size)
+        for notice in rules.notices:
+            logger.warning(notice)
         torch_dtype, notice = backend.resolve_dtype(config.dtype, dtype)
         if notice:
             logger.warning(notice)
         model = GPTNeoX(config, backend, group, settings.max_position_embeddings)
         load_model(model, model_path, torch_dtype, show_progress=show_progress)
-        eos = stop_token_ids(model_path, config, tokenizer)
-        return cls(model, settings, torch_dtype, tokenizer=tokenizer, eos_token_ids=eos)
+        return cls(model, settings, torch_dtype, tokenizer=tokenizer, rules=rules)
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -202,13 +200,14 @@ class LLMEngine:
                 positions or than the whole cache holds, a stop string without a tokenizer.
         """
         self._check(prompt_ids, params)
-        seq = Sequence.create(self._next_id, prompt_ids, params)
+        eos = () if params.ignore_eos else self.eos_token_ids
+        seq = Sequence.create(self._next_id, prompt_ids, params, self.rules, eos)
         self._next_id += 1
-        detokenizer = Detokenizer(self.tokenizer, params.stop) if self.tokenizer else None
-        stop_ids = set(params.stop_token_ids)
-        if not params.ignore_eos:
-            stop_ids.update(self.eos_token_ids)
-        self._requests[seq.request_id] = _Request(seq, detokenizer, frozenset(stop_ids))
+        detokenizer = None
+        if self.tokenizer:
+            detokenizer = Detokenizer(self.tokenizer, params.stop + self.rules.stop_strings)
+        stop_ids = frozenset((*params.stop_token_ids, *eos))
+        self._requests[seq.request_id] = _Request(seq, detokenizer, stop_ids)
         self.scheduler.add(seq)
         return seq.request_id
 
@@ -220,6 +219,7 @@ class LLMEngine:
         vocab_size = self.model.config.vocab_size
         check_vocabulary("prompt", prompt_ids, vocab_size)
         check_vocabulary("logprob_token_ids", params.logprob_token_ids, vocab_size)
+        check_vocabulary("stop_token_ids", params.stop_token_ids, vocab_size)
         num_tokens = len(prompt_ids) + params.max_new_tokens
         if num_tokens > self.max_positions:
             raise InvalidParameter(
@@ -264,14 +264,27 @@ class LLMEngine:
         self._account(scheduled, len(token_ids), time.perf_counter() - start)
         samples = [item.samples for item in scheduled]
         self.scheduler.computed(scheduled)
+        late = self._late(scheduled, start)
         remaining = iter(token_ids)
         outputs = []
         for item, samples_now in zip(scheduled, samples, strict=True):
             if samples_now:
                 wanted = item.seq.params.max_new_tokens > 0
                 new = [next(remaining)] if wanted else []
-                outputs.append(self._advance(self._requests[item.seq.request_id], new))
+                request = self._requests[item.seq.request_id]
+                outputs.append(self._advance(request, new, late=item.seq.request_id in late))
         return outputs
+
+    def _late(self, scheduled: list[Scheduled], now: float) -> set[int]:
+        """Requests whose time is over; the clock of rank 0 counts."""
+        if self.rules.max_time is None:
+            return set()
+        requests = [self._requests[item.seq.request_id] for item in scheduled]
+        for request in requests:
+            request.started = request.started or now
+        now, limit = time.perf_counter(), self.rules.max_time
+        late = {r.seq.request_id for r in requests if now - r.started > limit}
+        return set(self.model.group.broadcast_object(late))
 
     def generate(
         self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams]
@@ -303,21 +316,13 @@ class LLMEngine:
 
     # -- inside a step ---------------------------------------------------------------------------
 
-    def _advance(self, request: _Request, new: list[int]) -> RequestOutput:
+    def _advance(self, request: _Request, new: list[int], *, late: bool) -> RequestOutput:
         """Add new tokens to a request and end it where it has to end."""
         seq = request.seq
         seq.token_ids += new
-        reason = ""
-        if new and new[-1] in request.stop_ids:
-            reason = "stop"
-        elif seq.num_output_tokens >= seq.params.max_new_tokens:
-            reason = "length"
-        output = RequestOutput(seq.request_id, "", new)
-        if request.detokenizer:
-            visible = new[:-1] if reason == "stop" else new
-            output.new_text = request.detokenizer.add(visible, last=bool(reason))
-            if request.detokenizer.stopped:
-                reason = "stop"
+        full = late or seq.num_output_tokens >= seq.params.max_new_tokens
+        text, reason = extend(request.detokenizer, new, request.stop_ids, full=full)
+        output = RequestOutput(seq.request_id, text, new)
         if reason:
             output.finished, output.finish_reason = True, reason
             output.text = request.detokenizer.text if request.detokenizer else ""
@@ -362,13 +367,12 @@ class LLMEngine:
         return int(num_blocks)
 
 
-def stop_token_ids(model_path: Path, config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
-    """End-of-text ids: generation_config.json, else the tokenizer, else config.json."""
-    path = model_path / "generation_config.json"
-    if path.is_file():
-        ids = eos_ids(read_json(path).get("eos_token_id"), f"{path}: eos_token_id")
-        if ids:
-            return ids
-    if tokenizer is not None and tokenizer.eos_token_id is not None:
-        return (tokenizer.eos_token_id,)
-    return config.eos_token_ids
+def end_of_text(rules: GenerationRules, tokenizer: Any) -> tuple[int, ...]:
+    """End-of-text ids as transformers' `generate` takes them, which does not ask the tokenizer.
+
+    The tokenizer's counts only where generation_config.json is absent and config.json silent.
+    """
+    if rules.eos_token_ids is not None:
+        return rules.eos_token_ids
+    named = None if tokenizer is None else tokenizer.eos_token_id
+    return () if named is None else (named,)

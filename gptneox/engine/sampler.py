@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
 import torch
@@ -20,9 +21,9 @@ class NonFiniteLogits(RuntimeError):
 class Sampler:
     """Greedy or random choice per sequence, independent of what else is in the batch.
 
-    Order of the filters as in transformers' `generate`: repetition penalty, temperature, top_k,
-    top_p. Each sequence with a temperature has its own generator, so a seed gives the same text
-    whatever its batch mates are.
+    Order of the filters as in transformers' `generate`: repetition penalty, the checkpoint's own
+    rules, temperature, top_k, top_p. Each sequence with a temperature has its own generator, so a
+    seed gives the same text whatever its batch mates are.
     """
 
     def __init__(self, backend: Backend | None = None) -> None:
@@ -49,7 +50,8 @@ class Sampler:
         logits = logits.float()
         choice = self._backend.greedy(logits)
         for i, seq in enumerate(seqs):
-            if seq.params.temperature != 0 or seq.params.repetition_penalty != 1:
+            params = seq.params
+            if params.temperature != 0 or params.repetition_penalty != 1 or seq.rules.restricts:
                 choice[i] = self._choose(logits[i], seq)
         return choice
 
@@ -61,6 +63,8 @@ class Sampler:
         params = seq.params
         if params.repetition_penalty != 1:
             logits = penalize_repetition(logits, seq.token_ids, params.repetition_penalty)
+        if seq.rules.restricts:
+            logits = restrict(logits, *seq.restrict())
         if params.temperature == 0:
             return logits.argmax()
         probs = filtered_probs(logits, params)
@@ -118,6 +122,23 @@ def penalize_repetition(logits: Tensor, token_ids: list[int], penalty: float) ->
     values = logits[seen]
     values = torch.where(values < 0, values * penalty, values / penalty)
     return logits.index_copy(0, seen, values.nan_to_num())  # finite for extreme penalties, too
+
+
+def restrict(logits: Tensor, forced: Seq[int], banned: Iterable[int]) -> Tensor:
+    """Logits [V] where only the tokens `forced` are left, if there are any, and none of `banned`.
+
+    Source: HF ForcedEOSTokenLogitsProcessor, SuppressTokensLogitsProcessor.
+    """
+    if forced:
+        nothing = torch.full_like(logits, -math.inf)
+        return nothing.index_fill(0, _indices(forced, logits), 0)
+    return logits.index_fill(0, _indices(banned, logits), -math.inf)
+
+
+def _indices(token_ids: Iterable[int], logits: Tensor) -> Tensor:
+    """Those of the ids that have a logit, on its device."""
+    known = sorted(i for i in token_ids if 0 <= i < logits.shape[-1])
+    return torch.tensor(known, dtype=torch.int64).to(logits.device, non_blocking=True)
 
 
 def filtered_probs(logits: Tensor, params: SamplingParams) -> Tensor:

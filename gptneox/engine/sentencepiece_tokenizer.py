@@ -7,22 +7,63 @@ the sentencepiece package itself is what these models were trained with.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gptneox.config import ConfigError, read_json
 
 MODEL_NAMES = ("tokenizer.model", "spiece.model")
+# Merged behind a serialized model: its normalizer_spec.add_dummy_prefix becomes false.
+# Source: sentencepiece_model.proto; field 3 of ModelProto, and in it field 3 of NormalizerSpec.
+_NO_DUMMY_PREFIX = bytes((3 << 3 | 2, 2, 3 << 3, 0))
+NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is found in a text before the model cuts the rest into pieces."""
+
+    content: str
+    special: bool  # left out of decoded text
+    lstrip: bool = False  # takes the blanks before it along
+    rstrip: bool = False  # and those behind it
+
+
+def read_settings(model_path: Path) -> dict[str, Any]:
+    """tokenizer_config.json and, as transformers reads it, special_tokens_map.json; {} without.
+
+    Source: transformers PreTrainedTokenizerBase._from_pretrained: the map is of the time before
+    `added_tokens_decoder` and not read beside it.
+
+    Raises:
+        ConfigError: a file is not a JSON object.
+    """
+    path = model_path / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    path = model_path / "special_tokens_map.json"
+    if path.is_file():
+        named = read_json(path)
+        settings = settings if "added_tokens_decoder" in settings else settings | named
+    return settings
 
 
 class SentencePieceTokenizer:
-    """The part of transformers' tokenizer interface that the engines use."""
+    """The part of transformers' tokenizer interface that the engines use.
+
+    Added tokens are those of tokenizer_config.json, special_tokens_map.json and
+    added_tokens.json, as transformers' slow tokenizers (SentencePieceBackend) take them.
+    """
+
+    is_fast = True  # unknown ids decode to nothing
 
     def __init__(self, model_path: Path) -> None:
-        """Load the checkpoint's SentencePiece model.
+        """Load the checkpoint's SentencePiece model and its added tokens.
 
         Raises:
-            ConfigError: the package sentencepiece is missing, or the file is damaged.
+            ConfigError: the package sentencepiece is missing, or a file is damaged.
         """
         file = next(model_path / name for name in MODEL_NAMES if (model_path / name).is_file())
         try:
@@ -35,18 +76,62 @@ class SentencePieceTokenizer:
             self._processor = SentencePieceProcessor(model_file=str(file))
         except (RuntimeError, OSError) as error:
             raise ConfigError(f"{file} is no SentencePiece model; download it again") from error
-        self.eos_token_id = self._find_eos(model_path)
-        bos = int(self._processor.bos_id())  # -1: the model has none
-        self.bos_token_id = bos if bos >= 0 else None
-        processor = self._processor
-        self._special = {i for i in range(len(self)) if processor.IsControl(i)}
+        settings = read_settings(model_path)
+        self._without_prefix: Any = None
+        if settings.get("legacy") is False:
+            model = self._processor.serialized_model_proto() + _NO_DUMMY_PREFIX
+            self._without_prefix = SentencePieceProcessor(model_proto=model)
+        self._num_pieces = int(self._processor.GetPieceSize())
+        self.added_tokens_decoder: dict[int, AddedToken] = {}
+        self._ids: dict[str, int] = {}  # of the added tokens
+        self.name_or_path = str(model_path)
+        self._add_listed(model_path, settings)
+        self._add_named(settings)
+        self.bos_token_id = self._own_or_named("bos", settings)
+        self.eos_token_id = self._own_or_named("eos", settings)
+        for i in filter(self._processor.IsControl, range(self._num_pieces)):
+            content = self._processor.IdToPiece(i)
+            self.added_tokens_decoder.setdefault(i, AddedToken(content, special=True))
+        longest_first = sorted(self._ids, key=len, reverse=True)
+        self._splitter = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def __len__(self) -> int:
-        return int(self._processor.GetPieceSize())
+        return max(self._num_pieces, *(i + 1 for i in self.added_tokens_decoder), 0)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Every token and its id."""
+        pieces = {str(self._processor.IdToPiece(i)): i for i in range(self._num_pieces)}
+        return pieces | self._ids
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text; no special token is ever added."""
-        return list(self._processor.EncodeAsIds(text))
+        token_ids: list[int] = []
+        start = strip = 0
+        for match in self._splitter.finditer(text):
+            token_id = self._ids[match[0]]
+            token = self.added_tokens_decoder[token_id]
+            before = text[start : match.start()]
+            before = before.lstrip() if strip else before
+            before = before.rstrip() if token.lstrip else before
+            token_ids += self._encode_part(before, first=start == 0)
+            token_ids.append(token_id)
+            start, strip = match.end(), token.rstrip
+        rest = text[start:].lstrip() if strip else text[start:]
+        return token_ids + self._encode_part(rest, first=start == 0)
+
+    def _encode_part(self, text: str, *, first: bool) -> list[int]:
+        """Ids of what lies between added tokens; each part begins with a blank, unless not legacy.
+
+        Source: transformers T5Tokenizer.tokenize and _tokenize, whose setting `legacy` is true by
+        default. The processor drops blanks at a beginning, so that one is kept behind "<unk>".
+        """
+        processor = self._without_prefix
+        if processor is None:
+            return list(self._processor.EncodeAsIds(text))
+        text = f" {text}" if first and text else text
+        guard = self._processor.IdToPiece(self._processor.unk_id()) if text[:1] == " " else ""
+        num_guard = len(processor.EncodeAsIds(guard))
+        return list(processor.EncodeAsIds(guard + text)[num_guard:])
 
     def decode(
         self,
@@ -55,19 +140,97 @@ class SentencePieceTokenizer:
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool = False,
     ) -> str:
-        """Text of token ids; control tokens have none, whether they are skipped or not."""
-        return str(self._processor.DecodeIds([i for i in token_ids if i not in self._special]))
+        """Text of token ids; an added token stands for itself, padding rows for nothing."""
+        text = ""
+        pieces: list[int] = []
+        for i in token_ids:
+            token = self.added_tokens_decoder.get(i)
+            if token and not (token.special and skip_special_tokens):
+                text += self._processor.DecodeIds(pieces) + token.content
+                pieces = []
+            elif not token and 0 <= i < self._num_pieces:
+                pieces.append(i)
+        return str(text + self._processor.DecodeIds(pieces))
 
-    def _find_eos(self, model_path: Path) -> int | None:
-        """The end-of-text token: as the checkpoint names it, else as the model does."""
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if not (model_path / name).is_file():
-                continue
-            entry = read_json(model_path / name).get("eos_token")
-            text = entry.get("content") if isinstance(entry, dict) else entry
-            if isinstance(text, str):
-                token_id = int(self._processor.PieceToId(text))
-                if token_id != self._processor.unk_id():
-                    return token_id
-        token_id = int(self._processor.eos_id())
+    # -- the added tokens --------------------------------------------------------------------------
+
+    def _add(self, token: AddedToken, token_id: int) -> None:
+        self._ids[token.content] = token_id
+        self.added_tokens_decoder[token_id] = token
+
+    def _piece_id(self, content: str) -> int | None:
+        """The id of a piece of the model, None when it has no such piece."""
+        token_id = int(self._processor.PieceToId(content))
+        return token_id if self._processor.IdToPiece(token_id) == content else None
+
+    def _add_listed(self, model_path: Path, settings: dict[str, Any]) -> None:
+        """Tokens with ids: `added_tokens_decoder`, else the older added_tokens.json."""
+        path = model_path / "added_tokens.json"
+        listed = settings.get("added_tokens_decoder")
+        special = {token.content for token in _named(settings)}
+        if listed is None and path.is_file():
+            for content, token_id in read_json(path).items():
+                _check_listed(path, content, token_id)
+                self._add(AddedToken(content, content in special), token_id)
+            return
+        path = model_path / "tokenizer_config.json"
+        if not isinstance(listed or {}, dict):
+            raise ConfigError(f"{path}: added_tokens_decoder is {listed!r}; an object is expected")
+        for number, entry in (listed or {}).items():
+            token = _token(entry, special=False)
+            if token and token.content in special:
+                token = replace(token, special=True)
+            token_id = int(number) if number.isdecimal() else None
+            _check_listed(path, token.content if token else entry, token_id)
+            assert token is not None
+            assert token_id is not None
+            self._add(token, token_id)
+
+    def _add_named(self, settings: dict[str, Any]) -> None:
+        """Tokens with a role: pieces of the model, or new ones behind all that there are."""
+        processor = self._processor
+        own = {"eos_token": processor.eos_id(), "unk_token": processor.unk_id()}  # -1: it has none
+        named = {role: processor.IdToPiece(i) for role, i in own.items() if i >= 0} | settings
+        for token in _named(named):
+            if token.content not in self._ids:
+                token_id = self._piece_id(token.content)
+                self._add(token, len(self) if token_id is None else token_id)
+
+    def _own_or_named(self, role: str, settings: dict[str, Any]) -> int | None:
+        """The id of a role's token: as the checkpoint names it, else as the model does."""
+        token = _token(settings.get(f"{role}_token"), special=True)
+        if token:
+            return self._ids[token.content]
+        token_id = int(getattr(self._processor, f"{role}_id")())  # -1: the model has none
         return token_id if token_id >= 0 else None
+
+
+def _token(entry: Any, *, special: bool) -> AddedToken | None:
+    """An entry of the settings, a text or an object, as a token; None where it is neither."""
+    if isinstance(entry, str):
+        return AddedToken(entry, special) if entry else None
+    if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+        return None
+    flags = {name: bool(entry.get(name)) for name in ("lstrip", "rstrip")}
+    return AddedToken(entry["content"], special or bool(entry.get("special")), **flags)
+
+
+def _named(settings: dict[str, Any]) -> list[AddedToken]:
+    """The special tokens that the settings name, in the order in which transformers adds them."""
+    entries = [settings.get(f"{role}_token") for role in NAMED_TOKENS]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = settings.get(key)
+        entries += (
+            more.values() if isinstance(more, dict) else more if isinstance(more, list) else ()
+        )
+    tokens = (_token(entry, special=True) for entry in entries)
+    return [token for token in tokens if token]
+
+
+def _check_listed(path: Path, content: Any, token_id: Any) -> None:
+    valid = isinstance(content, str) and content and type(token_id) is int and token_id >= 0
+    if not valid:
+        raise ConfigError(
+            f"{path}: the added token {content!r} has the id {token_id!r}; a text and an integer "
+            "from 0 are expected"
+        )

@@ -6,8 +6,11 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
+
+from gptneox.engine.generation_config import NO_RULES, GenerationRules
 
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 100
@@ -124,13 +127,30 @@ class Sequence:
     finish_reason: str = ""  # "stop" | "length" | "abort"
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    rules: GenerationRules = NO_RULES  # of the checkpoint
+    eos_token_ids: Seq[int] = ()  # empty where end-of-text is ignored
 
     @classmethod
-    def create(cls, request_id: int, prompt_ids: Iterable[int], params: SamplingParams) -> Sequence:
+    def create(
+        cls,
+        request_id: int,
+        prompt_ids: Iterable[int],
+        params: SamplingParams,
+        rules: GenerationRules = NO_RULES,
+        eos_token_ids: Seq[int] = (),
+    ) -> Sequence:
         """A new, waiting sequence."""
-        token_ids = list(prompt_ids)
-        num_unscored = params.prompt_logprobs_start - 1
-        return cls(request_id, token_ids, params, len(token_ids), num_scored_tokens=num_unscored)
+        seq = cls(request_id, list(prompt_ids), params, 0, rules=rules)
+        seq.num_prompt_tokens = len(seq.token_ids)
+        seq.num_scored_tokens = params.prompt_logprobs_start - 1
+        seq.eos_token_ids = eos_token_ids
+        return seq
+
+    def restrict(self) -> tuple[Seq[int], set[int]]:
+        """What the next token must be one of, and must not be; see `GenerationRules`."""
+        return self.rules.restrict(
+            self.token_ids, self.num_prompt_tokens, self.max_tokens, self.eos_token_ids
+        )
 
     @property
     def output_ids(self) -> list[int]:

@@ -73,7 +73,10 @@ class GPTNeoXLM(TemplateLM):  # type: ignore[misc]  # lm_eval is optional and ha
         if str(batch_size).startswith("auto"):
             batch_size = min(AUTO_BATCH_SIZE, max_batch_size or AUTO_BATCH_SIZE)
         path = Path(pretrained).expanduser() if pretrained else EMBEDDED_CHECKPOINT
-        self._max_length = max_length or ModelConfig.from_pretrained(path).max_position_embeddings
+        config = ModelConfig.from_pretrained(path)
+        # One position less where `max_position_embeddings` below could not be raised by one.
+        longest = config.max_position_embeddings - config.rope_is_dynamic
+        self._max_length = max_length or longest
         options = {
             "model_path": path,
             "dtype": dtype,
@@ -128,7 +131,11 @@ class GPTNeoXLM(TemplateLM):  # type: ignore[misc]  # lm_eval is optional and ha
     @property
     def eot_token_id(self) -> int:
         """End of text."""
-        return int(self.tokenizer.eos_token_id)
+        named = self.tokenizer.eos_token_id
+        ids = self._engine.eos_token_ids if named is None else (named,)
+        if not ids:
+            raise ConfigError("neither the tokenizer nor config.json names an end-of-text token")
+        return int(ids[0])
 
     @property
     def prefix_token_id(self) -> int:

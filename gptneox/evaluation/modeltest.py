@@ -116,8 +116,6 @@ def apply(settings: Settings, plan: Plan) -> Settings:
     """The settings with what the arguments override."""
     engine = settings.engine
     positions = plan.max_position_embeddings or engine.max_position_embeddings
-    if plan.attention == "flash" and plan.max_position_embeddings:
-        raise ConfigError("max_position_embedding is not served by TYPE fa; leave it out")
     needed = max((i + o for i, o in plan.cases), default=0)
     limit = ModelConfig.from_pretrained(plan.model_path).max_position_embeddings
     extends = plan.mode.startswith("performance") and plan.attention == "paged" and not positions

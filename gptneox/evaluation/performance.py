@@ -21,6 +21,7 @@ from gptneox.checkpoint import rank_directory
 from gptneox.cli import Settings
 from gptneox.config import ConfigError, EngineSection, ModelConfig
 from gptneox.engine.flash_engine import FlashEngine
+from gptneox.engine.generation_config import NO_RULES
 from gptneox.engine.llm_engine import LLMEngine
 from gptneox.evaluation import report
 from gptneox.evaluation.timing import (
@@ -45,8 +46,8 @@ Case = tuple[int, int]  # input length, output length
 # Flags that [performance] decides, or that would do nothing here.
 _REFUSED_FLAGS = (
     "input_texts", "input_ids", "interactive", "stream", "output_file", "ignore_eos", "temperature",
-    "top_k", "top_p", "repetition_penalty", "seed", "stop", "max_output_length", "max_input_length",
-    "max_batch_size", "enable_prefix_caching",
+    "top_k", "top_p", "repetition_penalty", "seed", "stop", "stop_token_ids", "max_output_length",
+    "max_input_length", "max_batch_size", "enable_prefix_caching",
 )  # fmt: skip
 
 
@@ -133,9 +134,7 @@ def check_cases(settings: Settings, cases: Seq[Case]) -> None:
     config = ModelConfig.from_pretrained(
         rank_directory(settings.model_path, ranks, prefer_parts=flash)
     )
-    limit = config.max_position_embeddings
-    if not flash and settings.engine.max_position_embeddings:
-        limit = settings.engine.max_position_embeddings
+    limit = config.positions(settings.engine.max_position_embeddings)
     for input_len, output_len in cases:
         if input_len + output_len > limit:
             raise ConfigError(
@@ -163,15 +162,16 @@ def load(
     """The engine of the chosen path, with room for the largest case."""
     with_tokenizer = settings.args.load_tokenizer and not settings.performance.skip_decode
     if settings.attention == "flash":
-        return FlashStopwatch(
-            FlashEngine.from_pretrained(
-                settings.model_path,
-                backend,
-                group,
-                dtype=settings.model.dtype,
-                with_tokenizer=with_tokenizer,
-            )
+        flash = FlashEngine.from_pretrained(
+            settings.model_path,
+            backend,
+            group,
+            dtype=settings.model.dtype,
+            with_tokenizer=with_tokenizer,
+            max_position_embeddings=settings.engine.max_position_embeddings,
         )
+        flash.rules = NO_RULES  # nothing may end a row of the length to measure
+        return FlashStopwatch(flash)
     engine = LLMEngine.from_pretrained(
         settings.model_path,
         engine_section(settings, backend, group, cases, batch_size),
@@ -182,6 +182,7 @@ def load(
         trust_remote_code=settings.args.trust_remote_code,
         show_progress=True,
     )
+    engine.rules = NO_RULES
     return PagedStopwatch(engine)
 
 

@@ -37,7 +37,7 @@ CLASSES_NAME, SUBJECTS_NAME = "result_0_classes_acc.json", "result_0_subject_acc
 # Flags of --task inference that would have to change an accuracy, or do nothing here.
 _REFUSED_FLAGS = (
     "input_texts", "input_ids", "interactive", "stream", "output_file", "ignore_eos", "temperature",
-    "top_k", "top_p", "repetition_penalty", "seed", "stop", "max_output_length",
+    "top_k", "top_p", "repetition_penalty", "seed", "stop", "stop_token_ids", "max_output_length",
 )  # fmt: skip
 
 
@@ -55,9 +55,7 @@ def run(settings: Settings) -> None:
     backend, group = start(settings)
     path = rank_directory(settings.model_path, group, prefer_parts=settings.attention == "flash")
     config = ModelConfig.from_pretrained(path)
-    positions = config.max_position_embeddings
-    if settings.attention == "paged":
-        positions = settings.engine.max_position_embeddings or positions
+    positions = config.positions(settings.engine.max_position_embeddings)
     dtype, _ = backend.resolve_dtype(config.dtype, settings.model.dtype)
     protocol = describe_protocol(dataset, prompt_limit(dataset, positions))
     protocol |= {

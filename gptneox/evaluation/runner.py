@@ -125,7 +125,11 @@ def load_runner(
     """
     if settings.attention == "flash":
         engine = FlashEngine.from_pretrained(
-            settings.model_path, backend, group, dtype=settings.model.dtype
+            settings.model_path,
+            backend,
+            group,
+            dtype=settings.model.dtype,
+            max_position_embeddings=settings.engine.max_position_embeddings,
         )
         return FlashRunner(engine)
     section = replace(settings.engine, max_batch_size=batch_size)
