@@ -22,7 +22,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gptneox.files import explain, explain_place
+from gptneox.file_faults import explain, explain_place
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptneox.config import read_json
-from gptneox.files import explain, explain_place, is_there
+from gptneox.file_faults import explain, explain_place, is_there
 
 logger = logging.getLogger(__name__)
 

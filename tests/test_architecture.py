@@ -24,7 +24,7 @@ COLUMNS = (
     {"layers", "quantization", "kv_cache", "weight_files"},
     {"backends", "parallel"},
     {"config"},
-    {"files"},
+    {"file_faults"},
 )
 WITHOUT_TORCH = (
     *("engine/sequence.py", "engine/generation_config.py"),

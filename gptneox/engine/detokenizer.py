@@ -17,7 +17,7 @@ from gptneox.engine.sentencepiece_tokenizer import (
     SentencePieceTokenizer,
     read_settings,
 )
-from gptneox.files import explain_first
+from gptneox.file_faults import explain_first
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hostile import REPO
 
-from gptneox.files import explain, explain_first, explain_place, is_there
+from gptneox.file_faults import explain, explain_first, explain_place, is_there
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 138123456\n"
 
