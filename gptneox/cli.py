@@ -114,8 +114,9 @@ def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
     add("--top_p", type=float, help="keep the likeliest tokens up to this probability")
     add("--repetition_penalty", type=float, help="above 1: avoid repeating")
     add("--seed", type=int, help="same seed, same text")
-    add("--stop", nargs="+", default=[], metavar="TEXT", help="end before any of these strings")
-    add("--stop_token_ids", nargs="+", type=_ids, default=[], metavar="IDS",
+    add("--stop", nargs="+", action="extend", default=[], metavar="TEXT",
+        help="end before any of these strings")  # fmt: skip
+    add("--stop_token_ids", nargs="+", action="extend", type=_ids, default=[], metavar="IDS",
         help="end with any of these ids, as with end-of-text: 187 0, or 187,0")  # fmt: skip
 
 
@@ -160,8 +161,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--trust_remote_code", action="store_true", help="run a tokenizer's own code; not needed")
 
     group = parser.add_argument_group("input and output")
-    add("--input_texts", nargs="+", metavar="TEXT", help="prompts, or files that hold one each")
-    add("--input_ids", nargs="+", type=_ids, metavar="IDS", help="prompts as ids: 12092,13 510")
+    add("--input_texts", nargs="+", action="extend", metavar="TEXT",
+        help="prompts; the name of a file or pipe stands for its content, - for stdin")  # fmt: skip
+    add("--input_ids", nargs="+", action="extend", type=_ids, metavar="IDS",
+        help="prompts as ids: 12092,13 510")  # fmt: skip
     add("--load_tokenizer", type=_boolean, default=True, metavar="BOOL",
         help="False: --input_ids in, ids out")  # fmt: skip
     add("--interactive", action="store_true", help="read prompts from the terminal")

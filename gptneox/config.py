@@ -8,7 +8,9 @@ command-line flag > environment variable > config.ini > default.
 from __future__ import annotations
 
 import ast
+import codecs
 import configparser
+import io
 import json
 import logging
 import math
@@ -24,6 +26,7 @@ from gptneox.file_faults import explain, explain_place
 
 logger = logging.getLogger(__name__)
 
+USER_FOLDER = "gptneox-ascend"  # in the folders where a user's programs keep their files
 EMBEDDED_CHECKPOINT = Path(__file__).resolve().parent.parent / "weights" / "neox-mini"
 
 # Activations that GPT-NeoX checkpoints name (as in transformers' ACT2FN) -> operator.
@@ -317,6 +320,52 @@ def _without_json(path: Path) -> str:
     return "holds none"
 
 
+# -- text files ----------------------------------------------------------------------------------
+
+# The marks that Windows programs put before a text; UTF-32's begins with UTF-16's.
+_BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def read_text(path: Path, *, newline: str | None = None) -> str:
+    """A text file of the user's in UTF-8, without the byte-order mark that it may begin with.
+
+    Args:
+        path: anything that can be opened and read to its end; a pipe, too.
+        newline: as of `open`: None makes every line end a line feed, "" keeps them.
+
+    Raises:
+        ConfigError: it is in another encoding, which is named where it can be told.
+        OSError: it cannot be read.
+    """
+    return decode_text(path.read_bytes(), str(path), newline=newline)
+
+
+def decode_text(data: bytes, origin: str, *, newline: str | None = None) -> str:
+    """`read_text` of bytes that were read before; `origin` is named in errors."""
+    name = next((n for mark, n in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "")
+    head = data[:4096]
+    if len(data) % 2 == 0 and max(head[::2].count(0), head[1::2].count(0)) > len(head) / 5:
+        name = name or "UTF-16"  # mostly of Latin letters: every second byte is zero
+    if name:
+        raise ConfigError(
+            f"{origin} is {name}; UTF-8 is expected: save it as UTF-8, or convert it with "
+            f"iconv -f {name} -t UTF-8"
+        )
+    try:
+        text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{origin} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8, or "
+            "convert it with iconv -f ENCODING -t UTF-8 (such as LATIN1, GB18030 or SHIFT_JIS)"
+        ) from error
+    return io.StringIO(text, newline=newline).getvalue()
+
+
 # -- config.ini, flags and environment -----------------------------------------------------------
 
 
@@ -509,15 +558,18 @@ def read_ini(path: Path) -> dict[str, dict[str, str]]:
         FileNotFoundError: `path` does not exist.
         ConfigError: unreadable, or a section or key that no dataclass knows.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no settings file {path}; see config.ini in the repository")
+    if path.is_dir() or not path.exists():
+        state = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"no settings file: {path} {state}; see config.ini in the repository"
+        )
     # No default section: [DEFAULT] is unknown like any other that no dataclass stands for.
     parser = configparser.ConfigParser(
         interpolation=None, inline_comment_prefixes=(";", "#"), default_section=""
     )
     try:
-        parser.read_string(path.read_text(encoding="utf-8"), source=str(path))
-    except (configparser.Error, UnicodeDecodeError) as error:
+        parser.read_string(read_text(path), source=str(path))
+    except configparser.Error as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     sections: dict[str, dict[str, str]] = {}
     for name in parser.sections():
@@ -623,6 +675,7 @@ class Environment:
     modeltest_log_to_file: bool = False  # MODELTEST_LOG_TO_FILE: also log under outputs/logs
     cpu_kernels: str = "auto"  # GPTNEOX_CPU_KERNELS: on refuses to go without, off is plain torch
     cache_home: str = ""  # XDG_CACHE_HOME; empty: .cache in the home folder
+    state_home: str = ""  # XDG_STATE_HOME; empty: .local/state in the home folder
     home: str = ""  # HOME; empty: as the system's list of users says
     cxx: str = ""  # CXX: the compiler of the CPU kernels
 
@@ -687,6 +740,7 @@ class Environment:
             cpu_kernels=kernels,
             cache_home=environ.get("XDG_CACHE_HOME", ""),
             home=environ.get("HOME", ""),
+            state_home=environ.get("XDG_STATE_HOME", ""),
             cxx=environ.get("CXX", ""),
         )
 

@@ -13,14 +13,8 @@ from gptneox.cli import Settings
 from gptneox.config import ConfigError
 from gptneox.engine.flash_engine import FlashEngine, FlashOutput
 from gptneox.engine.llm_engine import RequestOutput
-from gptneox.inference import (
-    Printer,
-    check_results,
-    encode,
-    read_prompts,
-    start,
-    write_output_file,
-)
+from gptneox.inference import Printer, check_results, start, write_output_file
+from gptneox.prompts import encode, make_prompts, read_texts
 
 WARM_UP_PROMPT = "Hamlet->Shakespeare\nOne Hundred Years of Solitude->"
 DEMO_PROMPTS = ("How to learn a new language?", "The CEO of Google is")
@@ -43,6 +37,8 @@ def run(settings: Settings) -> None:
     )
     check_results(settings)
     backend, group = start(settings)
+    is_demo = not (args.input_texts or args.input_ids)
+    texts = [] if is_demo else read_texts(settings, group)
     engine = FlashEngine.from_pretrained(
         settings.model_path,
         backend,
@@ -52,10 +48,10 @@ def run(settings: Settings) -> None:
         max_position_embeddings=settings.engine.max_position_embeddings,
     )
     out = sys.stdout if group.rank == 0 else None
-    if not (args.input_texts or args.input_ids):
+    if is_demo:
         demonstrate(engine, generate_options(settings, engine, demo=True), out)
         return
-    prompts = read_prompts(settings, engine.tokenizer)
+    prompts = make_prompts(settings, texts, engine.tokenizer)
     options = generate_options(settings, engine, demo=False)
     size = settings.engine.max_batch_size
     outputs: list[FlashOutput] = []

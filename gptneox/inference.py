@@ -9,27 +9,26 @@ import io
 import json
 import logging
 import os
-import select as posix_select
-import signal
 import sys
 import time
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
 
 from gptneox.backends import select
 from gptneox.backends.base import Backend
 from gptneox.backends.binding import bind
-from gptneox.cli import DEFAULT_PROMPT, Settings
-from gptneox.config import ConfigError
+from gptneox.cli import Settings
 from gptneox.engine.flash_engine import FlashOutput
 from gptneox.engine.llm_engine import EngineStats, LLMEngine, RequestOutput
 from gptneox.engine.sequence import SamplingParams
 from gptneox.files import check_writable, lock, write_file
 from gptneox.parallel import TensorParallelGroup, init_group
+from gptneox.prompts import Prompt, encode, make_prompts, read_texts
+from gptneox.terminal import Interrupts, LineEditor
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +45,6 @@ BENCHMARK_COLUMNS = (
     "max_generate_batch_size",
     "prefill_average_time(ms)",
 )
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One input: its ids, and how it is shown."""
-
-    ids: list[int]
-    shown: str
 
 
 def start(settings: Settings) -> tuple[Backend, TensorParallelGroup]:
@@ -80,11 +71,12 @@ def run(settings: Settings) -> None:
     environment = settings.environment
     check_results(settings)
     backend, group = start(settings)
+    texts = [] if settings.args.interactive else read_texts(settings, group)
     engine = load_engine(settings, backend, group)
     if settings.args.interactive:
-        interact(engine, settings.sampling)
+        interact(engine, settings)
         return
-    prompts = read_prompts(settings, engine.tokenizer)
+    prompts = make_prompts(settings, texts, engine.tokenizer)
     params = [fit_output_length(settings, engine, p) for p in prompts]
     if environment.benchmark_enabled:
         engine.generate([p.ids for p in prompts], [replace(q, max_new_tokens=2) for q in params])
@@ -138,55 +130,6 @@ def load_engine(settings: Settings, backend: Backend, group: TensorParallelGroup
         engine.settings.block_size,
     )
     return engine
-
-
-def read_prompts(settings: Settings, tokenizer: Any) -> list[Prompt]:
-    """--input_ids if given, else --input_texts; a text that names a file stands for its content.
-
-    Raises:
-        ConfigError: a text is empty or not valid Unicode.
-    """
-    args = settings.args
-    if args.input_ids:
-        return [Prompt(ids, ",".join(map(str, ids))) for ids in args.input_ids]
-    prompts = []
-    for i, text in enumerate(args.input_texts or [DEFAULT_PROMPT]):
-        content = _file_content(text)
-        content = text if content is None else content
-        prompts.append(Prompt(encode(tokenizer, content, f"prompt {i}"), content))
-    return prompts
-
-
-def _file_content(text: str) -> str | None:
-    """What the file called `text` holds, None when there is none."""
-    try:
-        if not Path(text).is_file():
-            return None
-    except (OSError, ValueError):  # too long for a name, a NUL byte: an ordinary text
-        return None
-    try:
-        return Path(text).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"file {text} is not UTF-8: {error.reason} at byte {error.start}; convert it first"
-        ) from error
-
-
-def encode(tokenizer: Any, text: str, what: str) -> list[int]:
-    """Token ids of a prompt, without added special tokens.
-
-    Raises:
-        ConfigError: empty, or not valid Unicode.
-    """
-    if not text:
-        raise ConfigError(f"{what} is empty; give a text, or --input_ids 0 to start from nothing")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"{what} is not valid Unicode: {error.reason} at {error.start}"
-        ) from error
-    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def fit_output_length(settings: Settings, engine: LLMEngine, prompt: Prompt) -> SamplingParams:
@@ -268,86 +211,19 @@ def answer(
 # -- the prompt loop -----------------------------------------------------------------------------
 
 
-class Interrupts:
-    """Ctrl-C during the prompt loop: it ends the reading of a line, anything else only notes it.
-
-    So a step is never torn in the middle, and no moment of the loop lets it end the program.
-    """
-
-    def __init__(self) -> None:
-        self.noted = False
-        self._reading = False
-        self._before: Any = None
-        self._wake = self._woken = -1  # the two ends of a pipe that every signal writes to
-        self._wake_before = -1
-
-    def __enter__(self) -> Interrupts:
-        self._woken, self._wake = os.pipe()
-        for end in (self._woken, self._wake):
-            os.set_blocking(end, False)
-        self._wake_before = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
-        self._before = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-        signal.set_wakeup_fd(self._wake_before)
-        os.close(self._wake)
-        os.close(self._woken)
-
-    def _handle(self, *_: object) -> None:
-        if self._reading:
-            raise KeyboardInterrupt
-        self.noted = True
-
-    def _wait_for_line(self) -> None:
-        """Return when a line is there, so that `input` need not wait.
-
-        Python's handler of a signal that comes just before `input` waits would run only after
-        the wait. Here such a signal has written to the pipe, and the wait ends at once.
-        """
-        if not sys.stdin.isatty():
-            return
-        while sys.stdin not in posix_select.select([sys.stdin, self._woken], [], [])[0]:
-            with contextlib.suppress(BlockingIOError):
-                os.read(self._woken, 4096)
-
-    def read_line(self) -> str | None:
-        """One line from the user; None at the end of the input."""
-        while True:
-            # input() itself would ask on stderr, among the log lines
-            print("> ", end="", flush=True)
-            try:
-                self._reading = True
-                if self.noted:
-                    raise KeyboardInterrupt
-                self._wait_for_line()
-                return input()
-            except UnicodeDecodeError as error:
-                self._reading = False
-                print(f"error: the line is not UTF-8: {error.reason} at byte {error.start}")
-            except EOFError:
-                self._reading = False
-                print()
-                return None
-            except KeyboardInterrupt:
-                self._reading = self.noted = False
-                print("\n(/exit or Ctrl-D ends)")
-            finally:
-                self._reading = False
-
-
-def interact(engine: LLMEngine, params: SamplingParams) -> None:
+def interact(engine: LLMEngine, settings: Settings) -> None:
     """Read a prompt, stream its continuation, again; every prompt stands alone.
 
     Ctrl-C stops the answer, not the program; /exit or Ctrl-D ends it.
     """
-    group = engine.model.group
+    group, params = engine.model.group, settings.sampling
+    editor = None
     if group.rank == 0:
+        editor = LineEditor(settings.environment.state_home)
         print("Each line is continued by the model. Ctrl-C stops an answer, /exit ends.")
     with Interrupts() as interrupts:
         while True:
-            text = group.broadcast_object(interrupts.read_line() if group.rank == 0 else None)
+            text = group.broadcast_object(interrupts.read_line(editor) if editor else None)
             if text is None or text.strip() in ("/exit", "/quit"):
                 return
             if not text:

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Helpers of the property and robustness tests: a cache oracle, tiny files, a command runner."""
+"""Helpers of the property and robustness tests: a cache oracle, tiny files, running commands."""
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
+import pty
+import select
 import shutil
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import torch
@@ -202,3 +207,48 @@ def run_main(*argv: str, cwd: Path, **environ: str) -> subprocess.CompletedProce
     )
     out, err = done.stdout.decode(), done.stderr.decode()
     return subprocess.CompletedProcess(done.args, done.returncode, out, err)
+
+
+class Terminal:
+    """A Python program on a terminal of its own, whose output is what the terminal shows."""
+
+    def __init__(self, *argv: str | Path, cwd: Path, **environ: str) -> None:
+        self.main_fd, terminal = pty.openpty()
+
+        def take_terminal() -> None:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        self.process = subprocess.Popen(
+            [sys.executable, *map(str, argv)],
+            cwd=cwd,
+            env=clean_environ(**({"TERM": "dumb", "XDG_STATE_HOME": str(cwd)} | environ)),
+            stdin=terminal,
+            stdout=terminal,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=take_terminal,  # noqa: PLW1509
+        )
+        os.close(terminal)
+        self.seen = ""
+        self._raw = b""
+
+    def type(self, text: str | bytes) -> None:
+        os.write(self.main_fd, text if isinstance(text, bytes) else text.encode())
+
+    def wait_for(self, text: str, timeout: float = 60) -> str:
+        """Everything up to the next `text`."""
+        end = time.monotonic() + timeout
+        while text not in self.seen:
+            left = end - time.monotonic()
+            assert left > 0, f"{text!r} did not come; seen: {self.seen[-500:]!r}"
+            if select.select([self.main_fd], [], [], left)[0]:
+                self._raw += os.read(self.main_fd, 65536)
+                self.seen, self._raw = self.seen + self._raw.decode(errors="ignore"), b""
+        before, _, self.seen = self.seen.partition(text)
+        return before
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(timeout=10)
+        os.close(self.main_fd)

@@ -16,7 +16,8 @@ from hostile import REPO
 # From the front door to the foundation: a module imports from its own line or one further down.
 COLUMNS = (
     {"main", "cut_model_util", "tools"},
-    {"server", "evaluation", "inference", "flash_inference", "cli", "doctor"},
+    {"server", "evaluation", "inference", "flash_inference", "doctor"}
+    | {"prompts", "terminal", "cli"},
     {"engine"},
     {"modeling_gpt_neox_ascend"},  # the adapter to transformers, which the flash path loads
     {"model", "checkpoint", "cut"},

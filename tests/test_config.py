@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 from dataclasses import fields
 from pathlib import Path
@@ -30,6 +31,7 @@ from gptneox.config import (
     parse_device_ids,
     read_ini,
     read_json,
+    read_text,
 )
 
 BASE: dict[str, Any] = {
@@ -431,6 +433,40 @@ def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "binary.ini").write_bytes(b"[model]\nmodel_path = \xff\xfe\n")
     with pytest.raises(ConfigError, match=r"binary\.ini"):
         read_ini(tmp_path / "binary.ini")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_as_windows_programs_save_it(tmp_path: Path, end: str) -> None:
+    text = f"[model]{end}model_path = /重み{end}"
+    path = tmp_path / "my.ini"
+    path.write_bytes(text.encode("utf-8-sig"))
+    assert read_ini(path) == {"model": {"model_path": "/重み"}}
+    path.write_bytes(text.encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"my\.ini is UTF-16; .* iconv -f UTF-16"):
+        read_ini(path)
+
+
+def test_a_pipe_is_read_and_a_folder_is_no_settings_file(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"[engine]\nblock_size = 64\n")
+    os.close(writer)
+    assert read_ini(Path(f"/dev/fd/{reader}")) == {"engine": {"block_size": "64"}}
+    os.close(reader)
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        read_ini(tmp_path)
+
+
+def test_texts_keep_what_is_theirs(tmp_path: Path) -> None:
+    """A mark inside a text, zeros and line ends; only what stands before the text goes."""
+    path = tmp_path / "text"
+    path.write_bytes("\ufeffa\ufeff\0b\r\nc\rd\n".encode())
+    assert read_text(path) == "a\ufeff\0b\nc\nd\n"
+    assert read_text(path, newline="") == "a\ufeff\0b\r\nc\rd\n"
+    path.write_bytes(b"{\0}\0")
+    with pytest.raises(ConfigError, match="UTF-16"):
+        read_text(path)
+    path.write_bytes(b"{\0}")
+    assert read_text(path) == "{\0}"
 
 
 def test_a_file_of_5_megabytes_is_refused_quickly(tmp_path: Path) -> None:

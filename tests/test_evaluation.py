@@ -175,7 +175,8 @@ def test_subjects() -> None:
 
 def test_boolq_prompt(tmp_path: Path) -> None:
     row = {"title": "Tide", "passage": "Water rises.", "question": "is it wet", "answer": True}
-    (tmp_path / "dev.jsonl").write_text(json.dumps(row) + "\n\n", encoding="utf-8")
+    text = json.dumps(row) + "\r\n\r\n"
+    (tmp_path / "dev.jsonl").write_bytes(text.encode("utf-8-sig"))  # as Windows programs save it
     (question,) = datasets.read_boolq(tmp_path).questions
     (prompt,) = question.prompts()
     assert prompt == "Tide -- Water rises.\nQuestion: is it wet?\nAnswer:"
@@ -253,7 +254,8 @@ def test_gsm8k(tmp_path: Path) -> None:
         (b"q,a,b,c,d,A\nq,a,b,c,d,E\n", "line 2: the answer is 'E'"),
         (b'"two\nlines",a,b,c,d,A\nq,a,b,c,d,\n', "line 3: the answer is ''"),
         (b'q,a,b,c,d,A\n"open,a,b,c,d,A\n', "after row 1"),
-        (b"\xff,a,b,c,d,A\n", "after row 0"),
+        (b"\xff,a,b,c,d,A\n", "not UTF-8"),
+        ("q,a,b,c,d,A\n".encode("utf-16"), "is UTF-16"),
         (b"question,A,B,C,D,answer\n", "line 1: the answer is 'answer'"),
     ],
 )
@@ -274,10 +276,12 @@ def test_malformed_csv(tmp_path: Path, content: bytes, message: str) -> None:
         ("\n[1]", "line 2: list"),
         ("{", "line 1: not JSON"),
         ("", "no questions"),
+        ("\ufeff{}", "is UTF-16"),
     ],
 )
 def test_malformed_boolq(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "dev.jsonl").write_text(content, encoding="utf-8")
+    encoding = "utf-16-le" if content.startswith("\ufeff") else "utf-8"
+    (tmp_path / "dev.jsonl").write_text(content, encoding=encoding)
     with pytest.raises(ConfigError, match=message):
         datasets.read_boolq(tmp_path)
 

@@ -105,6 +105,23 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Any:
             generation_kwargs={"until": ["e", "\n\n"], "max_gen_toks": 12},
             metric_list=[{"metric": "exact_match"}],
         ),
+        json_task(
+            "neutral_form",
+            folder / "choice.jsonl",
+            output_type="generate_until",
+            doc_to_text="{{question}}",
+            doc_to_target="answer",
+            generation_kwargs={
+                "until": [],
+                "max_new_tokens": 9,
+                "num_beams": 1,
+                "do_sample": False,
+                "temperature": 1.0,
+                "top_p": 0.5,
+                "no_repeat_ngram_size": 0,
+            },
+            metric_list=[{"metric": "exact_match"}],
+        ),
     ]
     for task in made:  # JSON is YAML
         (folder / f"{task['task']}.yaml").write_text(json.dumps(task), encoding="utf-8")
@@ -134,6 +151,7 @@ def both(
                     "ending_form",
                     "rolling_form",
                     "generate_form",
+                    "neutral_form",
                 ],
                 task_manager=tasks,
                 batch_size=4,
@@ -180,10 +198,28 @@ def test_rolling(both: list[dict[str, Any]], record_property: Any) -> None:
         assert values[1] == pytest.approx(values[0], rel=1e-5)
 
 
-def test_generation(both: list[dict[str, Any]]) -> None:
-    expected, actual = (result["samples"]["generate_form"] for result in both)
+@pytest.mark.parametrize("form", ["generate_form", "neutral_form"])
+def test_generation(both: list[dict[str, Any]], form: str) -> None:
+    expected, actual = (result["samples"][form] for result in both)
     for ours, theirs in zip(actual, expected, strict=True):
         assert ours["resps"] == theirs["resps"]
+
+
+def test_an_empty_context_is_one_answer_of_many(tmp_path: Path) -> None:
+    """It is continued as a text that begins: after the token that stands before every text."""
+    from lm_eval.api.instance import Instance
+
+    from gptneox.evaluation.lm_eval_model import GPTNeoXLM
+
+    path = questions.write_model(tmp_path / "model", positions=POSITIONS)
+    model = GPTNeoXLM(str(path), device="cpu", block_size=16)
+    begin = model.tokenizer.decode([model.prefix_token_id])
+    texts = ("", begin, "one two")
+    options = {"max_gen_toks": 6, "until": []}
+    instances = [Instance("generate_until", {}, (text, dict(options)), 0) for text in texts]
+    empty, begun, other = model.generate_until(instances, disable_tqdm=True)
+    assert empty == begun
+    assert other == model.generate_until(instances[2:], disable_tqdm=True)[0]
 
 
 def test_command_line(tmp_path: Path, tasks: Any) -> None:

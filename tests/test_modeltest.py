@@ -136,7 +136,7 @@ def test_prompts(weights: Path, tmp_path: Path) -> None:
     assert plan.prompts == ("hello", "a b")
     assert plan.cases == ((256, 256),)
     file = tmp_path / "prompts.txt"
-    file.write_text("one\ntwo words\n\n")
+    file.write_bytes("one\r\ntwo words\r\n\r\n".encode("utf-8-sig"))  # as Windows saves it
     plan = plan_of(f"fa performance_single [[8,4]] {file} 2 {MODEL} W 1", weights)
     assert plan.prompts == ("one", "two words")
     assert (plan.cases, plan.batch_size) == (((8, 4),), 2)

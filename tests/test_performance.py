@@ -477,6 +477,22 @@ def test_compare_shows_ratios(cli: Callable[..., Result], tmp_path: Path) -> Non
         assert "only in A: 1 x [8,8]" in done.out
 
 
+def test_compare_reads_what_a_spreadsheet_or_a_pipe_gives(tmp_path: Path) -> None:
+    expected = read_result(write_csv(tmp_path / "a.csv", (1, 16, 8, 2.0, 40.0, 10.0, 0, 0)))
+    text = (tmp_path / "a.csv").read_text()
+    saved = tmp_path / "saved.csv"
+    saved.write_bytes(text.replace("\n", "\r\n").encode("utf-8-sig"))
+    assert read_result(saved)["cases"] == expected["cases"]
+    reader, writer = os.pipe()
+    os.write(writer, text.encode())
+    os.close(writer)
+    assert read_result(Path(f"/dev/fd/{reader}"))["cases"] == expected["cases"]
+    os.close(reader)
+    saved.write_bytes(text.encode("utf-16"))
+    with pytest.raises(ConfigError, match="is UTF-16"):
+        read_result(saved)
+
+
 def test_compare_says_what_is_wrong(cli: Callable[..., Result], tmp_path: Path) -> None:
     mine = write_csv(tmp_path / "performance_test_a.csv", (1, 16, 8, 2.0, 40.0, 10.0, 0, 0))
     other = write_csv(tmp_path / "other.csv", (4, 16, 8, 2.0, 40.0, 10.0, 0, 0))

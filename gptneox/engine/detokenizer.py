@@ -42,17 +42,17 @@ def load_tokenizer(model_path: Path, vocab_size: int, *, trust_remote_code: bool
     names = ("tokenizer.json", *MODEL_NAMES, "vocab.json", "merges.txt")
     try:
         tokenizer = _load(model_path, names, trust_remote_code)
-    except ConfigError as error:
+    except (ConfigError, FileNotFoundError) as error:
         files = (*names, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
         if reason := explain_first(model_path / name for name in files):
-            raise ConfigError(reason) from error
+            raise type(error)(reason) from error
         raise
     _check_size(tokenizer, model_path, vocab_size)
     return tokenizer
 
 
 def _load(model_path: Path, names: Seq[str], trust_remote_code: bool) -> Any:
-    """The tokenizer of the files `names` that are there."""
+    """The tokenizer of the files that are there, `names` being those of which one is needed."""
     found = {name for name in names if (model_path / name).is_file()}
     settings = read_settings(model_path)
     if trust_remote_code and "AutoTokenizer" in (settings.get("auto_map") or ()):
@@ -61,8 +61,6 @@ def _load(model_path: Path, names: Seq[str], trust_remote_code: bool) -> Any:
         return _load_fast(model_path, settings, with_json="tokenizer.json" in found)
     if found & set(MODEL_NAMES):
         return SentencePieceTokenizer(model_path)
-    if reason := explain_first(model_path / name for name in names):
-        raise FileNotFoundError(reason)
     if found:
         lacking = "merges.txt" if "vocab.json" in found else "vocab.json"
         raise FileNotFoundError(
@@ -70,8 +68,8 @@ def _load(model_path: Path, names: Seq[str], trust_remote_code: bool) -> Any:
             f"copy {lacking} there, or tokenizer.json, which is enough by itself"
         )
     raise FileNotFoundError(
-        f"no tokenizer in {model_path}: none of {', '.join(names[:-1])}; copy the tokenizer "
-        "files of the checkpoint there, or use --input_ids with --load_tokenizer False"
+        f"no tokenizer in {model_path}: none of {', '.join(names[:-1])}; copy the checkpoint's "
+        "tokenizer files there, or use --input_ids with --load_tokenizer False"
     )
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gptneox.config import ConfigError
+from gptneox.config import ConfigError, read_text
 from gptneox.evaluation.scoring import (
     LETTERS,
     GenerationScorer,
@@ -120,14 +120,13 @@ def read_choice_rows(path: Path, *, header: bool) -> list[ChoiceRow]:
         ConfigError: a row is malformed; the message names file and line.
     """
     rows = []
+    reader = csv.reader(io.StringIO(read_text(path, newline=""), newline=""), strict=True)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            for i, cells in enumerate(reader):
-                if cells and not (header and i == 0):
-                    where = f"{path}, line {reader.line_num}"
-                    rows.append(_choice_row(cells[1:7] if header else cells, where))
-    except (csv.Error, UnicodeDecodeError) as error:
+        for i, cells in enumerate(reader):
+            if cells and not (header and i == 0):
+                where = f"{path}, line {reader.line_num}"
+                rows.append(_choice_row(cells[1:7] if header else cells, where))
+    except csv.Error as error:
         raise ConfigError(f"{path}, after row {len(rows)}: {error}") from error
     return rows
 
@@ -367,12 +366,8 @@ def _files(folder: Path, pattern: str, what: str) -> list[Path]:
 
 def _json_lines(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     """(where, object) of each line that is not blank."""
-    try:
-        lines = re.split(r"\r?\n", path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8: {error}") from error
     found = False
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import sys
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from importlib.util import find_spec
 from itertools import islice
@@ -35,12 +34,11 @@ from tqdm import tqdm
 from gptneox.cli import read_settings
 from gptneox.config import EMBEDDED_CHECKPOINT, ConfigError, ModelConfig
 from gptneox.engine.llm_engine import RequestOutput
-from gptneox.engine.sequence import MAX_STOP_STRINGS, SamplingParams
+from gptneox.engine.sequence import SamplingParams
+from gptneox.evaluation.lm_eval_options import MAX_GEN_TOKS, read_options
 from gptneox.inference import load_engine, start
 
 AUTO_BATCH_SIZE = 16
-MAX_GEN_TOKS = 256  # where a task does not say, as the Hugging Face backend
-_LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 # What `_loglikelihood_tokens` is given: texts (unused), context ids, continuation ids.
 TokenRequest = tuple[Any, list[int], list[int]]
@@ -260,14 +258,17 @@ class GPTNeoXLM(TemplateLM):  # type: ignore[misc]  # lm_eval is optional and ha
         work, stops = [], []
         for request in requests:
             context, options = request.args
-            params, stop = self._sampling(options)
+            # As for a likelihood, something has to stand before a text that has no context.
+            token_ids = self.tok_encode(context) or [self.prefix_token_id]
+            params, stop = read_options(options, len(token_ids))
             room = self.max_length - params.max_new_tokens
             if room < 1:
                 raise ValueError(
                     f"max_gen_toks is {params.max_new_tokens}; fewer than the model's "
-                    f"{self.max_length} positions are expected"
+                    f"{self.max_length} positions are expected (--gen_kwargs max_gen_toks=N "
+                    "overrides the task)"
                 )
-            work.append((self.tok_encode(context)[-room:], params))
+            work.append((token_ids[-room:], params))
             stops.append(stop)
         outputs = self._run(work, "texts", disable_tqdm)
         texts = []
@@ -276,34 +277,6 @@ class GPTNeoXLM(TemplateLM):  # type: ignore[misc]  # lm_eval is optional and ha
             self.cache_hook.add_partial("generate_until", request.args, text)
             texts.append(text)
         return texts
-
-    def _sampling(self, options: dict[str, Any]) -> tuple[SamplingParams, list[str]]:
-        """The engine's parameters and the stop strings of a task's generation_kwargs.
-
-        Raises:
-            ConfigError: an option that would change the text is not known.
-        """
-        options = dict(options)
-        until = options.pop("until", None) or []
-        stop = [until] if isinstance(until, str) else [text for text in until if text]
-        lengths = [options.pop(name, None) for name in _LENGTH_NAMES]
-        num_new = next((int(n) for n in lengths if n is not None), self.max_gen_toks)
-        temperature = options.pop("temperature", None)
-        do_sample = options.pop("do_sample", None)
-        if not (bool(temperature) if do_sample is None else do_sample):
-            temperature = 0.0
-        chosen: dict[str, Any] = {"temperature": 1.0 if temperature is None else float(temperature)}
-        kinds: dict[str, Callable[[Any], Any]] = {
-            "top_k": int, "top_p": float, "repetition_penalty": float, "seed": int,
-        }  # fmt: skip
-        for name, kind in kinds.items():
-            if options.get(name) is not None:
-                chosen[name] = kind(options[name])
-            options.pop(name, None)
-        if options:
-            raise ConfigError(f"generation option {', '.join(options)} is not served")
-        shown = tuple(stop[:MAX_STOP_STRINGS])  # any further ones only cut the finished text
-        return SamplingParams(max_new_tokens=num_new, stop=shown, **chosen), stop
 
 
 def main() -> None:

@@ -37,8 +37,9 @@ from gptneox.evaluation.runner import load_runner
 from gptneox.evaluation.scoring import Result, evaluate
 from gptneox.evaluation.timing import Stopwatch, Timing, max_over_ranks, random_prompts
 from gptneox.files import check_writable, write_file
-from gptneox.inference import encode, start
+from gptneox.inference import start
 from gptneox.parallel import TensorParallelGroup
+from gptneox.prompts import encode
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptneox.config import ConfigError, ModelConfig
+from gptneox.config import ConfigError, ModelConfig, read_text
 
 TYPES = {"pa_fp16": "float16", "pa_bf16": "bfloat16", "fa": ""}
 DATASETS = ("BoolQ", "MMLU", "CEval", "CMMLU", "GSM8K")
@@ -303,8 +303,8 @@ def _prompts(word: str) -> tuple[str, ...]:
     """A literal list of texts, or the lines of a file."""
     if not word.startswith("["):
         try:
-            lines = Path(word).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = read_text(Path(word)).splitlines()
+        except (OSError, ConfigError) as error:
             raise ConfigError(
                 f'input_text_or_file {word!r} is neither a list like ["hello","hi"] nor a text '
                 f"file that can be read: {error}"

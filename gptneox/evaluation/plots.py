@@ -15,6 +15,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from gptneox.config import read_text
 from gptneox.evaluation.report import title
 from gptneox.files import write_file
 
@@ -59,7 +60,7 @@ def _same_model(data: Path, result: Mapping[str, Any]) -> list[Mapping[str, Any]
     found: dict[int, Mapping[str, Any]] = {}
     for path in sorted(data.parent.glob("*.json"), key=lambda p: p.stat().st_mtime_ns):
         try:
-            other = json.loads(path.read_text(encoding="utf-8"))
+            other = json.loads(read_text(path))
         except (ValueError, OSError):
             continue
         if isinstance(other, dict) and all(other.get(key) == result[key] for key in same):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gptneox.cli import Settings
-from gptneox.config import ConfigError
+from gptneox.config import ConfigError, read_text
 from gptneox.files import check_writable, is_regular, write_file
 
 logger = logging.getLogger(__name__)
@@ -227,13 +227,14 @@ def read_result(path: Path) -> dict[str, Any]:
                 "name a file"
             )
         path = max(found, key=lambda p: (p.stat().st_mtime_ns, p.suffix == ".json"))
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no performance result {path}; give a CSV, a JSON or a directory")
     if path.suffix != ".json" and json_path(path).is_file():
         path = json_path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        result = _parse_json(text) if path.suffix == ".json" else _parse_csv(text)
+        text = read_text(path)
+        is_json = path.suffix == ".json" or text.lstrip().startswith("{")
+        result = _parse_json(text) if is_json else _parse_csv(text)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} is no result of --task performance: {error}; give its CSV or JSON"
