@@ -690,3 +690,36 @@ def test_every_requirement_is_pinned() -> None:
         assert f"\n{exact.lower().replace('-', '_')}\n" in pins
     for name in ["torch", "transformers", "safetensors", "sentencepiece", "hypothesis"]:
         assert f"\n{name}==" in pins
+
+
+# --- run_tests.sh
+
+
+@pytest.mark.parametrize("left", ["", "weights/mini/part_model/", "notes.txt", "config.ini"])
+def test_what_the_tests_leave_is_a_failure(left: str, tmp_path: Path) -> None:
+    """Also an empty folder and a changed file, whatever git ignores."""
+    root = tmp_path / "a checkout"
+    shutil.copytree(REPO / "scripts", root / "scripts")
+    (root / "tests").mkdir()
+    for name in ("tests/run_tests.sh", "constraints.txt", "pyproject.toml", "config.ini"):
+        shutil.copy(REPO / name, root / name)
+    (root / "gptneox").symlink_to(REPO / "gptneox")
+    leave = f"mkdir -p {left}" if left.endswith("/") else f"echo >>{left or '/dev/null'}"
+    write_program(tmp_path / "bin" / "shellcheck", "")
+    python = write_program(
+        tmp_path / "bin" / "python",
+        'if [[ ${2-} == *get_path* ]]; then dirname "$0"; exit; fi\n'
+        f'if [[ $1 == -c ]]; then exec {shlex.quote(sys.executable)} "$@"; fi\n'
+        f"if [[ $2 == pytest ]]; then mkdir .pytest_cache; {leave}; fi",
+    )
+    done = subprocess.run(
+        ["bash", root / "tests" / "run_tests.sh"],
+        env=clean_environment() | {"PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == (1 if left else 0), done.stdout + done.stderr
+    verdict = next(line for line in done.stdout.splitlines() if line.startswith("tree "))
+    assert ("FAILED" in verdict) == bool(left)
+    assert f"> ./{left}" in done.stdout or not left
