@@ -5,8 +5,8 @@
     python cut_model_util.py --input_path MODEL --output_path MODEL/part_model --world_size 2
     python cut_model_util.py --merge --input_path MODEL/part_model --output_path JOINED
 
-Exit status: 0 done, 1 failed, 2 wrong usage; with --check 3: a cut of ours, but not a complete one
-of this model, so that --recut replaces it.
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted; with --check 3: a cut of ours, but no
+complete one of this model, so that --recut replaces it.
 """
 
 import argparse
@@ -45,6 +45,9 @@ def main(argv: list[str]) -> int:  # no valid syntax? Python >= 3.10 is wanted
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

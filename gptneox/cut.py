@@ -345,13 +345,13 @@ def _check_free(target: Path, seal: str, *, recut: bool) -> None:
         what = "cut" if seal == MANIFEST_NAME else "joined checkpoint"
         raise FileExistsError(
             f"{target} is not empty, and it is not a {what} that this toolkit wrote ({seal} would "
-            "prove it), so it is never replaced; name another --output_path, or move it away"
+            "prove it), so it is never replaced; name another folder, or move it away"
         )
     if others := sorted(_others(target, (own or set()) | (unfinished or set()))):
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise FileExistsError(
             f"{target} also holds {', '.join(others[:3])}{more}, which this toolkit did not "
-            "write, so it is not replaced; move that away, or name another --output_path"
+            "write, so it is not replaced; move that away, or name another folder"
         )
     if own is not None and not recut:
         raise FileExistsError(f"{target} exists; --recut replaces it")
@@ -414,7 +414,12 @@ def _filling(target: Path, seal: str, *, recut: bool) -> Iterator[Path]:
     """
     is_new = not target.exists()
     work = target / UNFINISHED
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(
+            f"{target} cannot be written: {error.strerror}; name another folder"
+        ) from error
     lock_path = work / "lock"
     with lock_path.open("a") as file:
         # A lock on a file that another process has removed meanwhile keeps nobody out.

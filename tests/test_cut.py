@@ -757,6 +757,27 @@ def test_killed_while_files_are_moved(
     assert sorted(p.name for p in parts.iterdir()) == ["0", "1", "manifest.json"]
 
 
+def test_ctrl_c_leaves_nothing(source: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copyfile", interrupt)
+    argv = ["--input_path", str(source), "--output_path", str(tmp_path / "parts")]
+    assert cut_model_util.main(argv) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert_nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize("output", ["file/parts", "loop"])
+def test_a_folder_that_cannot_be_made(output: str, source: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    argv = ["--input_path", str(source), "--output_path", str(tmp_path / output)]
+    assert cut_model_util.main(argv) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf"error: .*/{output} cannot be written: .*; name another folder\n", error)
+
+
 def test_without_file_locks_it_is_said_and_done(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
