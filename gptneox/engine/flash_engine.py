@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Container
 from collections.abc import Sequence as Seq
@@ -18,13 +17,16 @@ from gptneox.backends.base import Backend
 from gptneox.checkpoint import rank_directory
 from gptneox.config import ModelConfig
 from gptneox.engine.detokenizer import Detokenizer, decode, extend, load_tokenizer
-from gptneox.engine.generation_config import NO_RULES, GenerationRules, read_generation_config
+from gptneox.engine.generation_config import (
+    NO_RULES,
+    GenerationRules,
+    log_notices,
+    read_generation_config,
+)
 from gptneox.engine.llm_engine import end_of_text
 from gptneox.engine.sampler import restrict
 from gptneox.engine.sequence import InvalidParameter, check_vocabulary
 from gptneox.parallel import TensorParallelGroup
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -67,7 +69,7 @@ class FlashEngine:
         Raises:
             ValueError, FileNotFoundError, RuntimeError: the files are wrong, or memory is short.
         """
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig, GPTNeoXConfig
 
         # The adapter itself, not a copy of it beside the weights: nothing there is executed.
         from modeling_gpt_neox_ascend import GPTNeoXForCausalLM
@@ -76,10 +78,17 @@ class FlashEngine:
         config = ModelConfig.from_pretrained(path)
         tokenizer = load_tokenizer(path, config.vocab_size) if with_tokenizer else None
         rules = read_generation_config(path, config.vocab_size)
-        for notice in rules.notices:
-            logger.warning(notice)
+        log_notices(rules, with_text=with_tokenizer)
         model = GPTNeoXForCausalLM.from_pretrained(
             str(path),
+            # What `generate` looks at; config.json's further keys are no business of a run.
+            config=GPTNeoXConfig(
+                vocab_size=config.vocab_size,
+                hidden_size=config.hidden_size,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                max_position_embeddings=config.positions(max_position_embeddings),
+            ),
             dtype=dtype,
             device_map=backend.name,
             # Nothing of the file but the rules, which are the same code on both paths.

@@ -18,7 +18,12 @@ from gptneox.checkpoint import load_model, rank_directory
 from gptneox.config import EngineSection, ModelConfig
 from gptneox.engine.block_manager import BlockManager
 from gptneox.engine.detokenizer import Detokenizer, extend, load_tokenizer
-from gptneox.engine.generation_config import NO_RULES, GenerationRules, read_generation_config
+from gptneox.engine.generation_config import (
+    NO_RULES,
+    GenerationRules,
+    log_notices,
+    read_generation_config,
+)
 from gptneox.engine.model_runner import ModelRunner
 from gptneox.engine.scheduler import Scheduled, Scheduler
 from gptneox.engine.sequence import (
@@ -181,8 +186,7 @@ class LLMEngine:
                 model_path, config.vocab_size, trust_remote_code=trust_remote_code
             )
         rules = read_generation_config(model_path, config.vocab_size)
-        for notice in rules.notices:
-            logger.warning(notice)
+        log_notices(rules, with_text=with_tokenizer)
         torch_dtype, notice = backend.resolve_dtype(config.dtype, dtype)
         if notice:
             logger.warning(notice)
