@@ -83,7 +83,7 @@ env_make_venv() {
     base=$(env_base_python) || return 1
     # The note stays, so that what is killed here is known for ours.
     mkdir -p -- "$ENV_VENV" && printf 'incomplete\n' >"$ENV_NOTE" || return 1
-    find "$ENV_VENV/" -mindepth 1 ! -path "$ENV_VENV/${ENV_NOTE##*/}" -delete || return 1
+    find "$ENV_VENV/" -mindepth 1 ! -name "${ENV_NOTE##*/}" -delete || return 1
     if ! reason=$("$base" -m venv "$ENV_VENV" 2>&1); then
       env_say "$base could not make .venv (${reason##*$'\n'}); install its venv module (Debian: \
 apt install python3-venv), or set PYTHON to an interpreter that has the packages"

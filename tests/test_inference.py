@@ -327,6 +327,15 @@ def test_a_full_disk_behind_the_output(chain: Path, tmp_path: Path) -> None:
     assert done.stderr == "error: standard output cannot be written: No space left on device\n"
 
 
+def test_a_closed_output_is_refused_before_the_work(
+    cli: Callable[..., Result], chain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # what Python makes of `>&-`
+    result = cli(*paged(chain, "--input_texts", "1"))
+    result.assert_failed(2, "standard output is closed; send it to a file or to /dev/null")
+    assert "loaded" not in result.err
+
+
 def test_a_log_folder_that_cannot_be_made(
     cli: Callable[..., Result], chain: Path, tmp_path: Path
 ) -> None:
