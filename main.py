@@ -11,8 +11,8 @@ import logging
 import sys
 from pathlib import Path
 
-from gptneox.cli import Settings, read_settings, setup_logging
-from gptneox.config import ConfigError, load_devices_by_hand
+from gptneox.cli import Settings, read_settings, refuse_unbuilt, setup_logging
+from gptneox.config import load_devices_by_hand
 
 CONFIG = Path(__file__).resolve().parent / "config.ini"
 
@@ -29,10 +29,7 @@ def run(settings: Settings) -> None:
 
         run_compare(settings)
         return
-    if settings.environment.is_quant:
-        raise ConfigError(
-            "IS_QUANT=1, but quantization is not built yet; unset IS_QUANT or set it to 0"
-        )
+    refuse_unbuilt(settings)
     # torch and the tokenizer load only now
     if task == "performance":
         from gptneox.evaluation import performance as task_module
