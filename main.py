@@ -17,8 +17,8 @@ from gptneox import interpreter
 if __name__ == "__main__":
     interpreter.require(sys.argv, packages=False)
 
-from gptneox.cli import Settings, read_settings, setup_logging
-from gptneox.config import ConfigError, load_devices_by_hand
+from gptneox.cli import Settings, read_settings, refuse_unbuilt, setup_logging
+from gptneox.config import load_devices_by_hand
 from gptneox.files import prepare_streams
 
 CONFIG = Path(__file__).resolve().parent / "config.ini"
@@ -36,10 +36,7 @@ def run(settings: Settings) -> None:  # no valid syntax? Python >= 3.10 is wante
 
         run_compare(settings)
         return
-    if settings.environment.is_quant:
-        raise ConfigError(
-            "IS_QUANT=1, but quantization is not built yet; unset IS_QUANT or set it to 0"
-        )
+    refuse_unbuilt(settings)
     # torch and the tokenizer load only now
     if task == "performance":
         from gptneox.evaluation import performance as task_module

@@ -289,21 +289,36 @@ class Layout:
     num_parts: int
 
 
-def check_weights(model_path: Path, config: ModelConfig) -> None:
+def check_weights(model_path: Path, config: ModelConfig, world_size: int | None = None) -> None:
     """Check the weight files against config.json without reading their data.
 
     Args:
         model_path: what `load_model` would be given.
         config: read from the same directory.
+        world_size: ranks that would run; None: as many as the files are for.
 
     Raises:
         OSError, CheckpointError: exactly as `load_model` would raise.
     """
+    _open(model_path, config, world_size)[0].close()
+
+
+def _open(
+    model_path: Path, config: ModelConfig, world_size: int | None
+) -> tuple[Checkpoint, Layout]:
+    """See `check_weights`."""
     checkpoint = Checkpoint(model_path)
     try:
-        find_layout(checkpoint, config)
-    finally:
+        layout = find_layout(checkpoint, config)
+        if world_size is not None and layout.num_parts not in (1, world_size):
+            raise CheckpointError(
+                f"{model_path} is one part of {layout.num_parts}, but {world_size} ranks run; "
+                f"start {layout.num_parts} ranks, or give the uncut checkpoint"
+            )
+    except BaseException:
         checkpoint.close()
+        raise
+    return checkpoint, layout
 
 
 def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
@@ -397,18 +412,11 @@ def load_model(
         show_progress: draw a progress bar on stderr when it is a terminal.
 
     Raises:
-        OSError, CheckpointError: see `Checkpoint` and `find_layout`; or the files are one part of
-            a model that other than these ranks share.
+        OSError, CheckpointError: see `check_weights`.
         RuntimeError: not enough memory; the message has both numbers.
     """
-    checkpoint = Checkpoint(model_path)
-    layout = find_layout(checkpoint, model.config)
-    if layout.num_parts not in (1, model.group.world_size):
-        raise CheckpointError(
-            f"{model_path} is one part of {layout.num_parts}, but {model.group.world_size} ranks "
-            f"run; start {layout.num_parts} ranks, or give the uncut checkpoint"
-        )
-    _check_memory(model, dtype)
+    checkpoint, layout = _open(model_path, model.config, model.group.world_size)
+    check_memory(model, dtype)
     _warn_of_untied(checkpoint, layout, model.config)
     modules = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
     disable = not (show_progress and model.group.rank == 0 and sys.stderr.isatty())
@@ -483,9 +491,14 @@ def full_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_memory(model: GPTNeoX, dtype: torch.dtype) -> None:
-    itemsize = torch.empty((), dtype=dtype).element_size()
-    needed = sum(p.numel() for p in model.parameters()) * itemsize
+def weight_bytes(model: GPTNeoX, dtype: torch.dtype) -> int:
+    """Bytes of this rank's weights."""
+    return sum(p.numel() for p in model.parameters()) * dtype.itemsize
+
+
+def check_memory(model: GPTNeoX, dtype: torch.dtype) -> None:
+    """Raise RuntimeError when the weights of this rank do not fit; the message has both numbers."""
+    needed = weight_bytes(model, dtype)
     free = model.backend.memory().free
     if needed > free:
         raise RuntimeError(

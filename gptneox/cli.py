@@ -261,6 +261,14 @@ def read_settings(argv: Seq[str], default_config: Path) -> Settings:
     return Settings(args, environment, model, engine, precision, performance, sampling, sources)
 
 
+def refuse_unbuilt(settings: Settings) -> None:
+    """Raise ConfigError for what the environment asks of a run and this version does not have."""
+    if settings.environment.is_quant:
+        raise ConfigError(
+            "IS_QUANT=1, but quantization is not built yet; unset IS_QUANT or set it to 0"
+        )
+
+
 def setup_logging(settings: Settings) -> None:
     """Log to stderr, and to rotating files where [model] log_dir says so.
 

@@ -28,13 +28,7 @@ def run(settings: Settings) -> None:
         ValueError, OSError, RuntimeError: with a message for the user.
     """
     args = settings.args
-    _refuse_paged_only(
-        {
-            "--interactive": args.interactive,
-            "--stream": args.stream,
-            "ATB_LLM_BENCHMARK_ENABLE": settings.environment.benchmark_enabled,
-        }
-    )
+    refuse_paged_only(settings)
     check_results(settings)
     backend, group = start(settings)
     is_demo = not (args.input_texts or args.input_ids)
@@ -67,25 +61,36 @@ def run(settings: Settings) -> None:
         write_output_file(args.output_file, prompts, outputs)
 
 
-def _refuse_paged_only(options: dict[str, bool]) -> None:
+def refuse_paged_only(settings: Settings) -> None:
+    """Raise ConfigError for an option of the paged path."""
+    options = {
+        "--interactive": settings.args.interactive,
+        "--stream": settings.args.stream,
+        "ATB_LLM_BENCHMARK_ENABLE": settings.environment.benchmark_enabled,
+    }
     for name, given in options.items():
         if given:
             raise ConfigError(f"{name} is not served by the flash path; use --attention paged")
+
+
+def num_new_tokens(settings: Settings, *, demo: bool) -> int:
+    """New tokens per prompt; the demonstrations have a default of their own."""
+    if demo and settings.sources["engine"]["max_output_length"] == "default":
+        return DEMO_MAX_NEW_TOKENS
+    return settings.sampling.max_new_tokens
 
 
 def generate_options(settings: Settings, engine: FlashEngine, *, demo: bool) -> dict[str, Any]:
     """Options of transformers' `generate`; every rank draws the same random numbers."""
     params, args = settings.sampling, settings.args
     options: dict[str, Any] = {
-        "max_new_tokens": params.max_new_tokens,
+        "max_new_tokens": num_new_tokens(settings, demo=demo),
         "do_sample": params.temperature > 0,
         "repetition_penalty": params.repetition_penalty,
         "ignore_eos": params.ignore_eos,
         "stop": params.stop,
         "stop_token_ids": params.stop_token_ids,
     }
-    if demo and settings.sources["engine"]["max_output_length"] == "default":
-        options["max_new_tokens"] = DEMO_MAX_NEW_TOKENS
     if demo and args.repetition_penalty is None:
         options["repetition_penalty"] = DEMO_REPETITION_PENALTY
     if params.temperature > 0:

@@ -77,7 +77,7 @@ def run(settings: Settings) -> None:
         interact(engine, settings)
         return
     prompts = make_prompts(settings, texts, engine.tokenizer)
-    params = [fit_output_length(settings, engine, p) for p in prompts]
+    params = [fit_output_length(settings, engine.max_positions, p) for p in prompts]
     if environment.benchmark_enabled:
         engine.generate([p.ids for p in prompts], [replace(q, max_new_tokens=2) for q in params])
     engine.reset_stats(keep_steps=environment.benchmark_enabled)
@@ -132,10 +132,10 @@ def load_engine(settings: Settings, backend: Backend, group: TensorParallelGroup
     return engine
 
 
-def fit_output_length(settings: Settings, engine: LLMEngine, prompt: Prompt) -> SamplingParams:
+def fit_output_length(settings: Settings, max_positions: int, prompt: Prompt) -> SamplingParams:
     """The request's parameters; a length nobody asked for is capped to the positions left."""
     params = settings.sampling
-    left = engine.max_positions - len(prompt.ids)
+    left = max_positions - len(prompt.ids)
     if settings.sources["engine"]["max_output_length"] == "default" and left > 0:
         return replace(params, max_new_tokens=min(params.max_new_tokens, left))
     return params

@@ -37,10 +37,17 @@ class Prompt:
     shown: str
 
 
-def read_texts(settings: Settings, group: TensorParallelGroup) -> list[str]:
+def read_texts(
+    settings: Settings, group: TensorParallelGroup, *, leave_pipes: bool = False
+) -> list[str]:
     """What --input_texts stands for, on every rank; [] when --input_ids are the prompts.
 
     Rank 0 alone reads: a pipe gives its content once, and a file need not be on every host.
+
+    Args:
+        settings: of the run.
+        group: the ranks.
+        leave_pipes: leave out what can be read only once.
 
     Raises:
         ConfigError: a folder, a file that cannot be read or is not UTF-8, an empty text.
@@ -56,6 +63,7 @@ def read_texts(settings: Settings, group: TensorParallelGroup) -> list[str]:
         texts = [
             check_text(_content(word, f"prompt {i}", group.world_size), f"prompt {i}")
             for i, word in enumerate(words)
+            if not (leave_pipes and _is_spent_by_reading(word, f"prompt {i}"))
         ]
     received = group.broadcast_object(texts)
     assert isinstance(received, list)
@@ -120,6 +128,14 @@ def _content(word: str, what: str, world_size: int) -> str:
     except OSError as error:
         raise ConfigError(f"{what} cannot be read from {word}: {error.strerror}") from error
     return _decoded(data, f"{what}, {word},")
+
+
+def _is_spent_by_reading(word: str, what: str) -> bool:
+    """Whether a word stands for a pipe or a terminal."""
+    if word in STDIN_NAMES:
+        return True
+    path = find_file(word, what)
+    return path is not None and not path.is_file()
 
 
 def _decoded(data: bytes, origin: str) -> str:

@@ -7,20 +7,34 @@ The emulated devices of tests/npu/test_launchers.py run it with torch_npu presen
 from __future__ import annotations
 
 import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
 
 import pytest
-from hostile import REPO
+import torch
+from hostile import REPO, clean_environ, write_chain_checkpoint
+from safetensors.torch import load_file, save_file
 
 from gptneox import doctor
 from gptneox.backends import npu_setup
+from gptneox.cut import cut_checkpoint
+
+# torch's reporter of failing ranks wants a real stderr, which a test in this process has not.
+pytestmark = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
+
+# The tiny checkpoint has no tokenizer.
+IDS = ("--load_tokenizer", "False", "--input_ids", "1")
 
 
 def run(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, REPO / "main.py", "doctor", *map(str, arguments)],
+        [sys.executable, REPO / "main.py", "doctor", *IDS, *map(str, arguments)],
         # without CPU kernels, which would be compiled below HOME
         env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "GPTNEOX_CPU_KERNELS": "off"}
         | environment,
@@ -46,7 +60,7 @@ def test_a_run_would_start(tiny_checkpoint):
 def test_the_task_flag_is_the_same(tiny_checkpoint):
     command = [sys.executable, REPO / "main.py", "--task", "doctor", "--device", "cpu"]
     done = subprocess.run(
-        [*command, "--model_path", tiny_checkpoint],
+        [*command, *IDS, "--model_path", tiny_checkpoint],
         capture_output=True,
         text=True,
         timeout=120,
@@ -82,6 +96,232 @@ def test_a_port_that_is_taken(tiny_checkpoint):
     assert several.returncode == 1
     assert f"FAIL port {port}:" in several.stdout
     assert "export another MASTER_PORT" in several.stdout
+
+
+# -- the page and the run say the same ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """A checkpoint with a tokenizer, whose text is known."""
+    return write_chain_checkpoint(tmp_path_factory.mktemp("sound") / "checkpoint", "123456789")
+
+
+@pytest.fixture
+def both(tmp_path, monkeypatch, capsys):
+    """Runs doctor, then the run, in this process; returns the failures of the page, and the run's
+    error."""
+    spec = importlib.util.spec_from_file_location("main", REPO / "main.py")
+    main = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(main)
+    for name in set(os.environ) - set(clean_environ()):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+    root = logging.getLogger("gptneox")
+    handlers = list(root.handlers)
+
+    def status_of(*argv):
+        capsys.readouterr()
+        try:
+            status = main.main(list(map(str, argv)))
+        finally:
+            for handler in set(root.handlers) - set(handlers):
+                root.removeHandler(handler)
+        return status, *capsys.readouterr()
+
+    def compare(path, *argv, attention="paged", length="2"):
+        argv = ("--attention", attention, "--device", "cpu", "--model_path", path, *argv)
+        argv = ("--max_output_length", length, *argv)
+        page, out, _ = status_of("doctor", *argv)
+        status, _, err = status_of(*argv)
+        assert (page, status) in ((0, 0), (1, 1)), (out, err)
+        assert (out.splitlines()[-1] == "A run would start.") == (page == 0)
+        # free memory changes between the two
+        failures = re.sub(r"\d+\.\d+|(?<=most )\d+", "#", out)
+        errors = [line.removeprefix("error: ") for line in err.splitlines() if "error: " in line]
+        for error in errors:
+            assert re.sub(r"\d+\.\d+|(?<=most )\d+", "#", error) in failures
+        return " ".join(errors)
+
+    compare.page = lambda *argv: status_of("doctor", *argv)[1]
+    yield compare
+    root.setLevel(logging.NOTSET)
+
+
+def edit(**keys):
+    def change(path):
+        file = path / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+    return change
+
+
+def write(name, content):
+    def change(path):
+        (path / name).write_text(content)
+
+    return change
+
+
+def remove(*names):
+    def change(path):
+        for name in names:
+            (path / name).unlink()
+
+    return change
+
+
+def tensors(change_tensors):
+    def change(path):
+        found = load_file(path / "model.safetensors")
+        change_tensors(found)
+        save_file(found, path / "model.safetensors", {"format": "pt"})
+
+    return change
+
+
+def cast(name, dtype):
+    return tensors(lambda found: found.update({name: found[name].to(dtype)}))
+
+
+def cut_rows(found):
+    found["embed_out.weight"] = found["embed_out.weight"][:300].clone()
+
+
+QKV, DENSE = (f"gpt_neox.layers.0.attention.{n}.weight" for n in ("query_key_value", "dense"))
+NO_ROPE = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 64}
+# state -> (what is done to a sound checkpoint, further arguments, what the one line says)
+BROKEN = {
+    "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), (), "no tokenizer in"),
+    "broken tokenizer": (write("tokenizer.json", "{"), (), "tokenizer"),
+    "pointer for a tokenizer": (
+        write("tokenizer.json", "version https://git-lfs.github.com/spec/v1\n"), (), "git-lfs",
+    ),
+    "tokenizer too large": (edit(vocab_size=300), (), "vocab_size 300"),
+    "broken generation_config": (write("generation_config.json", "{"), (), "not valid JSON"),
+    "array for a generation_config": (write("generation_config.json", "[]"), (), "JSON object"),
+    "wrong end of text": (
+        write("generation_config.json", '{"eos_token_id": "x"}'), (), "eos_token_id is 'x'",
+    ),
+    "tensor missing": (tensors(lambda t: t.pop(QKV)), (), "lacks"),
+    "tensor of a wrong shape": (tensors(cut_rows), (), "embed_out.weight is [300"),
+    "int8 tensor": (cast(DENSE, torch.int8), (), "int8"),
+    "damaged weights": (write("model.safetensors", "x" * 99), (), "model.safetensors"),
+    "no weights": (remove("model.safetensors"), (), "no weights in"),
+    "no config": (remove("config.json"), (), "no config.json in"),
+    "another family": (edit(model_type="llama"), (), "model_type"),
+    "quantized": (edit(quantize="w8a8"), (), "w8a8"),
+    "more layers": (edit(num_hidden_layers=3), (), "lacks"),
+    "odd rotary share": (edit(rotary_pct=0.1), (), "rotary"),
+    "no memory": (None, ("--reserved_memory_gb", "1000000"), "no memory for the KV cache"),
+    "too many blocks": (None, ("--num_blocks", "1000000000"), "at most"),
+    "too few blocks": (None, ("--num_blocks", "1", "--input_ids", ",".join(["1"] * 200)), "block"),
+    "rope beyond its end": (
+        edit(**NO_ROPE), ("--max_position_embeddings", "128"), "'dynamic'",
+    ),
+    "prompt too long": (edit(max_position_embeddings=16), ("--input_ids", ",".join("1" * 40)),
+        "16 positions"),
+    "id beyond the rows": (None, ("--input_ids", "999"), "999"),
+    "stop id beyond the rows": (None, ("--stop_token_ids", "999"), "999"),
+    "empty prompt": (None, ("--input_texts", "1", ""), "prompt 1 is empty"),
+    "folder as a prompt": (None, ("--input_texts", "."), "is a folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("state", BROKEN)
+def test_what_ends_a_run_is_on_the_page(state, sound, tmp_path, both):
+    change, arguments, named = BROKEN[state]
+    path = shutil.copytree(sound, tmp_path / "checkpoint")
+    if change:
+        change(path)
+    assert named in both(path, *arguments)
+
+
+@pytest.mark.parametrize("state", ["no tokenizer", "tensor missing", "prompt too long"])
+def test_what_ends_a_run_of_the_flash_path(state, sound, tmp_path, both):
+    change, arguments, _ = BROKEN[state]
+    path = shutil.copytree(sound, tmp_path / "checkpoint")
+    change(path)
+    assert both(path, *arguments, attention="flash")
+
+
+SOUND = {
+    "as it is": (None, ()),
+    "other sampling": (write("generation_config.json", '{"num_beams": 4, "top_k": 5}'), ()),
+    "half precision": (cast(DENSE, torch.float16), ()),
+    "needless files": (write("adapter_model.safetensors", "x"), ()),
+    "without a tokenizer": (
+        remove("tokenizer.json", "tokenizer_config.json"),
+        ("--load_tokenizer", "False", "--input_ids", "5"),
+    ),
+    "one block": (None, ("--num_blocks", "1", "--block_size", "32")),
+    "a missing file as prompt": (None, ("--input_texts", "gone.txt")),
+    "few positions": (edit(max_position_embeddings=24), ("--input_texts", "1")),
+    "an old cut in config.json": (edit(world_size=2), ()),
+}
+
+
+@pytest.mark.parametrize("attention", ["paged", "flash"])
+@pytest.mark.parametrize("state", SOUND)
+def test_what_runs_is_not_refused(state, attention, sound, tmp_path, both):
+    change, arguments = SOUND[state]
+    path = shutil.copytree(sound, tmp_path / "checkpoint")
+    if change:
+        change(path)
+    assert both(path, *arguments, attention=attention) == ""
+
+
+def test_options_and_variables(sound, both, monkeypatch):
+    assert "--stream" in both(sound, "--stream", attention="flash")
+    monkeypatch.setenv("IS_QUANT", "1")
+    assert "IS_QUANT=1" in both(sound)
+
+
+def test_a_pipe_is_left_to_the_run(sound, both):
+    reader, writer = os.pipe()
+    os.write(writer, b"1")
+    os.close(writer)
+    assert both(sound, "--input_texts", f"/dev/fd/{reader}") == "", "the run finds it full"
+    os.close(reader)
+
+
+def test_ranks_are_those_of_the_launcher(sound, both, monkeypatch):
+    """run_pa.sh itself is asked; a count that does not divide ends every rank."""
+    argv = ("--device", "cpu", "--model_path", sound)
+    for count, named in (
+        ("3", "world_size 3 does not divide 4 attention heads"),
+        ("2", "on each of 2 rank(s)"),
+        ("many", "FAIL run_pa.sh:         TP_WORLD_SIZE='many' is not a whole number"),
+    ):
+        monkeypatch.setenv("TP_WORLD_SIZE", count)
+        page = both.page(*argv)
+        assert named in page
+        assert (page.splitlines()[-1] == "A run would start.") == (count == "2")
+
+
+def test_parts_of_a_cut(sound, tmp_path, both, monkeypatch):
+    parts = tmp_path / "parts"
+    cut_checkpoint(sound, parts, 2)
+    assert "was cut for 2 ranks, but 1 run" in both(parts)
+    assert "was cut for 2 ranks, but 1 run" in both(parts / "0")
+    alone = shutil.copytree(parts / "0", tmp_path / "alone")
+    assert "is one part of 2, but 1 ranks run" in both(alone)
+    monkeypatch.setenv("TP_WORLD_SIZE", "2")
+    argv = ("--device", "cpu", "--model_path", parts)
+    assert both.page(*argv).splitlines()[-1] == "A run would start."
+    (parts / "1" / "model.safetensors").unlink()
+    assert "1/model.safetensors is missing" in both.page(*argv)
+
+
+def test_demonstrations_have_to_fit(sound, tmp_path, both):
+    path = shutil.copytree(sound, tmp_path / "checkpoint")
+    edit(max_position_embeddings=24)(path)
+    assert "24 positions" in both(path, attention="flash")
+
+
+def test_a_length_that_was_asked_for_has_to_fit(sound, both):
+    assert "max_new_tokens is 3000" in both(sound, "--input_texts", "1", length="3000")
 
 
 def test_an_old_package(monkeypatch):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Container
 from collections.abc import Sequence as Seq
@@ -14,19 +15,16 @@ import torch
 from torch import Tensor
 
 from gptneox.backends.base import Backend
-from gptneox.checkpoint import rank_directory
 from gptneox.config import ModelConfig
-from gptneox.engine.detokenizer import Detokenizer, decode, extend, load_tokenizer
-from gptneox.engine.generation_config import (
-    NO_RULES,
-    GenerationRules,
-    log_notices,
-    read_generation_config,
-)
+from gptneox.engine.detokenizer import Detokenizer, decode, extend
+from gptneox.engine.generation_config import NO_RULES, GenerationRules
 from gptneox.engine.llm_engine import end_of_text
+from gptneox.engine.opening import open_checkpoint
 from gptneox.engine.sampler import restrict
 from gptneox.engine.sequence import InvalidParameter, check_vocabulary
 from gptneox.parallel import TensorParallelGroup
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -74,28 +72,33 @@ class FlashEngine:
         # The adapter itself, not a copy of it beside the weights: nothing there is executed.
         from modeling_gpt_neox_ascend import GPTNeoXForCausalLM
 
-        path = rank_directory(model_path, group, prefer_parts=True)
-        config = ModelConfig.from_pretrained(path)
-        tokenizer = load_tokenizer(path, config.vocab_size) if with_tokenizer else None
-        rules = read_generation_config(path, config.vocab_size)
-        log_notices(rules, with_text=with_tokenizer)
+        opened = open_checkpoint(
+            model_path,
+            backend,
+            group,
+            dtype=dtype,
+            with_tokenizer=with_tokenizer,
+            prefer_parts=True,
+        )
+        for notice in opened.notices:
+            logger.warning(notice)
         model = GPTNeoXForCausalLM.from_pretrained(
-            str(path),
+            str(opened.path),
             # What `generate` looks at; config.json's further keys are no business of a run.
             config=GPTNeoXConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.hidden_size,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                max_position_embeddings=config.positions(max_position_embeddings),
+                vocab_size=opened.config.vocab_size,
+                hidden_size=opened.config.hidden_size,
+                num_hidden_layers=opened.config.num_layers,
+                num_attention_heads=opened.config.num_heads,
+                max_position_embeddings=opened.config.positions(max_position_embeddings),
             ),
-            dtype=dtype,
+            dtype=opened.dtype,
             device_map=backend.name,
             # Nothing of the file but the rules, which are the same code on both paths.
             generation_config=GenerationConfig(),  # type: ignore[no-untyped-call]
             max_position_embeddings=max_position_embeddings,
         )
-        return cls(model, config, tokenizer, rules)
+        return cls(model, opened.config, opened.tokenizer, opened.rules)
 
     @property
     def max_positions(self) -> int:
@@ -126,7 +129,7 @@ class FlashEngine:
         """
         new = options["max_new_tokens"]
         for prompt in prompts:
-            self._check(prompt, new)
+            check_prompt(prompt, new, self.config.vocab_size, self.max_positions)
         check_vocabulary("stop_token_ids", stop_token_ids, self.config.vocab_size)
         if stop and not self.tokenizer:
             raise InvalidParameter("stop", list(stop), "no stop string without a tokenizer")
@@ -164,24 +167,12 @@ class FlashEngine:
             InvalidParameter: as `generate`.
         """
         for prompt in prompts:
-            self._check(prompt, 0)
+            check_prompt(prompt, 0, self.config.vocab_size, self.max_positions)
         input_ids, mask = self._pad(prompts)
         out = self.model(input_ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
         logits = out.logits[:, -1]
         assert isinstance(logits, Tensor)
         return logits
-
-    def _check(self, prompt: Seq[int], max_new_tokens: int) -> None:
-        if not prompt:
-            raise InvalidParameter("prompt", "", "at least one token")
-        check_vocabulary("prompt", prompt, self.config.vocab_size)
-        if len(prompt) + max_new_tokens > self.max_positions:
-            raise InvalidParameter(
-                "max_new_tokens",
-                max_new_tokens,
-                f"prompt ({len(prompt)} tokens) + new tokens within the model's "
-                f"{self.max_positions} positions",
-            )
 
     def _pad(self, prompts: Seq[Seq[int]]) -> tuple[Tensor, Tensor]:
         """input_ids and attention_mask [B, S], padded on the left."""
@@ -257,3 +248,19 @@ class _Batch:
         for row, token_id in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
             row.add(token_id, late=late)
         return torch.tensor([bool(row.reason) for row in self.rows], device=input_ids.device)
+
+
+def check_prompt(
+    prompt: Seq[int], max_new_tokens: int, vocab_size: int, max_positions: int
+) -> None:
+    """Raise InvalidParameter for a prompt that a batch cannot take."""
+    if not prompt:
+        raise InvalidParameter("prompt", "", "at least one token")
+    check_vocabulary("prompt", prompt, vocab_size)
+    if len(prompt) + max_new_tokens > max_positions:
+        raise InvalidParameter(
+            "max_new_tokens",
+            max_new_tokens,
+            f"prompt ({len(prompt)} tokens) + new tokens within the model's {max_positions} "
+            "positions",
+        )

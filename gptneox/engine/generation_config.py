@@ -7,7 +7,6 @@ says, and both paths give the same answer. What forbids or forces tokens, or end
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ from typing import Any
 
 from gptneox.config import ConfigError, read_json
 from gptneox.config import token_ids as read_token_ids
-
-logger = logging.getLogger(__name__)
 
 # How tokens are chosen: the flags' business. `repetition_penalty` counts by itself, the others
 # where the file says do_sample. Source: transformers GenerationConfig, for all names here.
@@ -119,15 +116,13 @@ class GenerationRules:
 NO_RULES = GenerationRules()
 
 
-def log_notices(rules: GenerationRules, *, with_text: bool) -> None:
-    """Say what is not obeyed; `with_text`: there is a tokenizer, so stop strings are."""
-    for notice in rules.notices:
-        logger.warning(notice)
-    if rules.stop_strings and not with_text:
-        logger.warning(
-            "stop_strings %s of the checkpoint: not obeyed without a tokenizer",
-            list(rules.stop_strings),
-        )
+def notices(rules: GenerationRules, *, with_text: bool) -> tuple[str, ...]:
+    """What is not obeyed, for the user; `with_text`: there is a tokenizer, so stop strings are."""
+    if not rules.stop_strings or with_text:
+        return rules.notices
+    stop = list(rules.stop_strings)
+    unheard = f"stop_strings {stop} of the checkpoint: not obeyed without a tokenizer"
+    return (*rules.notices, unheard)
 
 
 def read_generation_config(model_path: Path, vocab_size: int) -> GenerationRules:

@@ -14,17 +14,13 @@ from typing import Any
 import torch
 
 from gptneox.backends.base import Backend
-from gptneox.checkpoint import load_model, rank_directory
+from gptneox.checkpoint import load_model
 from gptneox.config import EngineSection, ModelConfig
 from gptneox.engine.block_manager import BlockManager
-from gptneox.engine.detokenizer import Detokenizer, extend, load_tokenizer
-from gptneox.engine.generation_config import (
-    NO_RULES,
-    GenerationRules,
-    log_notices,
-    read_generation_config,
-)
+from gptneox.engine.detokenizer import Detokenizer, extend
+from gptneox.engine.generation_config import NO_RULES, GenerationRules
 from gptneox.engine.model_runner import ModelRunner
+from gptneox.engine.opening import open_checkpoint
 from gptneox.engine.scheduler import Scheduled, Scheduler
 from gptneox.engine.sequence import (
     InvalidParameter,
@@ -132,8 +128,13 @@ class LLMEngine:
         self.max_positions = model.num_positions
         self.dtype = dtype
         model.backend.graphs = settings.graphs
-        num_blocks = settings.num_blocks or self._fit_blocks()
         config, ranks = model.config, model.group.world_size
+        free = model.backend.memory().free
+        block_bytes = config.kv_bytes_per_token(dtype.itemsize, ranks) * settings.block_size
+        num_blocks = int(
+            model.group.broadcast_object(count_blocks(settings, config, block_bytes, free))
+        )
+        check_blocks(num_blocks, settings, block_bytes, free)
         cache = PagedKVCache(
             model.backend,
             config.num_layers,
@@ -178,21 +179,20 @@ class LLMEngine:
                 and `load_tokenizer`.
             RuntimeError: not enough memory.
         """
-        model_path = rank_directory(model_path, group or TensorParallelGroup())
-        config = ModelConfig.from_pretrained(model_path)
-        tokenizer = None
-        if with_tokenizer:
-            tokenizer = load_tokenizer(
-                model_path, config.vocab_size, trust_remote_code=trust_remote_code
-            )
-        rules = read_generation_config(model_path, config.vocab_size)
-        log_notices(rules, with_text=with_tokenizer)
-        torch_dtype, notice = backend.resolve_dtype(config.dtype, dtype)
-        if notice:
+        group = group or TensorParallelGroup()
+        opened = open_checkpoint(
+            model_path,
+            backend,
+            group,
+            dtype=dtype,
+            with_tokenizer=with_tokenizer,
+            trust_remote_code=trust_remote_code,
+        )
+        for notice in opened.notices:
             logger.warning(notice)
-        model = GPTNeoX(config, backend, group, settings.max_position_embeddings)
-        load_model(model, model_path, torch_dtype, show_progress=show_progress)
-        return cls(model, settings, torch_dtype, tokenizer=tokenizer, rules=rules)
+        model = GPTNeoX(opened.config, backend, group, settings.max_position_embeddings)
+        load_model(model, opened.path, opened.dtype, show_progress=show_progress)
+        return cls(model, settings, opened.dtype, tokenizer=opened.tokenizer, rules=opened.rules)
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -216,33 +216,8 @@ class LLMEngine:
         return seq.request_id
 
     def _check(self, prompt_ids: Seq[int], params: SamplingParams) -> None:
-        if not len(prompt_ids):
-            raise InvalidParameter(
-                "prompt", "", "at least one token (--input_ids 0 starts from nothing)"
-            )
-        vocab_size = self.model.config.vocab_size
-        check_vocabulary("prompt", prompt_ids, vocab_size)
-        check_vocabulary("logprob_token_ids", params.logprob_token_ids, vocab_size)
-        check_vocabulary("stop_token_ids", params.stop_token_ids, vocab_size)
-        num_tokens = len(prompt_ids) + params.max_new_tokens
-        if num_tokens > self.max_positions:
-            raise InvalidParameter(
-                "max_new_tokens",
-                params.max_new_tokens,
-                f"prompt ({len(prompt_ids)} tokens) + new tokens within the model's "
-                f"{self.max_positions} positions, so at most "
-                f"{max(0, self.max_positions - len(prompt_ids))},",
-            )
-        needed = self.block_manager.blocks_for(num_tokens)
-        if needed > self.block_manager.num_blocks:
-            raise InvalidParameter(
-                "prompt",
-                f"{len(prompt_ids)} tokens + {params.max_new_tokens} new",
-                f"a request of at most {self.block_manager.num_blocks} KV-cache blocks, "
-                f"not {needed}, (raise --num_blocks)",
-            )
-        if params.stop and not self.tokenizer:
-            raise InvalidParameter("stop", list(params.stop), "no stop string without a tokenizer")
+        check_request(prompt_ids, params, self.model.config.vocab_size, self.max_positions,
+            self.block_manager, has_tokenizer=self.tokenizer is not None)  # fmt: skip
 
     def abort(self, request_id: int) -> None:
         """Forget a request, wherever it is; unknown and finished ones are fine."""
@@ -350,25 +325,84 @@ class LLMEngine:
             step.prepare_s, step.forward_s = self.runner.prepare_s, self.runner.forward_s
         self.stats.add(step, num_sampled)
 
-    def _fit_blocks(self) -> int:
-        """Blocks that the free memory holds, but no more than the batch can ever use."""
-        settings, config, group = self.settings, self.model.config, self.model.group
-        itemsize = torch.empty((), dtype=self.dtype).element_size()
-        per_token = config.kv_bytes_per_token(itemsize, group.world_size)
-        block_bytes = per_token * settings.block_size
-        free = self.model.backend.memory().free - int(settings.reserved_memory_gb * 2**30)
-        affordable = int(free * settings.memory_fraction) // block_bytes
-        per_request = -(-self.max_positions // settings.block_size)
-        # One request more than runs at once, so that finished prefixes stay for a while.
-        useful = per_request * (settings.max_batch_size + 1)
-        num_blocks = group.broadcast_object(min(affordable, useful))
-        if num_blocks < 1:
-            raise RuntimeError(
-                f"no memory for the KV cache: one block takes {block_bytes / 2**20:.1f} MiB, "
-                f"{max(free, 0) / 2**20:.1f} MiB are free beyond the reserved "
-                f"{settings.reserved_memory_gb} GiB; lower --reserved_memory_gb or --block_size"
-            )
-        return int(num_blocks)
+
+def affordable_blocks(settings: EngineSection, block_bytes: int, free: int) -> int:
+    """Blocks of the KV cache that `free` bytes hold; below 1: not even one."""
+    room = free - int(settings.reserved_memory_gb * 2**30)
+    return int(room * settings.memory_fraction) // block_bytes
+
+
+def count_blocks(settings: EngineSection, config: ModelConfig, block_bytes: int, free: int) -> int:
+    """Blocks of the KV cache: as many as asked for, else what memory holds and the batch can use.
+
+    Args:
+        settings: of the engine.
+        config: the architecture.
+        block_bytes: of K and V of one block on one rank, over all layers.
+        free: bytes that are free when the weights are loaded.
+    """
+    if settings.num_blocks:
+        return settings.num_blocks
+    affordable = affordable_blocks(settings, block_bytes, free)
+    positions = config.positions(settings.max_position_embeddings)
+    per_request = -(-positions // settings.block_size)
+    # One request more than runs at once, so that finished prefixes stay for a while.
+    return min(affordable, per_request * (settings.max_batch_size + 1))
+
+
+def check_blocks(num_blocks: int, settings: EngineSection, block_bytes: int, free: int) -> None:
+    """Raise RuntimeError for a KV cache without a block, or one that the memory cannot hold."""
+    if num_blocks < 1:
+        room = max(free - int(settings.reserved_memory_gb * 2**30), 0)
+        raise RuntimeError(
+            f"no memory for the KV cache: one block takes {block_bytes / 2**20:.1f} MiB, "
+            f"{room / 2**20:.1f} MiB are free beyond the reserved "
+            f"{settings.reserved_memory_gb} GiB; lower --reserved_memory_gb or --block_size"
+        )
+    if settings.num_blocks and num_blocks * block_bytes > free:
+        raise RuntimeError(
+            f"not enough memory for --num_blocks {num_blocks}: they take "
+            f"{num_blocks * block_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; at most "
+            f"{max(free, 0) // block_bytes} fit"
+        )
+
+
+def check_request(
+    prompt_ids: Seq[int],
+    params: SamplingParams,
+    vocab_size: int,
+    max_positions: int,
+    blocks: BlockManager,
+    *,
+    has_tokenizer: bool,
+) -> None:
+    """Raise InvalidParameter for a request that can never run."""
+    if not len(prompt_ids):
+        raise InvalidParameter(
+            "prompt", "", "at least one token (--input_ids 0 starts from nothing)"
+        )
+    check_vocabulary("prompt", prompt_ids, vocab_size)
+    check_vocabulary("logprob_token_ids", params.logprob_token_ids, vocab_size)
+    check_vocabulary("stop_token_ids", params.stop_token_ids, vocab_size)
+    num_tokens = len(prompt_ids) + params.max_new_tokens
+    if num_tokens > max_positions:
+        raise InvalidParameter(
+            "max_new_tokens",
+            params.max_new_tokens,
+            f"prompt ({len(prompt_ids)} tokens) + new tokens within the model's "
+            f"{max_positions} positions, so at most "
+            f"{max(0, max_positions - len(prompt_ids))},",
+        )
+    needed = blocks.blocks_for(num_tokens)
+    if needed > blocks.num_blocks:
+        raise InvalidParameter(
+            "prompt",
+            f"{len(prompt_ids)} tokens + {params.max_new_tokens} new",
+            f"a request of at most {blocks.num_blocks} KV-cache blocks, "
+            f"not {needed}, (raise --num_blocks)",
+        )
+    if params.stop and not has_tokenizer:
+        raise InvalidParameter("stop", list(params.stop), "no stop string without a tokenizer")
 
 
 def end_of_text(rules: GenerationRules, tokenizer: Any) -> tuple[int, ...]:

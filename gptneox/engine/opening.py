@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both engines do before they read weights; `main.py doctor` does no more than this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptneox.backends.base import Backend
+from gptneox.checkpoint import check_memory, check_weights, rank_directory
+from gptneox.config import ModelConfig
+from gptneox.engine.detokenizer import load_tokenizer
+from gptneox.engine.generation_config import GenerationRules, notices, read_generation_config
+from gptneox.model import GPTNeoX
+from gptneox.parallel import TensorParallelGroup
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint without its weights."""
+
+    path: Path  # the files of this rank
+    config: ModelConfig
+    tokenizer: Any  # None when none was wanted
+    rules: GenerationRules
+    dtype: torch.dtype  # to compute in
+    notices: tuple[str, ...]  # for the user
+
+
+def open_checkpoint(
+    model_path: Path,
+    backend: Backend,
+    group: TensorParallelGroup,
+    *,
+    dtype: str = "auto",
+    with_tokenizer: bool = True,
+    trust_remote_code: bool = False,
+    prefer_parts: bool = False,
+) -> Opened:
+    """Read and check everything but the weights.
+
+    Args:
+        model_path: a checkpoint directory, or a cut one.
+        backend: the device, after `setup`.
+        group: this rank's place; nothing is sent.
+        dtype: "auto" as config.json says, or a dtype.
+        with_tokenizer: False: ids in, ids out.
+        trust_remote_code: see `load_tokenizer`.
+        prefer_parts: see `rank_directory`.
+
+    Raises:
+        ValueError, OSError: the files are wrong; see `rank_directory`, `ModelConfig`,
+            `load_tokenizer` and `read_generation_config`; or the device cannot compute in `dtype`.
+    """
+    path = rank_directory(model_path, group, prefer_parts=prefer_parts)
+    config = ModelConfig.from_pretrained(path)
+    tokenizer = None
+    if with_tokenizer:
+        tokenizer = load_tokenizer(path, config.vocab_size, trust_remote_code=trust_remote_code)
+    rules = read_generation_config(path, config.vocab_size)
+    torch_dtype, notice = backend.resolve_dtype(config.dtype, dtype)
+    said = notices(rules, with_text=with_tokenizer)
+    said += (notice,) if notice else ()
+    return Opened(path, config, tokenizer, rules, torch_dtype, said)
+
+
+def check_loading(
+    opened: Opened, backend: Backend, group: TensorParallelGroup, num_positions: int
+) -> GPTNeoX:
+    """Refuse what the loading of the weights would refuse, without reading them.
+
+    Returns:
+        The model of this rank, empty.
+
+    Raises:
+        ValueError, OSError, RuntimeError: as `GPTNeoX` and `load_model`.
+    """
+    model = GPTNeoX(opened.config, backend, group, num_positions)
+    check_weights(opened.path, opened.config, group.world_size)
+    check_memory(model, opened.dtype)
+    return model
