@@ -259,9 +259,10 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             position_ids = self._positions(key_mask, b, s, cache.kv.length)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         with torch.inference_mode():
-            cache.kv.prepare(b, s, key_mask)
-            hidden = self.model(input_ids.flatten(), position_ids.expand(b, s).flatten(), cache.kv)
-            cache.kv.advance()
+            positions = position_ids.expand(b, s)
+            step = cache.kv.begin(input_ids, positions, key_mask, self.model.rotary)
+            hidden = self.model(step)
+            cache.kv.advance(s)
             hidden = hidden.view(b, s, -1)[:, keep]
             logits = self.model.compute_logits(hidden.flatten(0, 1)).view(b, hidden.shape[1], -1)
         # In the weights' dtype, and out here: logits processors of `generate` change it in place.

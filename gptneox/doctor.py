@@ -14,7 +14,7 @@ from gptneox.backends import BACKENDS, create
 from gptneox.backends.base import Backend, Finding
 from gptneox.checkpoint import Checkpoint
 from gptneox.cli import Settings
-from gptneox.config import ModelConfig
+from gptneox.config import ConfigError, ModelConfig
 
 PACKAGES = {"torch": "2.7", "transformers": "5.0", "safetensors": ""}
 MARKS = {True: "ok  ", None: "note", False: "FAIL"}
@@ -60,7 +60,11 @@ def devices(settings: Settings) -> list[Finding]:
     findings: list[Finding] = []
     chosen: Backend | None = None
     for name in BACKENDS:
-        backend = create(name)
+        try:
+            backend = create(name)
+        except ConfigError as error:
+            findings.append(Finding(False, name, str(error)))
+            continue
         reason = backend.why_unusable()
         named = name == wanted
         if reason:

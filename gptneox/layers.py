@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gptneox.backends.base import Backend, PackedLinear, check_shape
+from gptneox.backends.step import RotaryTables
 from gptneox.config import ModelConfig
 from gptneox.parallel import TensorParallelGroup
 
@@ -76,27 +77,20 @@ class Embedding(nn.Module):
         return self.backend.embedding(ids, self.weight)
 
 
-class Rotary(nn.Module):
+def rotary_tables(config: ModelConfig, num_positions: int, backend: Backend) -> RotaryTables:
     """cos and sin of every position, computed in fp64 and kept in fp32.
 
     Half-precision tables are wrong by up to 0.8 at late positions, so their dtype never follows
     the weights'. Source: RoFormer, arXiv:2104.09864; rotary share and half pairing as GPT-NeoX.
     """
-
-    def __init__(self, config: ModelConfig, num_positions: int, backend: Backend) -> None:
-        super().__init__()
-        r = config.rotary_dim
-        exponents = torch.arange(0, r, 2, dtype=torch.float64, device="cpu") / r
-        frequencies = config.rope_theta**-exponents / config.rope_factor  # [R/2]
-        angles = torch.outer(torch.arange(num_positions, dtype=torch.float64), frequencies)
-        fused = backend.fuses_layers and config.use_parallel_residual
-        self.cos, self.sin = backend.pack_rotary(  # [max_positions, R/2]
-            angles.cos().float(), angles.sin().float(), config.head_dim, fused=fused
-        )
-
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What `KVCache.attend` rotates by: positions [T] and both tables."""
-        return positions, self.cos, self.sin
+    r = config.rotary_dim
+    exponents = torch.arange(0, r, 2, dtype=torch.float64, device="cpu") / r
+    frequencies = config.rope_theta**-exponents / config.rope_factor  # [R/2]
+    angles = torch.outer(torch.arange(num_positions, dtype=torch.float64), frequencies)
+    fused = backend.fuses_layers and config.use_parallel_residual
+    return backend.pack_rotary(
+        angles.cos().float(), angles.sin().float(), config.head_dim, fused=fused
+    )
 
 
 class VocabParallelHead(Linear):

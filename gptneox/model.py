@@ -13,12 +13,10 @@ from typing import cast
 from torch import Tensor, nn
 
 from gptneox.backends.base import Backend, LayerWeights, PackedLayer
+from gptneox.backends.step import RotaryTables, Step
 from gptneox.config import ModelConfig
-from gptneox.kv_cache import KVCache
-from gptneox.layers import Embedding, LayerNorm, Linear, Rotary, VocabParallelHead
+from gptneox.layers import Embedding, LayerNorm, Linear, VocabParallelHead, rotary_tables
 from gptneox.parallel import TensorParallelGroup, check_divides
-
-Angles = tuple[Tensor, Tensor, Tensor]  # what `Rotary` returns
 
 
 class Attention(nn.Module):
@@ -31,14 +29,14 @@ class Attention(nn.Module):
         self.query_key_value = Linear(config.hidden_size, 3 * width, bias, backend)
         self.dense = Linear(width, config.hidden_size, bias, backend)
 
-    def forward(self, x: Tensor, angles: Angles, kv: KVCache) -> Tensor:
+    def forward(self, x: Tensor, step: Step) -> Tensor:
         """x [T, C]; returns [T, C]."""
-        return self.dense(self.attend(self.query_key_value(x), angles, kv))
+        return self.dense(self.attend(self.query_key_value(x), step))
 
-    def attend(self, qkv: Tensor, angles: Angles, kv: KVCache) -> Tensor:
+    def attend(self, qkv: Tensor, step: Step) -> Tensor:
         """qkv [T, 3W], laid out per head as q, k, v, or as [T, H, 3, D]; returns [T, W]."""
         qkv = qkv.view(qkv.shape[0], -1, 3, self.head_dim)
-        return kv.attend(self.layer_id, qkv, angles).flatten(1)
+        return step.attend(self.layer_id, qkv).flatten(1)
 
 
 class MLP(nn.Module):
@@ -97,17 +95,17 @@ class Layer(nn.Module):
             )
         )
 
-    def forward(self, x: Tensor, angles: Angles, kv: KVCache) -> Tensor:
+    def forward(self, x: Tensor, step: Step) -> Tensor:
         """x [T, C]; returns [T, C], equal on every rank."""
         if self.fused:
             assert self.packed is not None, "forward before the weights were loaded"
             qkv, mlp = self.backend.layer_front(x, self.packed)
-            attended = self.attention.attend(qkv, angles, kv)
+            attended = self.attention.attend(qkv, step)
             if self.group.world_size == 1:
                 return self.backend.layer_back(attended, mlp, self.packed, x)
             partial = self.backend.layer_back(attended, mlp, self.packed)
             return x + self.group.all_reduce(partial)
-        partial = self.attention(self.input_layernorm(x), angles, kv)
+        partial = self.attention(self.input_layernorm(x), step)
         if self.parallel_residual:
             partial = partial + self.mlp(self.post_attention_layernorm(x))
             return x + self.group.all_reduce(partial)
@@ -118,32 +116,24 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers, final normalisation."""
 
-    def __init__(
-        self, config: ModelConfig, num_positions: int, backend: Backend, group: TensorParallelGroup
-    ) -> None:
+    def __init__(self, config: ModelConfig, backend: Backend, group: TensorParallelGroup) -> None:
         super().__init__()
         self.embed_in = Embedding(config.vocab_size, config.hidden_size, backend)
         self.layers = nn.ModuleList(
             Layer(config, i, backend, group) for i in range(config.num_layers)
         )
         self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, backend)
-        self.rotary = Rotary(config, num_positions, backend)
-        self.in_one_call = (
-            backend.runs_all_layers and group.world_size == 1 and config.use_parallel_residual
-        )
+        self.is_whole_and_parallel = group.world_size == 1 and config.use_parallel_residual
 
-    def forward(self, input_ids: Tensor, positions: Tensor, kv: KVCache) -> Tensor:
-        """input_ids, positions [T]; returns hidden states before the final norm, [T, C]."""
-        x = self.embed_in(input_ids)
-        angles = self.rotary(positions)
-        if self.in_one_call:
+    def forward(self, step: Step) -> Tensor:
+        """Returns the step's hidden states before the final norm, [T, C]."""
+        x = self.embed_in(step.input_ids)
+        if step.runs_all_layers and self.is_whole_and_parallel:
             packed = [layer.packed for layer in self.layers]
             assert None not in packed, "forward before the weights were loaded"
-            done = kv.run_layers(x, cast("list[PackedLayer]", packed), angles)
-            if done is not None:
-                return done
+            return step.run(x, cast("list[PackedLayer]", packed))
         for layer in self.layers:
-            x = layer(x, angles, kv)
+            x = layer(x, step)
         return x
 
 
@@ -174,12 +164,13 @@ class GPTNeoX(nn.Module):
         backend.prepare(config.head_dim, config.rotary_dim)
         self.config, self.backend, self.group = config, backend, group
         self.num_positions = num_positions or config.max_position_embeddings
-        self.gpt_neox = Decoder(config, self.num_positions, backend, group)
+        self.gpt_neox = Decoder(config, backend, group)
+        self.rotary: RotaryTables = rotary_tables(config, self.num_positions, backend)
         self.embed_out = VocabParallelHead(config.vocab_size, config.hidden_size, backend, group)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, kv: KVCache) -> Tensor:
-        """input_ids, positions [T]; returns hidden states [T, C] for `compute_logits`."""
-        hidden = self.gpt_neox(input_ids, positions, kv)
+    def forward(self, step: Step) -> Tensor:
+        """Hidden states [T, C] of a step, for `compute_logits`."""
+        hidden = self.gpt_neox(step)
         assert isinstance(hidden, Tensor)
         return hidden
 

@@ -19,7 +19,9 @@ from triton.runtime import interpreter
 
 from gptneox.backends import cuda, cuda_kernels
 from gptneox.backends.base import Memory
+from gptneox.backends.cuda import TritonStep
 from gptneox.backends.cuda_graphs import DecodeGraphs
+from gptneox.backends.step import RotaryTables
 from gptneox.engine.sequence import SamplingParams
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -74,6 +76,13 @@ class EmulatedCuda(cuda.CudaBackend):
         return replay, out
 
 
+def attend(qkv, tables, layer, batch, scale, splits):
+    """By the kernels, with a fixed number of programs per context."""
+    step = TritonStep(EmulatedCuda(), batch, [layer], tables, scale)
+    step.num_splits = splits
+    return step.attend(0, qkv)
+
+
 def check(lengths, block_size, heads, head_dim, half, dtype, splits, seed):
     """One step through kernels and base class: attention and what is in the caches."""
     batch = make_batch(lengths, block_size, seed)
@@ -81,15 +90,14 @@ def check(lengths, block_size, heads, head_dim, half, dtype, splits, seed):
     qkv = torch.stack([(2 - i % 2) * randn(num_tokens, heads, head_dim, seed=seed + i, dtype=dtype)
                        for i in range(3)], 2)  # fmt: skip
     angles = 7 * randn(max(batch.context_lens_list), half, seed=seed + 3)
-    rotary = (batch.positions, angles.cos(), angles.sin())
+    tables = RotaryTables(angles.cos(), angles.sin())
     expected, actual = (make_cache(BASE, batch, block_size, heads, head_dim, dtype) for _ in "12")
-    result = expected.attend(0, qkv, rotary)
+    result = expected.begin(batch, tables).attend(0, qkv)
     # As `layer_front` hands it over: columns of a wider product.
     wide = torch.cat((qkv.flatten(1), torch.ones(num_tokens, 7, dtype=dtype)), 1)
     view = wide[:, :-7].view(qkv.shape)
     k_cache, v_cache = actual.layers[0]
-    arguments = (view, rotary, k_cache, v_cache, batch, head_dim**-0.5)
-    out = EmulatedCuda()._attend_by_kernels(*arguments, splits=splits)
+    out = attend(view, tables, (k_cache, v_cache), batch, head_dim**-0.5, splits)
     assert_near(out, result)
     for ours, theirs in zip((k_cache, v_cache), expected.layers[0], strict=True):
         assert torch.equal(ours.isnan(), theirs.isnan()), "a foreign slot was written"
@@ -138,11 +146,9 @@ def test_large_scores_stay_finite(dtype):
     cache.layers[0][0].fill_(128)
     qkv = torch.full((5, 1, 3, 64), 128, dtype=dtype)
     qkv[:, :, 2] = randn(5, 1, 64, dtype=dtype)
-    rotary = (batch.positions, torch.ones(32, 1), torch.zeros(32, 1))
+    tables = RotaryTables(torch.ones(32, 1), torch.zeros(32, 1))
     for splits in (1, 4):
-        out = EmulatedCuda()._attend_by_kernels(
-            qkv, rotary, *cache.layers[0], batch, 64**-0.5, splits=splits
-        )
+        out = attend(qkv, tables, cache.layers[0], batch, 64**-0.5, splits)
         assert_near(out[1:], torch.stack([qkv[1 : i + 2, :, 2].float().mean(0)
                                           for i in range(4)]).to(dtype))  # fmt: skip
         assert torch.isfinite(out).all()
@@ -155,10 +161,8 @@ def test_rows_of_padding_touch_nothing(splits):
     batch.block_tables[1] = 0
     cache = make_cache(BASE, batch, 16, 1, 32, torch.float32)
     before = [x.clone() for x in cache.layers[0]]
-    rotary = (batch.positions, torch.ones(32, 1), torch.zeros(32, 1))
-    out = EmulatedCuda()._attend_by_kernels(
-        randn(2, 1, 3, 32), rotary, *cache.layers[0], batch, 1.0, splits=splits
-    )
+    tables = RotaryTables(torch.ones(32, 1), torch.zeros(32, 1))
+    out = attend(randn(2, 1, 3, 32), tables, cache.layers[0], batch, 1.0, splits)
     assert torch.equal(out[1], torch.zeros(1, 32))
     written = int(batch.slot_mapping[0])
     for cached, previous in zip(cache.layers[0], before, strict=True):

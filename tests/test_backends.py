@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from gptneox.backends import BACKENDS, select
-from gptneox.backends.base import Backend, ForwardBatch, check_shape
+from gptneox.backends.base import Backend, check_shape
+from gptneox.backends.step import (
+    ForwardBatch,
+    PaddedBatch,
+    PaddedStep,
+    PagedStep,
+    RotaryTables,
+    Step,
+)
 from gptneox.config import ACTIVATIONS
 from gptneox.kv_cache import PagedKVCache
 
@@ -111,17 +119,19 @@ def make_cache(
         content = randn(num_blocks * block_size, heads, d, seed=10 + i, dtype=dtype)
         content[~written] = math.nan
         tensor.copy_(content.view(num_blocks, block_size, heads, d))
-    cache.batch = batch_on(batch, backend.device)
     return cache
 
 
+def begin(cache: PagedKVCache, batch: ForwardBatch, tables: RotaryTables | None = None) -> Step:
+    """A step over `cache` that rotates by no angle unless told."""
+    device = cache.backend.device
+    if tables is None:
+        cos = torch.ones(1024, 1, device=device)
+        tables = RotaryTables(cos, torch.zeros_like(cos))
+    return cache.begin(batch_on(batch, device), tables)
+
+
 # -- attention and cache -------------------------------------------------------------------------
-
-
-def unrotated(batch: ForwardBatch, backend: Backend) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotation by no angle."""
-    cos = torch.ones(1024, 1, device=backend.device)
-    return batch.positions, cos, torch.zeros_like(cos)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -139,7 +149,7 @@ def test_paged_attention(name: str, block_size: int, dtype: torch.dtype, backend
             cache = make_cache(which, batch, block_size, heads, head_dim, dtype)
             # As the model passes them: parts of one fused projection, not contiguous.
             fused = torch.stack([q, k, v], dim=2).to(which.device)
-            results.append((cache.attend(0, fused, unrotated(batch, which)), *cache.layers[0]))
+            results.append((begin(cache, batch).attend(0, fused), *cache.layers[0]))
         (expected, *expected_cache), (actual, *actual_cache) = results
         assert_near(actual, expected)
         for ours, theirs in zip(actual_cache, expected_cache, strict=True):
@@ -174,7 +184,7 @@ def test_large_scores_stay_finite(dtype: torch.dtype, backend: Backend) -> None:
         cache.layers[0][0].fill_(128)
         q, k = (torch.full((21, 2, 64), 128, dtype=dtype, device=which.device) for _ in "qk")
         v = randn(21, 2, 64, seed=3, dtype=dtype).to(which.device)
-        results.append(cache.attend(0, torch.stack((q, k, v), 2), unrotated(batch, which)))
+        results.append(begin(cache, batch).attend(0, torch.stack((q, k, v), 2)))
     mean = randn(21, 2, 64, seed=3, dtype=dtype)[1:].float().mean(0).to(dtype)
     assert_near(results[0][-1], mean)
     assert_near(results[1], results[0])
@@ -200,7 +210,13 @@ def test_dense_attention(
         assert_near(actual[real], expected[real])
         assert torch.isfinite(actual).all()
         stores = [torch.cat([x, x.new_full((3, 9, 2, head_dim), math.nan)], 1) for x in moved[1:3]]
-        again = backend.cached_attention(moved[0], *stores, num_keys, moved[3], head_dim**-0.5)
+        ids = torch.zeros(3 * num_queries, dtype=torch.int64, device=backend.device)
+        padded = PaddedBatch(ids, ids, 3, num_queries, num_keys, moved[3])
+        tables = RotaryTables(torch.ones(1, 1), torch.zeros(1, 1))
+        step = backend.begin_padded(padded, [tuple(stores)], tables, head_dim**-0.5)
+        again = actual
+        if isinstance(step, PaddedStep):  # else its own tests try it
+            again = step.attend_cached(tuple(stores), moved[0])
         assert_near(again.cpu()[real], expected[real])
         for row, pad in enumerate(pads):  # a row equals the sequence alone, without its padding
             start = max(pad - (num_keys - num_queries), 0)
@@ -222,7 +238,11 @@ def test_store_kv_writes_its_slots_only(dtype: torch.dtype, backend: Backend) ->
     slots = torch.tensor([79, 0, 17, 16, 42])
     k, v = (randn(5, 2, 80, seed=i, dtype=dtype) for i in (1, 2))
     device = backend.device
-    backend.store_kv(k.to(device), v.to(device), k_cache, v_cache, slots.to(device))
+    batch = make_batch([(0, 1)] * 5, 16)
+    batch.slot_mapping = slots
+    cos = torch.ones(1, 1)
+    step = PagedStep(backend, batch_on(batch, device), [], RotaryTables(cos, cos), 1.0)
+    step.store((k_cache, v_cache), k.to(device), v.to(device))
     for cache, new, old in ((k_cache, k, 7), (v_cache, v, 8)):
         rows = cache.flatten(0, 1).cpu()
         assert torch.equal(rows[slots], new)

@@ -28,8 +28,9 @@ from ranks import free_port
 from test_backends import BASE, assert_near, batch_on, make_batch, make_cache, randn
 
 from gptneox.backends import create, cuda, select
-from gptneox.backends.base import ForwardBatch, Memory
+from gptneox.backends.base import Memory
 from gptneox.backends.cuda_graphs import SIZES, DecodeGraphs
+from gptneox.backends.step import ForwardBatch
 from gptneox.engine.llm_engine import LLMEngine
 from gptneox.engine.sequence import SamplingParams
 

@@ -31,7 +31,7 @@ from gptneox.config import EngineSection, ModelConfig
 from gptneox.engine.llm_engine import LLMEngine
 from gptneox.engine.scheduler import Scheduled
 from gptneox.engine.sequence import SamplingParams, Sequence
-from gptneox.layers import Rotary
+from gptneox.layers import rotary_tables
 from gptneox.parallel import TensorParallelGroup
 
 FP32_LIMIT = 2e-5
@@ -391,16 +391,17 @@ def test_rotary_against_fp64(head_dim: int, share: float, position: int, backend
         | {"hidden_size": 2 * head_dim, "num_attention_heads": 2, "rotary_pct": share}
     )
     r = round(head_dim * share)
-    rotary = Rotary(config, 16384, backend)
+    tables = rotary_tables(config, 16384, backend)
     angles = [position * math.exp(-math.log(10000.0) * 2 * i / r) for i in range(r // 2)]
     turn = torch.tensor([cmath.exp(1j * a) for a in angles], dtype=torch.complex128)
-    cos, sin = rotary.cos[position].double().cpu(), rotary.sin[position].double().cpu()
+    cos, sin = tables.cos[position].double().cpu(), tables.sin[position].double().cpu()
     torch.testing.assert_close(cos, turn.real, rtol=0, atol=1e-6)
     torch.testing.assert_close(sin, turn.imag, rtol=0, atol=1e-6)
 
     qk = torch.randn(2, 1, 2, head_dim, generator=torch.Generator().manual_seed(2))
     positions = torch.tensor([position], device=backend.device)
-    rotated = backend.rotary(qk[0].to(backend.device), qk[1].to(backend.device), *rotary(positions))
+    moved = qk.to(backend.device)
+    rotated = backend.rotary(moved[0], moved[1], positions, *tables)
     for x, actual in zip(qk.double(), rotated, strict=True):
         turned = torch.complex(x[..., : r // 2], x[..., r // 2 : r]) * turn
         expected = torch.cat([turned.real, turned.imag, x[..., r:]], -1)

@@ -10,14 +10,17 @@ from gptneox.backends.base import Backend
 
 logger = logging.getLogger(__name__)
 
-# In the order that "auto" tries: name -> class in gptneox.backends.<name>.
-BACKENDS = {"npu": "NpuBackend", "cuda": "CudaBackend", "cpu": "CpuBackend"}
+# In the order that "auto" tries; each is a module of this package with a function `create`.
+BACKENDS = ("npu", "cuda", "cpu")
 
 
 def create(name: str) -> Backend:
-    """The backend called `name`, whether or not its device is present."""
-    module = importlib.import_module(f"gptneox.backends.{name}")
-    backend = getattr(module, BACKENDS[name])()
+    """The backend called `name`, whether or not its device is present.
+
+    Raises:
+        ConfigError: GPTNEOX_CPU_KERNELS=on, and the kernels cannot be had.
+    """
+    backend = importlib.import_module(f"gptneox.backends.{name}").create()
     assert isinstance(backend, Backend)
     return backend
 

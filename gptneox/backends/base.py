@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a device must do, in plain torch: the specification every backend is tested against.
 
-Shapes: T tokens of a step, B sequences, H heads on this rank, D head_dim, R rotary dims,
-N blocks, P block_size, M blocks per sequence, K features in, F features out.
+Shapes as in step.py; K features in, F features out.
 """
 
 from __future__ import annotations
@@ -19,35 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptneox.backends import binding
+from gptneox.backends.step import (
+    ForwardBatch,
+    LayerCache,
+    PaddedBatch,
+    PaddedStep,
+    PagedStep,
+    RotaryTables,
+    Step,
+)
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class ForwardBatch:
-    """One step of the paged path: sequences that decode one token first, then prompt chunks.
-
-    Device tensors are what kernels read; the lists beside them hold the same lengths for
-    operators that take theirs from the host.
-    """
-
-    input_ids: Tensor  # [T] int64
-    positions: Tensor  # [T] int64
-    slot_mapping: Tensor  # [T] int64: block * P + offset
-    block_tables: Tensor  # [B, M] int32, padded with 0
-    cu_seqlens_q: Tensor  # [B + 1] int32
-    context_lens: Tensor  # [B] int32: cached tokens including this step's
-    q_lens_list: list[int]
-    context_lens_list: list[int]
-    num_decodes: int  # leading sequences with exactly one token
-    # [B] int32, the first position of each sequence that is no padding; None: all start at 0.
-    # Only where `attends_padded` do operators know it.
-    starts: Tensor | None = None
-
-    @property
-    def num_prefill_tokens(self) -> int:
-        """Tokens that belong to prompt chunks."""
-        return sum(self.q_lens_list[self.num_decodes :])
 
 
 @dataclass(frozen=True)
@@ -126,8 +107,6 @@ class Backend:
     device_type = "cpu"
     pins_memory = False  # copies to the device overlap when they start in page-locked memory
     fuses_layers = False  # give parallel-residual layers to `pack_layer`
-    attends_padded = False  # paged attention serves batches with `starts`
-    runs_all_layers = False  # give those of a paged step to `run_layers`, where one rank has all
     graphs = "auto"  # [engine] graphs: on, off, or auto, as the backend thinks best
 
     def __init__(self) -> None:
@@ -315,27 +294,6 @@ class Backend:
         partial = self.linear(torch.cat((attended, mlp), 1), packed.back)
         return partial if residual is None else residual + partial
 
-    def run_layers(
-        self,
-        x: Tensor,
-        layers: Sequence[PackedLayer],
-        rotary: tuple[Tensor, Tensor, Tensor],
-        caches: Sequence[tuple[Tensor, Tensor]],
-        batch: ForwardBatch,
-        scale: float,
-    ) -> Tensor:
-        """All parallel-residual layers of a paged step that one rank holds whole.
-
-        x [T, C], which may be written over; `rotary` and `caches` as `rotary_paged_attention`
-        takes them, a pair of caches per layer. Returns [T, C].
-        """
-        for layer, (k_cache, v_cache) in zip(layers, caches, strict=True):
-            qkv, mlp = self.layer_front(x, layer)
-            qkv = qkv.view(len(x), -1, 3, k_cache.shape[-1])
-            attended = self.rotary_paged_attention(qkv, rotary, k_cache, v_cache, batch, scale)
-            x = self.layer_back(attended.flatten(1), mlp, layer, x)
-        return x
-
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """x [T, C]; statistics in fp32."""
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
@@ -349,11 +307,9 @@ class Backend:
             "relu": F.relu,
         }[name]
 
-    def pack_rotary(
-        self, cos: Tensor, sin: Tensor, head_dim: int, *, fused: bool
-    ) -> tuple[Tensor, Tensor]:
+    def pack_rotary(self, cos: Tensor, sin: Tensor, head_dim: int, *, fused: bool) -> RotaryTables:
         """Tables [max_positions, R/2] as `rotary` wants them; `fused`: for `layer_front`'s q, k."""
-        return cos.to(self.device), sin.to(self.device)
+        return RotaryTables(cos.to(self.device), sin.to(self.device))
 
     def rotary(
         self, q: Tensor, k: Tensor, positions: Tensor, cos_table: Tensor, sin_table: Tensor
@@ -382,86 +338,42 @@ class Backend:
         finite = logits.sum(dtype=torch.float32).isfinite()
         return torch.cat((logits.argmax(-1), finite.view(1).to(torch.int64)))
 
-    # -- paged attention -------------------------------------------------------------------------
+    # -- steps and attention ---------------------------------------------------------------------
+
+    def begin(
+        self,
+        batch: ForwardBatch,
+        layers: Sequence[LayerCache],
+        tables: RotaryTables,
+        scale: float,
+    ) -> Step:
+        """A step over a paged cache, `layers` as `allocate_kv_cache` made them."""
+        return PagedStep(self, batch, layers, tables, scale)
+
+    def begin_padded(
+        self,
+        batch: PaddedBatch,
+        layers: Sequence[LayerCache],
+        tables: RotaryTables,
+        scale: float,
+    ) -> Step:
+        """A step over a contiguous cache, `layers` as `allocate_rows` made them."""
+        return PaddedStep(self, batch, layers, tables, scale)
 
     def allocate_kv_cache(
         self, num_blocks: int, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    ) -> LayerCache:
         """K and V of one layer, each [N, P, H, D]; the content is undefined."""
         shape = (num_blocks, block_size, num_heads, head_dim)
         k = torch.empty(shape, dtype=dtype, device=self.device)
         return k, torch.empty_like(k)
 
-    def store_kv(
-        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        """Write k, v [T, H, D] to the slots [T] of the caches [N, P, H, D]."""
-        size = k_cache.shape[1]
-        slots = (slot_mapping // size, slot_mapping % size)
-        k_cache[slots] = k
-        v_cache[slots] = v
-
-    def rotary_paged_attention(
-        self,
-        qkv: Tensor,
-        rotary: tuple[Tensor, Tensor, Tensor],
-        k_cache: Tensor,
-        v_cache: Tensor,
-        batch: ForwardBatch,
-        scale: float,
-    ) -> Tensor:
-        """Split qkv [T, H, 3, D], rotate by (positions, cos, sin), attend; returns [T, H, D]."""
-        q, k, v = qkv.unbind(2)
-        q, k = self.rotary(q, k, *rotary)
-        return self.paged_attention(q, k, v, k_cache, v_cache, batch, scale)
-
-    def paged_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        batch: ForwardBatch,
-        scale: float,
-    ) -> Tensor:
-        """Write k, v [T, H, D] to their slots, then attend; returns [T, H, D]."""
-        assert batch.starts is None, "a padded batch where attends_padded is False"
-        self.store_kv(k, v, k_cache, v_cache, batch.slot_mapping)
-        n = batch.num_decodes
-        if n == len(batch.q_lens_list):
-            return self.decode_attention(q, k_cache, v_cache, batch, scale)
-        prefilled = self.prefill_attention(q[n:], k_cache, v_cache, batch, scale)
-        if n == 0:
-            return prefilled
-        return torch.cat([self.decode_attention(q[:n], k_cache, v_cache, batch, scale), prefilled])
-
-    def prefill_attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch, scale: float
-    ) -> Tensor:
-        """Causal attention of the prompt chunks; keys and values are read from the cache.
-
-        q: [T_prefill, H, D], the rows after the decoding ones. Query i of a chunk of length n
-        sees the first context_len - n + i + 1 cached tokens. Returns [T_prefill, H, D].
-        """
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        start = 0
-        for b in range(batch.num_decodes, len(batch.q_lens_list)):
-            end = start + batch.q_lens_list[b]
-            k, v = gather_kv(k_cache, v_cache, batch.block_tables[b], batch.context_lens_list[b])
-            out[start:end] = self.causal_attention(q[start:end], k, v, scale)
-            start = end
-        return out
-
-    def decode_attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch, scale: float
-    ) -> Tensor:
-        """Attention of one new token per sequence, q [B_decode, H, D], over its cached tokens."""
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        for b in range(batch.num_decodes):
-            k, v = gather_kv(k_cache, v_cache, batch.block_tables[b], batch.context_lens_list[b])
-            out[b : b + 1] = self.causal_attention(q[b : b + 1], k, v, scale)
-        return out
+    def allocate_rows(
+        self, num_rows: int, capacity: int, num_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> LayerCache:
+        """K and V of one layer for a padded batch, each [B, capacity, H, D], likewise."""
+        k = torch.empty((num_rows, capacity, num_heads, head_dim), dtype=dtype, device=self.device)
+        return k, torch.empty_like(k)
 
     def causal_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """One sequence: q [S, H, D] are the last S of the L positions of k, v [L, H, D].
@@ -474,8 +386,6 @@ class Backend:
         visible = torch.ones(s, length, dtype=torch.bool, device=q.device).tril(length - s)
         probs = scores.masked_fill_(~visible, -math.inf).softmax(-1)
         return torch.einsum("hsl,lhd->shd", probs, v.float()).to(q.dtype)
-
-    # -- contiguous attention --------------------------------------------------------------------
 
     def dense_attention(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
@@ -490,18 +400,6 @@ class Backend:
         visible = dense_visibility(q.shape[1], k.shape[1], key_mask, q.device)
         probs = scores.masked_fill_(~visible, -math.inf).softmax(-1)
         return torch.einsum("bhsl,blhd->bshd", probs, v.float()).to(q.dtype)
-
-    def cached_attention(
-        self,
-        q: Tensor,
-        k_store: Tensor,
-        v_store: Tensor,
-        length: int,
-        key_mask: Tensor | None,
-        scale: float,
-    ) -> Tensor:
-        """`dense_attention` over the first `length` positions of stores [B, capacity, H, D]."""
-        return self.dense_attention(q, k_store[:, :length], v_store[:, :length], key_mask, scale)
 
     # -- graphs ----------------------------------------------------------------------------------
 
@@ -522,13 +420,3 @@ def dense_visibility(
         return causal[None, None]
     itself = causal.triu(offset)
     return (causal & key_mask[:, None, None, :]) | itself
-
-
-def gather_kv(
-    k_cache: Tensor, v_cache: Tensor, block_table: Tensor, context_len: int
-) -> tuple[Tensor, Tensor]:
-    """The cached keys and values of one sequence, each [context_len, H, D]."""
-    blocks = block_table[: -(-context_len // k_cache.shape[1])].long()
-    k = k_cache[blocks].flatten(0, 1)[:context_len]
-    v = v_cache[blocks].flatten(0, 1)[:context_len]
-    return k, v

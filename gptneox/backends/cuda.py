@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,6 @@ from torch import Tensor
 from gptneox.backends.base import (
     Backend,
     Finding,
-    ForwardBatch,
     LayerWeights,
     Memory,
     PackedLayer,
@@ -27,6 +26,7 @@ from gptneox.backends.base import (
     dense_visibility,
 )
 from gptneox.backends.cuda_graphs import DecodeGraphs
+from gptneox.backends.step import ForwardBatch, LayerCache, PagedStep, RotaryTables, Step
 from gptneox.config import Environment, parse_device_ids
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,43 @@ class Choice(NamedTuple):
     step: str
     operator: str
     reason: str
+
+
+class TritonStep(PagedStep):
+    """Rotation and writing in one kernel, then attention."""
+
+    def __init__(
+        self,
+        ops: CudaBackend,
+        batch: ForwardBatch,
+        layers: Sequence[LayerCache],
+        tables: RotaryTables,
+        scale: float,
+    ) -> None:
+        super().__init__(ops, batch, layers, tables, scale)
+        self.kernels, self.num_cores = load_kernels(), ops.num_cores
+        self.num_splits = 0  # programs that share one context; 0: as the kernels choose
+
+    def attend(self, layer_id: int, qkv: Tensor) -> Tensor:
+        """See `Step`."""
+        kernels, batch, layer = self.kernels, self.batch, self.layers[layer_id]
+        rotary = (self.positions, *self.tables)
+        q = kernels.rotate_and_store(qkv, rotary, *layer, batch.slot_mapping)
+        out = torch.empty_like(q)
+        if batch.num_decodes:
+            splits = self.num_splits or kernels.num_splits(
+                batch.num_decodes, qkv.shape[1], self.num_cores
+            )
+            kernels.decode(q, *layer, batch, out, self.scale, splits)
+        if batch.num_decodes < len(batch.q_lens_list):
+            kernels.prefill(q, *layer, batch, out, self.scale)
+        assert isinstance(out, Tensor)
+        return out
+
+
+def create() -> CudaBackend:
+    """The GPU."""
+    return CudaBackend()
 
 
 class CudaBackend(Backend):
@@ -304,7 +341,7 @@ class CudaBackend(Backend):
             num_decodes=2,
         )
         angles = torch.rand(max(lengths), max(1, head_dim // 8), generator=generator)
-        rotary = (batch.positions, angles.cos().to(self.device), angles.sin().to(self.device))
+        rotary = RotaryTables(angles.cos().to(self.device), angles.sin().to(self.device))
 
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(self.device, dtype)
@@ -314,11 +351,11 @@ class CudaBackend(Backend):
         results = []
         for splits in (0, 1, 2):
             k_cache, v_cache = (cache.clone() for cache in caches)
-            arguments = (qkv, rotary, k_cache, v_cache, batch, head_dim**-0.5)
-            if splits:
-                out = self._attend_by_kernels(*arguments, splits=splits)
-            else:
-                out = super().rotary_paged_attention(*arguments)
+            arguments = (self, batch, [(k_cache, v_cache)], rotary, head_dim**-0.5)
+            step = TritonStep(*arguments) if splits else PagedStep(*arguments)
+            if isinstance(step, TritonStep):
+                step.num_splits = splits
+            out = step.attend(0, qkv)
             results.append([x.float() for x in (out, k_cache, v_cache)])
         worst = torch.stack([
             (ours - theirs).abs().max()
@@ -396,40 +433,16 @@ class CudaBackend(Backend):
             what = f"the KV cache ({gib:.2f} GiB per layer)"
             raise self._out_of_memory(what, "lower --num_blocks or --memory_fraction") from error
 
-    def rotary_paged_attention(
+    def begin(
         self,
-        qkv: Tensor,
-        rotary: tuple[Tensor, Tensor, Tensor],
-        k_cache: Tensor,
-        v_cache: Tensor,
         batch: ForwardBatch,
+        layers: Sequence[LayerCache],
+        tables: RotaryTables,
         scale: float,
-    ) -> Tensor:
-        """Rotation and writing in one kernel, then attention."""
-        if self._kernels is None:
-            return super().rotary_paged_attention(qkv, rotary, k_cache, v_cache, batch, scale)
-        splits = self._kernels.num_splits(batch.num_decodes or 1, qkv.shape[1], self.num_cores)
-        return self._attend_by_kernels(qkv, rotary, k_cache, v_cache, batch, scale, splits=splits)
-
-    def _attend_by_kernels(
-        self,
-        qkv: Tensor,
-        rotary: tuple[Tensor, Tensor, Tensor],
-        k_cache: Tensor,
-        v_cache: Tensor,
-        batch: ForwardBatch,
-        scale: float,
-        *,
-        splits: int,
-    ) -> Tensor:
-        kernels = load_kernels()
-        q = kernels.rotate_and_store(qkv, rotary, k_cache, v_cache, batch.slot_mapping)
-        out = torch.empty_like(q)
-        if batch.num_decodes:
-            kernels.decode(q, k_cache, v_cache, batch, out, scale, splits)
-        if batch.num_decodes < len(batch.q_lens_list):
-            kernels.prefill(q, k_cache, v_cache, batch, out, scale)
-        return out
+    ) -> Step:
+        """By kernels, where they were found to work."""
+        kind = PagedStep if self._kernels is None else TritonStep
+        return kind(self, batch, layers, tables, scale)
 
     def dense_attention(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float

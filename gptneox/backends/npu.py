@@ -8,7 +8,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,6 @@ from gptneox.backends import binding
 from gptneox.backends.base import (
     Backend,
     Finding,
-    ForwardBatch,
     LayerWeights,
     Memory,
     PackedLayer,
@@ -43,6 +42,8 @@ from gptneox.backends.npu_setup import (
     release,
     version_conflict,
 )
+from gptneox.backends.npu_steps import NpuPaddedStep, NpuPagedStep
+from gptneox.backends.step import ForwardBatch, LayerCache, PaddedBatch, RotaryTables, Step
 from gptneox.config import ConfigError, Environment, parse_device_ids
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,11 @@ class NpuLayer(PackedLayer):
     head_dim: int = 0
 
 
+def create() -> NpuBackend:
+    """The NPU."""
+    return NpuBackend()
+
+
 class NpuBackend(Backend):
     """The NPU that `setup` bound this process to."""
 
@@ -93,10 +99,8 @@ class NpuBackend(Backend):
         # The type is known to torch only once torch_npu is there: see `why_unusable`.
         self._attention: PlainAttention | None = None
         self._head_dim = self._rotary_dim = 0
-        self._tables: dict[str, Choice] = {}
         self._cache_shape = (0, 0)  # blocks and their size, as asked for
         self._num_positions = 0
-        self._angles: tuple[tuple[Any, Any], tuple[Tensor, Tensor]] | None = None
 
     @functools.cached_property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -165,9 +169,8 @@ class NpuBackend(Backend):
         return hasattr(torch.ops.atb, "_npu_paged_attention")
 
     def prepare(self, head_dim: int, rotary_dim: int) -> None:
-        """Choose the operators that do not depend on the cache."""
+        """Remember what the front product's rows are ordered by."""
         self._head_dim, self._rotary_dim = head_dim, rotary_dim
-        self._tables = {c.step: c for c in self.operator_table(head_dim, rotary_dim)}
 
     def operator_table(self, head_dim: int, rotary_dim: int, block_size: int = 128) -> list[Choice]:
         """Every operator of a layer that this chip gives a choice of, with the reason."""
@@ -321,7 +324,7 @@ class NpuBackend(Backend):
         weight, bias = weights.query_key_value
         d, r = self._head_dim, self._rotary_dim
         rows = torch.arange(weight.shape[0]).view(-1, 3, d).transpose(0, 1)  # [3, H, D]
-        if self._turns_whole_heads(d):
+        if self._rotates_whole_heads(d):
             rows = torch.cat((rows[:2, :, head_order(d, r)], rows[2:]))
         order = rows.flatten().to(weight.device)
         weight = weight.index_select(0, order)
@@ -338,17 +341,15 @@ class NpuBackend(Backend):
         qkv = y[:, :n].view(len(y), 3, -1, packed.head_dim).transpose(1, 2)
         return qkv, packed.activation(y[:, n:])
 
-    def _turns_whole_heads(self, head_dim: int) -> bool:
+    def _rotates_whole_heads(self, head_dim: int) -> bool:
         """Whether q and k of fused layers lie in `head_order`: npu_rotary_mul then takes them as
         they are, with tables that leave the dimensions beyond R alone (cos 1, sin 0)."""
         return not self.is_310p and head_dim % 2 == 0 and head_dim <= MAX_HEAD_DIM
 
-    def pack_rotary(
-        self, cos: Tensor, sin: Tensor, head_dim: int, *, fused: bool
-    ) -> tuple[Tensor, Tensor]:
+    def pack_rotary(self, cos: Tensor, sin: Tensor, head_dim: int, *, fused: bool) -> RotaryTables:
         """D/2 wide for q and k in `head_order`, else R/2."""
         self._num_positions = len(cos)
-        if fused and self._turns_whole_heads(head_dim):
+        if fused and self._rotates_whole_heads(head_dim):
             rest = head_dim // 2 - cos.shape[1]
             cos, sin = F.pad(cos, (0, rest), value=1.0), F.pad(sin, (0, rest))
         return super().pack_rotary(cos, sin, head_dim, fused=fused)
@@ -357,34 +358,30 @@ class NpuBackend(Backend):
         self, q: Tensor, k: Tensor, positions: Tensor, cos_table: Tensor, sin_table: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Q and k together."""
-        turned = self._turn(torch.stack((q, k)), positions, cos_table, sin_table)
-        return turned[0], turned[1]
+        angles = self.look_up(positions, RotaryTables(cos_table, sin_table), q.dtype)
+        rotated = self.rotate(torch.stack((q, k)), angles)
+        return rotated[0], rotated[1]
 
-    def _turn(self, x: Tensor, positions: Tensor, cos_table: Tensor, sin_table: Tensor) -> Tensor:
-        """x [2, T, H, D], contiguous, may be overwritten; cos and sin are looked up once a step."""
-        key = (positions, cos_table)
-        if self._angles is None or any(
-            a is not b for a, b in zip(self._angles[0], key, strict=True)
-        ):
-            self._angles = (key, self._look_up(positions, cos_table, sin_table, x.dtype))
-        cos, sin = self._angles[1]
+    def rotate(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """x [2, T, H, D], contiguous, which may be overwritten, by what `look_up` returned."""
+        cos, sin = angles
         part = x[..., : cos.shape[-1]]
         if self.is_310p:
             wide = part.float()
             first, second = wide.chunk(2, -1)
-            turned = (wide * cos).addcmul_(torch.cat((second, first), -1), sin)
+            rotated = (wide * cos).addcmul_(torch.cat((second, first), -1), sin)
         else:
-            turned = self.ops.npu_rotary_mul(part.contiguous(), cos, sin)
+            rotated = self.ops.npu_rotary_mul(part.contiguous(), cos, sin)
         if part.shape == x.shape:
-            return turned.to(x.dtype)
-        part.copy_(turned)
+            return rotated.to(x.dtype)
+        part.copy_(rotated)
         return x
 
-    def _look_up(
-        self, positions: Tensor, cos_table: Tensor, sin_table: Tensor, dtype: torch.dtype
+    def look_up(
+        self, positions: Tensor, tables: RotaryTables, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """[1, T, 1, R]; on a 310P in fp32, sin with the sign of its half, else in `dtype`."""
-        cos, sin = (t[positions][None, :, None] for t in (cos_table, sin_table))
+        cos, sin = (t[positions][None, :, None] for t in tables)
         if self.is_310p:
             return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         return torch.cat((cos, cos), -1).to(dtype), torch.cat((sin, sin), -1).to(dtype)
@@ -418,59 +415,31 @@ class NpuBackend(Backend):
                 "--memory_fraction"
             ) from error
 
-    def rotary_paged_attention(
+    def begin(
         self,
-        qkv: Tensor,
-        rotary: tuple[Tensor, Tensor, Tensor],
-        k_cache: Tensor,
-        v_cache: Tensor,
         batch: ForwardBatch,
+        layers: Sequence[LayerCache],
+        tables: RotaryTables,
         scale: float,
-    ) -> Tensor:
-        """One copy puts q, k and v behind one another: what follows takes them as they are."""
-        blocks = qkv.permute(2, 0, 1, 3).contiguous()  # [3, T, H, D]
-        q, k = self._turn(blocks[:2], *rotary)
-        return self.paged_attention(q, k, blocks[2], k_cache, v_cache, batch, scale)
+    ) -> Step:
+        """By the operators that the cache was allocated for."""
+        assert self._attention is not None, "a step before the cache was made"
+        return NpuPagedStep(self, self._attention, batch, layers, tables, scale)
 
-    def paged_attention(
+    def begin_padded(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        batch: ForwardBatch,
+        batch: PaddedBatch,
+        layers: Sequence[LayerCache],
+        tables: RotaryTables,
         scale: float,
-    ) -> Tensor:
-        """Write, then attend: the decoding rows first, then the prompt chunks."""
-        attention = self._attention
-        assert attention is not None, "attention before the cache was made"
-        attention.store(k, v, k_cache, v_cache, batch)
-        n = batch.num_decodes
-        if n == len(batch.q_lens_list):
-            return attention.decode(q, k_cache, v_cache, batch, scale)
-        caches = (k_cache, v_cache)
-        prefilled = attention.prefill(q[n:], (k[n:], v[n:]), caches, batch, scale)
-        if n == 0:
-            return prefilled
-        return torch.cat((attention.decode(q[:n], k_cache, v_cache, batch, scale), prefilled))
-
-    def cached_attention(
-        self,
-        q: Tensor,
-        k_store: Tensor,
-        v_store: Tensor,
-        length: int,
-        key_mask: Tensor | None,
-        scale: float,
-    ) -> Tensor:
-        """The stores are given whole, because a slice of them is not contiguous."""
+    ) -> Step:
+        """By the operators for the head size."""
         if self._attention is None:
-            kind, reason = self._choose_dense(q.shape[-1])
+            kind, reason = self._choose_dense(layers[0][0].shape[-1])
             self._attention = kind(self.ops, self.device)
             level = logging.WARNING if "slower" in reason else logging.INFO
             logger.log(level, "flash attention: %s (%s)", kind.operator, reason)
-        return self._attention.dense(q, k_store, v_store, length, key_mask, scale)
+        return NpuPaddedStep(self, self._attention, batch, layers, tables, scale)
 
     # -- graphs ----------------------------------------------------------------------------------
 
@@ -494,14 +463,10 @@ class NpuBackend(Backend):
         return DecodeGraphs(
             step,
             self.ops,
-            forget=self._forget,
             scratch_block=num_blocks,
             block_size=block_size,
             table_width=min(num_blocks, -(-self._num_positions // block_size)),
         )
-
-    def _forget(self) -> None:
-        self._angles = None
 
 
 def head_order(head_dim: int, rotary_dim: int) -> list[int]:

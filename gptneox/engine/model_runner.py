@@ -8,7 +8,7 @@ import time
 import torch
 from torch import Tensor
 
-from gptneox.backends.base import ForwardBatch
+from gptneox.backends.step import ForwardBatch
 from gptneox.engine.sampler import Sampler, check_finite, read_choice, token_logprobs
 from gptneox.engine.scheduler import Scheduled
 from gptneox.engine.sequence import Sequence
@@ -98,8 +98,7 @@ class ModelRunner:
         return host if self.device.type == "cpu" else host.to(self.device, non_blocking=True)
 
     def _forward(self, batch: ForwardBatch) -> Tensor:
-        self.cache.batch = batch
-        hidden = self.model(batch.input_ids, batch.positions, self.cache)
+        hidden = self.model(self.cache.begin(batch, self.model.rotary))
         assert isinstance(hidden, Tensor)
         return hidden
 
