@@ -396,7 +396,7 @@ def load_model(
             value = _read_part(checkpoint, name, names[name], parameter, model)
             # What was read may alias the mapped file: copy it, unless `pack` copies it at once.
             copy = not isinstance(module, Linear) or key != "weight"
-            value = value.to(device=model.backend.device, dtype=dtype, copy=copy)
+            value = value.to(device=model.device.torch_device, dtype=dtype, copy=copy)
             module.register_parameter(key, nn.Parameter(value, requires_grad=False))
         layer = fused.get(id(module))
         if layer is None and isinstance(module, Linear):
@@ -496,10 +496,10 @@ def full_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _check_memory(model: GPTNeoX, dtype: torch.dtype) -> None:
     itemsize = torch.empty((), dtype=dtype).element_size()
     needed = sum(p.numel() for p in model.parameters()) * itemsize
-    free = model.backend.memory().free
+    free = model.device.memory().free
     if needed > free:
         raise RuntimeError(
             f"not enough memory for the weights: {needed / 2**30:.2f} GiB needed in "
             f"{str(dtype).removeprefix('torch.')}, {free / 2**30:.2f} GiB free on "
-            f"{model.backend.name}; use a smaller dtype, more devices or a smaller model"
+            f"{model.device.name}; use a smaller dtype, more devices or a smaller model"
         )

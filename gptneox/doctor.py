@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gptneox import __version__
 from gptneox.backends import BACKENDS, create
-from gptneox.backends.base import Backend, Finding
+from gptneox.backends.device import Device, Finding
 from gptneox.checkpoint import Checkpoint
 from gptneox.cli import Settings
 from gptneox.config import ConfigError, ModelConfig
@@ -58,21 +58,21 @@ def devices(settings: Settings) -> list[Finding]:
     """Every kind of device, then the chosen one and what the checkpoint needs of it."""
     wanted = settings.model.device
     findings: list[Finding] = []
-    chosen: Backend | None = None
+    chosen: Device | None = None
     for name in BACKENDS:
         try:
-            backend = create(name)
+            device = create(name)
         except ConfigError as error:
             findings.append(Finding(False, name, str(error)))
             continue
-        reason = backend.why_unusable()
+        reason = device.why_unusable()
         named = name == wanted
         if reason:
-            if named or backend.is_installed():
-                findings += backend.diagnose()
+            if named or device.is_installed():
+                findings += device.diagnose()
             findings.append(Finding(False if named else None, name, reason))
         elif chosen is None and (named or wanted == "auto"):
-            chosen = backend
+            chosen = device
             findings.append(Finding(True, name, "usable, and what this run takes"))
         else:
             findings.append(Finding(True, name, "usable"))
@@ -87,14 +87,14 @@ def devices(settings: Settings) -> list[Finding]:
         return [*findings, Finding(False, chosen.name, " ".join(str(error).split()))]
 
 
-def checkpoint(settings: Settings, backend: Backend) -> list[Finding]:
+def checkpoint(settings: Settings, device: Device) -> list[Finding]:
     """What the checkpoint of --model_path needs against what is there."""
     path = settings.model_path
     try:
         config = ModelConfig.from_pretrained(path)
         Checkpoint(path).close()
-        backend.setup(0)
-        dtype, notice = backend.resolve_dtype(config.dtype, settings.model.dtype)
+        device.setup(0)
+        dtype, notice = device.resolve_dtype(config.dtype, settings.model.dtype)
     except (ValueError, OSError, RuntimeError) as error:
         # Without --model_path a missing embedded checkpoint stops nothing that was asked for.
         ok = False if settings.model.model_path else None
@@ -103,7 +103,7 @@ def checkpoint(settings: Settings, backend: Backend) -> list[Finding]:
     findings = [Finding(True, "checkpoint", _describe(path, config, str(dtype)))]
     if notice:
         findings.append(Finding(None, "dtype", notice))
-    free = backend.memory().free
+    free = device.memory().free
     weights = config.num_parameters * dtype.itemsize / ranks
     block = config.kv_bytes_per_token(dtype.itemsize, ranks) * settings.engine.block_size
     room = free - weights - settings.engine.reserved_memory_gb * 2**30
@@ -116,7 +116,9 @@ def checkpoint(settings: Settings, backend: Backend) -> list[Finding]:
         text += "; use more devices, a smaller dtype, or lower --reserved_memory_gb"
     findings.append(Finding(tokens > 0, "memory", text))
     size = settings.engine.block_size
-    return findings + backend.describe_operators(config.head_dim, config.rotary_dim, size)
+    return findings + device.operators().describe_operators(
+        config.head_dim, config.rotary_dim, size
+    )
 
 
 def _describe(path: Path, config: ModelConfig, dtype: str) -> str:

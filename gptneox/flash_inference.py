@@ -34,10 +34,10 @@ def run(settings: Settings) -> None:
             "ATB_LLM_BENCHMARK_ENABLE": settings.environment.benchmark_enabled,
         }
     )
-    backend, group = start(settings)
+    device, group = start(settings)
     engine = FlashEngine.from_pretrained(
         settings.model_path,
-        backend,
+        device,
         group,
         dtype=settings.model.dtype,
         with_tokenizer=args.load_tokenizer,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gptneox.backends.base import Backend
+from gptneox.backends.operators import Operators
 from gptneox.backends.step import ForwardBatch, LayerCache, PaddedBatch, RotaryTables, Step
 
 
@@ -15,7 +15,7 @@ class PagedKVCache:
 
     def __init__(
         self,
-        backend: Backend,
+        ops: Operators,
         num_layers: int,
         num_blocks: int,
         block_size: int,
@@ -23,17 +23,17 @@ class PagedKVCache:
         head_dim: int,
         dtype: torch.dtype,
     ) -> None:
-        self.backend = backend
+        self.ops = ops
         self.block_size, self.num_blocks = block_size, num_blocks
         self.scale = head_dim**-0.5
         self.layers = [
-            backend.allocate_kv_cache(num_blocks, block_size, num_heads, head_dim, dtype)
+            ops.allocate_kv_cache(num_blocks, block_size, num_heads, head_dim, dtype)
             for _ in range(num_layers)
         ]
 
     def begin(self, batch: ForwardBatch, tables: RotaryTables) -> Step:
         """A step that computes `batch`; it holds the slots to write and the blocks to read."""
-        return self.backend.begin(batch, self.layers, tables, self.scale)
+        return self.ops.begin(batch, self.layers, tables, self.scale)
 
 
 class ContiguousKVCache:
@@ -45,14 +45,14 @@ class ContiguousKVCache:
 
     def __init__(
         self,
-        backend: Backend,
+        ops: Operators,
         num_layers: int,
         num_heads: int,
         head_dim: int,
         dtype: torch.dtype,
         max_positions: int,
     ) -> None:
-        self.backend, self.dtype, self.max_positions = backend, dtype, max_positions
+        self.ops, self.dtype, self.max_positions = ops, dtype, max_positions
         self.num_layers, self.num_heads, self.head_dim = num_layers, num_heads, head_dim
         self.scale = head_dim**-0.5
         self.length = 0  # cached positions, padding included
@@ -100,7 +100,7 @@ class ContiguousKVCache:
             end=end,
             key_mask=key_mask,
         )
-        return self.backend.begin_padded(batch, self.layers, tables, self.scale)
+        return self.ops.begin_padded(batch, self.layers, tables, self.scale)
 
     def _grow(self, capacity: int) -> None:
         """Stores of `capacity` positions that hold what is cached."""
@@ -116,7 +116,7 @@ class ContiguousKVCache:
         self._capacity = capacity
 
     def _allocate(self, shape: tuple[int, int, int, int]) -> LayerCache:
-        return self.backend.allocate_rows(*shape, self.dtype)
+        return self.ops.allocate_rows(*shape, self.dtype)
 
     def advance(self, num_new: int) -> None:
         """Every layer has attended: `num_new` further positions are cached."""

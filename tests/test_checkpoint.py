@@ -24,7 +24,7 @@ from hostile import REPO, clean_environ, copy_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from gptneox.backends.base import Backend, Memory
+from gptneox.backends.device import Device, Memory
 from gptneox.checkpoint import Checkpoint, CheckpointError, full_shapes, load_model
 from gptneox.config import ModelConfig
 from gptneox.layers import Linear
@@ -34,7 +34,7 @@ NAME = "model.safetensors"
 SMALL = twins.FAMILY["relu-serial"] | {"num_hidden_layers": 1}
 
 
-class PlainBackend(Backend):
+class PlainDevice(Device):
     """The base class with the memory its test says: weights stay readable after loading."""
 
     def __init__(self, free: int = 1 << 40) -> None:
@@ -46,7 +46,7 @@ class PlainBackend(Backend):
 
 
 def load(path: Path, free: int = 1 << 40, dtype: torch.dtype = torch.float32) -> GPTNeoX:
-    model = GPTNeoX(ModelConfig.from_pretrained(path), PlainBackend(free))
+    model = GPTNeoX(ModelConfig.from_pretrained(path), PlainDevice(free))
     load_model(model, path, dtype)
     return model
 
@@ -528,7 +528,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 import torch, transformers, tokenizers
-from gptneox.backends.cpu import CpuBackend
+from gptneox.backends.cpu import CpuDevice
 from gptneox.checkpoint import load_model
 from gptneox.config import ModelConfig
 from gptneox.model import GPTNeoX
@@ -538,7 +538,7 @@ def mib(field):
     return int(re.search(field + r":\\s+(\\d+) kB", text)[1]) / 1024
 path, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
 before = mib("VmRSS")
-model = GPTNeoX(ModelConfig.from_pretrained(path), CpuBackend())
+model = GPTNeoX(ModelConfig.from_pretrained(path), CpuDevice())
 load_model(model, path, dtype)
 print(mib("VmHWM") - before, mib("VmRSS") - before)
 """

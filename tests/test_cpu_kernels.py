@@ -33,9 +33,11 @@ from test_model import paged_logits, random_ids, rms
 from torch import Tensor
 
 from gptneox.backends import cpu_build, create
-from gptneox.backends.base import Finding, LayerWeights
-from gptneox.backends.cpu import CpuBackend
-from gptneox.backends.cpu_compiled import ACTIVATION_IDS, CompiledCpuBackend
+from gptneox.backends.cpu import CpuDevice
+from gptneox.backends.cpu_compiled import ACTIVATION_IDS, CompiledCpuDevice, CompiledCpuOperators
+from gptneox.backends.cpu_operators import CpuOperators
+from gptneox.backends.device import Finding
+from gptneox.backends.operators import LayerWeights
 from gptneox.backends.step import ForwardBatch, LayerCache, PagedStep, RotaryTables, Step
 from gptneox.config import ConfigError, Environment
 from gptneox.kv_cache import ContiguousKVCache
@@ -48,26 +50,26 @@ few = functools.partial(settings, deadline=None, derandomize=True, database=None
 
 
 @pytest.fixture(scope="module")
-def cpu() -> CompiledCpuBackend:
+def cpu() -> CompiledCpuOperators:
     """With kernels, or the tests that need them are skipped."""
     made = create("cpu")
-    if not isinstance(made, CompiledCpuBackend):
+    if not isinstance(made, CompiledCpuDevice):
         pytest.skip("the CPU kernels are off, or cannot be compiled here")
-    return made
+    return made.operators()
 
 
 @pytest.fixture(scope="module")
-def plain() -> CpuBackend:
+def plain() -> CpuOperators:
     """The same device without kernels."""
-    return CpuBackend()
+    return CpuDevice().operators()
 
 
-def rounds(dtype: torch.dtype, cpu: CompiledCpuBackend) -> bool:
+def rounds(dtype: torch.dtype, cpu: CompiledCpuOperators) -> bool:
     """Whether what is multiplied with numbers of `dtype` is rounded to it first."""
     return dtype == torch.bfloat16 and "bf16" in cpu.kernels.describe()
 
 
-def rounded(x: Tensor, dtype: torch.dtype, cpu: CompiledCpuBackend) -> Tensor:
+def rounded(x: Tensor, dtype: torch.dtype, cpu: CompiledCpuOperators) -> Tensor:
     """Activations as a product with weights of `dtype` reads them, in fp64."""
     return (x.to(dtype) if rounds(dtype, cpu) else x).double()
 
@@ -78,7 +80,7 @@ def rounded(x: Tensor, dtype: torch.dtype, cpu: CompiledCpuBackend) -> Tensor:
 @few(max_examples=80)
 @given(ROWS, WIDTH, WIDTH, DTYPE, st.booleans(), st.sampled_from(["", *ACTIVATION_IDS]))
 def test_products(
-    cpu: CompiledCpuBackend,
+    cpu: CompiledCpuOperators,
     num_rows: int,
     k: int,
     f: int,
@@ -104,7 +106,7 @@ def test_products(
 @few(max_examples=20)
 @given(WIDTH, WIDTH, DTYPE)
 def test_packing_keeps_every_weight(
-    cpu: CompiledCpuBackend, k: int, f: int, dtype: torch.dtype
+    cpu: CompiledCpuOperators, k: int, f: int, dtype: torch.dtype
 ) -> None:
     """Rows of the identity pick them out again; a strided weight is read as it is indexed."""
     weight = randn(k, f, seed=k, dtype=dtype).T
@@ -132,7 +134,7 @@ def random_layer(
     )
 
 
-def layer_by_layer(x: Tensor, weights: LayerWeights, backend: CpuBackend) -> tuple[Tensor, Tensor]:
+def layer_by_layer(x: Tensor, weights: LayerWeights, ops: CpuOperators) -> tuple[Tensor, Tensor]:
     """Unfused, in the dtype of x: qkv [T, 3W] and x + dense(q) + mlp, attention being its q."""
 
     def linear(x: Tensor, pair: tuple[Tensor, Tensor | None]) -> Tensor:
@@ -140,11 +142,11 @@ def layer_by_layer(x: Tensor, weights: LayerWeights, backend: CpuBackend) -> tup
         return BASE.linear(x, BASE.pack_linear(weight, bias))
 
     norms = [
-        backend.layer_norm(x, *(t.to(x.dtype) for t in pair), weights.eps)
+        ops.layer_norm(x, *(t.to(x.dtype) for t in pair), weights.eps)
         for pair in (weights.norm_attention, weights.norm_mlp)
     ]
     qkv = linear(norms[0], weights.query_key_value)
-    mlp = backend.activation(weights.activation)(linear(norms[1], weights.dense_h_to_4h))
+    mlp = ops.activation(weights.activation)(linear(norms[1], weights.dense_h_to_4h))
     attended = qkv[:, : weights.dense[0].shape[1]]
     return qkv, x + (linear(attended, weights.dense) + linear(mlp, weights.dense_4h_to_h))
 
@@ -159,8 +161,8 @@ def layer_by_layer(x: Tensor, weights: LayerWeights, backend: CpuBackend) -> tup
     st.sampled_from([1, 3]),
 )
 def test_a_layer_in_two_calls(
-    cpu: CompiledCpuBackend,
-    plain: CpuBackend,
+    cpu: CompiledCpuOperators,
+    plain: CpuOperators,
     num_rows: int,
     sizes: tuple[int, int, int],
     dtype: torch.dtype,
@@ -199,7 +201,7 @@ def test_a_layer_in_two_calls(
 
 
 def test_half_precision_layers_err_less_than_plain_torch(
-    cpu: CompiledCpuBackend, plain: CpuBackend
+    cpu: CompiledCpuOperators, plain: CpuOperators
 ) -> None:
     """At a width where luck has no part."""
     for dtype in (torch.bfloat16, torch.float16):
@@ -212,7 +214,7 @@ def test_half_precision_layers_err_less_than_plain_torch(
         assert rms(out - exact) < 0.8 * rms(layer_by_layer(x, weights, plain)[1] - exact)
 
 
-def test_rows_without_variance(cpu: CompiledCpuBackend) -> None:
+def test_rows_without_variance(cpu: CompiledCpuOperators) -> None:
     """A constant row, however large, normalises to the shift."""
     scale, shift = randn(77, seed=1), randn(77, seed=2)
     for value in (0.0, 1.0, -12345.678, 3e6):
@@ -221,7 +223,7 @@ def test_rows_without_variance(cpu: CompiledCpuBackend) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_rows(dtype: torch.dtype, cpu: CompiledCpuBackend) -> None:
+def test_no_rows(dtype: torch.dtype, cpu: CompiledCpuOperators) -> None:
     weights = random_layer(40, 16, 24, has_bias=True, dtype=dtype, activation="relu")
     packed, x = cpu.pack_layer(weights), torch.empty(0, 40)
     qkv, mlp = cpu.layer_front(x, packed)
@@ -265,7 +267,7 @@ def laid_out(cache: Tensor, layout: str) -> Tensor:
     st.floats(0, 1),
 )
 def test_attention(
-    cpu: CompiledCpuBackend,
+    cpu: CompiledCpuOperators,
     lengths: list[tuple[int, int]],
     block_size: int,
     head_dim: int,
@@ -314,7 +316,7 @@ def test_attention(
 @pytest.mark.parametrize("sharpness", [0.3, 1, 3])
 @pytest.mark.parametrize(("length", "head_dim"), [(64, 128), (300, 64), (300, 80), (1000, 64)])
 def test_prompts_in_bf16_are_no_worse_than_torch(
-    length: int, head_dim: int, sharpness: float, cpu: CompiledCpuBackend
+    length: int, head_dim: int, sharpness: float, cpu: CompiledCpuOperators
 ) -> None:
     """Against fp64, beside torch's own attention in bf16."""
     batch = make_batch([(0, length)], 16)
@@ -342,7 +344,7 @@ def test_prompts_in_bf16_are_no_worse_than_torch(
     st.sampled_from([1, 2, 4, 16]),
 )
 def test_all_layers_in_one_call(
-    cpu: CompiledCpuBackend,
+    cpu: CompiledCpuOperators,
     lengths: list[tuple[int, int]],
     num_layers: int,
     sizes: tuple[int, int, int],
@@ -375,7 +377,7 @@ def test_all_layers_in_one_call(
             torch.testing.assert_close(cache, same, rtol=0, atol=0, equal_nan=True)
 
 
-def test_layers_that_do_not_fit_are_refused(cpu: CompiledCpuBackend) -> None:
+def test_layers_that_do_not_fit_are_refused(cpu: CompiledCpuOperators) -> None:
     batch = make_batch([(3, 1), (0, 5)], 16)
     weights = random_layer(16, 16, 24, has_bias=True, dtype=torch.float32, activation="relu")
     layers = [cpu.pack_layer(weights)]
@@ -399,13 +401,13 @@ def test_layers_that_do_not_fit_are_refused(cpu: CompiledCpuBackend) -> None:
 @pytest.mark.parametrize("num_threads", [1, 2, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_long_context_is_shared_by_threads(
-    dtype: torch.dtype, num_threads: int, cpu: CompiledCpuBackend
+    dtype: torch.dtype, num_threads: int, cpu: CompiledCpuOperators
 ) -> None:
     torch.set_num_threads(num_threads)
     batch = make_batch([(2999, 1), (4, 1), (700, 1)], 16)
     results = []
-    for backend in (BASE, cpu):
-        cache = make_cache(backend, batch, 16, 1, 40, dtype)
+    for ops in (BASE, cpu):
+        cache = make_cache(ops, batch, 16, 1, 40, dtype)
         qkv = 2 * randn(3, 1, 3, 40, dtype=dtype)
         tables = RotaryTables(torch.ones(3000, 1), torch.zeros(3000, 1))
         results.append(cache.begin(batch, tables).attend(0, qkv))
@@ -419,7 +421,7 @@ def test_a_long_context_is_shared_by_threads(
     st.sampled_from([1, 4]),
 )
 def test_hidden_first_positions(
-    cpu: CompiledCpuBackend, rows: list[tuple[int, float]], decodes: bool, num_threads: int
+    cpu: CompiledCpuOperators, rows: list[tuple[int, float]], decodes: bool, num_threads: int
 ) -> None:
     """`starts`: what lies before is not seen, and may never have been written."""
     torch.set_num_threads(num_threads)
@@ -451,7 +453,7 @@ def test_hidden_first_positions(
 @pytest.mark.parametrize("padding", ["none", "in front", "behind", "in the middle"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_padded_batch_step_by_step(
-    padding: str, dtype: torch.dtype, cpu: CompiledCpuBackend
+    padding: str, dtype: torch.dtype, cpu: CompiledCpuOperators
 ) -> None:
     """The contiguous cache, growing and reordered, against the base class's."""
     steps = [7, 1, 1, 20, 1]
@@ -487,14 +489,16 @@ def test_a_padded_batch_step_by_step(
                 cache.select_rows(rows)
 
 
-def attend(cpu: CompiledCpuBackend, qkv: Tensor, cache: LayerCache, batch: ForwardBatch) -> Tensor:
+def attend(
+    cpu: CompiledCpuOperators, qkv: Tensor, cache: LayerCache, batch: ForwardBatch
+) -> Tensor:
     """Rotated by no angle."""
     tables = RotaryTables(torch.ones(400, 1), torch.zeros(400, 1))
     return cpu.begin(batch, [cache], tables, 0.3).attend(0, qkv)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_wrong_score_is_not_hidden(dtype: torch.dtype, cpu: CompiledCpuBackend) -> None:
+def test_a_wrong_score_is_not_hidden(dtype: torch.dtype, cpu: CompiledCpuOperators) -> None:
     """NaN in what a query sees reaches its row, so that the engine can tell; no other row."""
     batch = make_batch([(40, 1), (40, 1), (10, 30), (0, 30)], 16, shares=False)
     caches = make_cache(cpu, batch, 16, 1, 32, dtype).layers[0]
@@ -505,7 +509,7 @@ def test_a_wrong_score_is_not_hidden(dtype: torch.dtype, cpu: CompiledCpuBackend
     assert bad.tolist() == [True, False] + [True] * 30 + [False] * 30
 
 
-def test_what_does_not_fit_is_refused(cpu: CompiledCpuBackend) -> None:
+def test_what_does_not_fit_is_refused(cpu: CompiledCpuOperators) -> None:
     """Nothing is read or written outside of a tensor, whatever a caller gets wrong."""
     weight = cpu.pack_linear(torch.ones(5, 8), None).weight
     with pytest.raises(ValueError, match=r"x has shape \[2, 7\]"):
@@ -542,7 +546,7 @@ def test_what_does_not_fit_is_refused(cpu: CompiledCpuBackend) -> None:
     ],
 )
 def test_indices_outside_are_refused(
-    field: str, value: int, message: str, cpu: CompiledCpuBackend
+    field: str, value: int, message: str, cpu: CompiledCpuOperators
 ) -> None:
     batch = make_batch([(40, 1), (0, 20)], 16)
     caches = make_cache(cpu, batch, 16, 1, 32, torch.float32).layers[0]
@@ -554,7 +558,7 @@ def test_indices_outside_are_refused(
 # -- several at once -----------------------------------------------------------------------------
 
 
-def test_results_in_use_are_not_written_over(cpu: CompiledCpuBackend) -> None:
+def test_results_in_use_are_not_written_over(cpu: CompiledCpuOperators) -> None:
     """Also where all that is left of one is a view."""
     weights = random_layer(32, 16, 24, has_bias=True, dtype=torch.float32, activation="relu")
     packed = cpu.pack_layer(weights)
@@ -576,7 +580,7 @@ def test_results_in_use_are_not_written_over(cpu: CompiledCpuBackend) -> None:
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 def test_two_models_in_two_threads(
-    num_threads: int, tmp_path: Path, cpu: CompiledCpuBackend
+    num_threads: int, tmp_path: Path, cpu: CompiledCpuOperators
 ) -> None:
     torch.set_num_threads(num_threads)
     work = []
@@ -695,7 +699,7 @@ def test_a_compiler_that_fails_is_not_tried_again(
 
 
 def test_two_at_once_compile_once(
-    start: Any, cpu: CompiledCpuBackend, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    start: Any, cpu: CompiledCpuOperators, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     compiler = fake_compiler(tmp_path, cpu.kernels.__file__)
@@ -715,7 +719,7 @@ def test_two_at_once_compile_once(
 
 
 def test_a_damaged_library_is_named(
-    start: Any, cpu: CompiledCpuBackend, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    start: Any, cpu: CompiledCpuOperators, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert start("/nonexistent") is None
     caplog.clear()
@@ -755,10 +759,13 @@ def test_what_the_compiler_needs_is_named(
 
 
 def test_the_diagnosis_names_them(
-    cpu: CompiledCpuBackend, plain: CpuBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cpu: CompiledCpuOperators, plain: CpuOperators, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cpu.diagnose()[-1] == Finding(True, "CPU kernels", cpu.kernels.describe())
-    assert (plain.diagnose()[-1].ok, plain.diagnose()[-1].topic) == (None, "CPU kernels")
+    assert cpu.device.diagnose()[-1] == Finding(True, "CPU kernels", cpu.kernels.describe())
+    assert (plain.device.diagnose()[-1].ok, plain.device.diagnose()[-1].topic) == (
+        None,
+        "CPU kernels",
+    )
     load = cpu_build.load.__wrapped__
     for name, value in {"GPTNEOX_CPU_KERNELS": "on", "CXX": "/nonexistent"}.items():
         monkeypatch.setenv(name, value)

@@ -1,25 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CPU without kernels of our own: oneDNN's products and torch's attention."""
+"""The CPU as a device: memory, threads and cores."""
 
 from __future__ import annotations
 
 import platform
 import resource
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from gptneox.backends import binding, cpu_build
-from gptneox.backends.base import Backend, Finding, Memory, PackedLinear, dense_visibility
-from gptneox.backends.step import ForwardBatch, LayerCache, PagedStep, RotaryTables, Step
+from gptneox.backends.cpu_operators import CpuOperators
+from gptneox.backends.device import Device, Finding, Memory
+from gptneox.backends.operators import Operators
 
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def create() -> CpuBackend:
+def create() -> CpuDevice:
     """The CPU, with kernels of our own where they can be had.
 
     Raises:
@@ -27,38 +25,13 @@ def create() -> CpuBackend:
     """
     kernels = cpu_build.load()
     if kernels is None:
-        return CpuBackend()
-    from gptneox.backends.cpu_compiled import CompiledCpuBackend  # it builds on this module
+        return CpuDevice()
+    from gptneox.backends.cpu_compiled import CompiledCpuDevice  # it builds on this module
 
-    return CompiledCpuBackend(kernels)
-
-
-class CpuPagedStep(PagedStep):
-    """Decodes with two products per sequence."""
-
-    def decode(self, layer: LayerCache, q: Tensor) -> Tensor:
-        """Two fp32 products per sequence, over blocks widened as they are gathered.
-
-        For one query torch's fused kernel takes twice as long (measured at 8 x 280 tokens, 16
-        heads of 128, bf16).
-        """
-        num_heads, head_dim = q.shape[1:]
-        out = torch.empty(q.shape, dtype=q.dtype)
-        q = (q.float() * self.scale).unsqueeze(-1)  # [B, H, D, 1]
-        size = layer[0].shape[1]
-        for b in range(self.batch.num_decodes):
-            length = self.batch.context_lens_list[b]
-            blocks = self.batch.block_tables[b, : -(-length // size)]
-            k, v = (
-                cache.index_select(0, blocks).float().view(-1, num_heads, head_dim)[:length]
-                for cache in layer
-            )
-            probs = torch.matmul(k.transpose(0, 1), q[b]).softmax(1)  # [H, L, 1]
-            out[b] = torch.matmul(probs.transpose(1, 2), v.transpose(0, 1)).squeeze(1)
-        return out
+    return CompiledCpuDevice(kernels)
 
 
-class CpuBackend(Backend):
+class CpuDevice(Device):
     """Any CPU that torch runs on."""
 
     name, dist_backend, device_type = "cpu", "gloo", "cpu"
@@ -70,6 +43,10 @@ class CpuBackend(Backend):
         self.has_onednn = available and hasattr(ops, "_linear_pointwise")
         self.fast_bf16 = self.has_onednn and bool(ops._is_mkldnn_bf16_supported())
         self.fast_fp16 = self.has_onednn and bool(ops._is_mkldnn_fp16_supported())
+
+    def operators(self, graphs: str = "auto") -> Operators:
+        """See `Device.operators`."""
+        return CpuOperators(self, graphs)
 
     def setup(self, local_rank: int, local_world_size: int = 1, num_threads: int = 0) -> None:
         """One thread per physical core of this rank's share, unless the user set a number."""
@@ -119,68 +96,6 @@ class CpuBackend(Backend):
             f"(--dtype float32 is exact, --dtype {file_dtype} is slow)"
         )
         return getattr(torch, name), notice
-
-    # -- operators -------------------------------------------------------------------------------
-
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        """In oneDNN's blocked layout, where it has fast products of the dtype."""
-        fast = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and self.fast_bf16)
-        if not (self.has_onednn and fast):
-            return super().pack_linear(weight, bias)
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-        return PackedLinear(packed, bias, weight.shape[1], weight.shape[0])
-
-    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
-        """x [T, K]; returns [T, F]."""
-        if not packed.weight.is_mkldnn:
-            return super().linear(x, packed)
-        out = torch.ops.mkldnn._linear_pointwise(x, packed.weight, packed.bias, "none", [], "")
-        assert isinstance(out, Tensor)
-        return out
-
-    def begin(
-        self,
-        batch: ForwardBatch,
-        layers: Sequence[LayerCache],
-        tables: RotaryTables,
-        scale: float,
-    ) -> Step:
-        """See `Backend.begin`."""
-        return CpuPagedStep(self, batch, layers, tables, scale)
-
-    def causal_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Torch's fused kernel: scores and sums in fp32 for every dtype, no score matrix kept."""
-        s, length = q.shape[0], k.shape[0]
-        mask = None
-        if 1 < s < length:
-            mask = torch.ones(s, length, dtype=torch.bool).tril(length - s)
-        out = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            k.transpose(0, 1)[None],
-            v.transpose(0, 1)[None],
-            attn_mask=mask,
-            is_causal=s == length and s > 1,
-            scale=scale,
-        )
-        return out[0].transpose(0, 1)
-
-    def dense_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
-    ) -> Tensor:
-        """As `causal_attention`, for a padded batch."""
-        s, length = q.shape[1], k.shape[1]
-        mask = None
-        if key_mask is not None or 1 < s < length:
-            mask = dense_visibility(s, length, key_mask, q.device)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None and s > 1,
-            scale=scale,
-        )
-        return out.transpose(1, 2)
 
 
 def _read(path: str | Path) -> str:

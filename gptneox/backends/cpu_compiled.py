@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptneox.backends.base import Backend, Finding, LayerWeights, PackedLayer, PackedLinear
-from gptneox.backends.cpu import CpuBackend
+from gptneox.backends.cpu import CpuDevice
+from gptneox.backends.cpu_operators import CpuOperators
+from gptneox.backends.device import Device, Finding
+from gptneox.backends.operators import LayerWeights, PackedLayer, PackedLinear
 from gptneox.backends.step import (
     ForwardBatch,
     LayerCache,
@@ -36,7 +38,7 @@ class CompiledStep(PagedStep):
 
     def __init__(
         self,
-        ops: CompiledCpuBackend,
+        ops: CompiledCpuOperators,
         batch: ForwardBatch,
         layers: Sequence[LayerCache],
         tables: RotaryTables,
@@ -70,26 +72,36 @@ class CompiledStep(PagedStep):
         return x
 
 
-class CompiledCpuBackend(CpuBackend):
+class CompiledCpuDevice(CpuDevice):
     """Any CPU that the kernels compile for: AVX-512, AVX2, or vectors of four floats."""
-
-    fuses_layers = True
 
     def __init__(self, kernels: ModuleType) -> None:
         """Take what `cpu_build.load` returned."""
         super().__init__()
         self.kernels: Any = kernels
 
+    def operators(self, graphs: str = "auto") -> CompiledCpuOperators:
+        """See `Device.operators`."""
+        return CompiledCpuOperators(self, graphs)
+
     def diagnose(self) -> list[Finding]:
         """The processor, and what its kernels were compiled for."""
-        findings = Backend.diagnose(self)
+        findings = Device.diagnose(self)
         return [*findings, Finding(True, "CPU kernels", self.kernels.describe())]
 
     def resolve_dtype(self, file_dtype: str, requested: str) -> tuple[torch.dtype, str]:
         """Every dtype runs as it is."""
-        return Backend.resolve_dtype(self, file_dtype, requested)
+        return Device.resolve_dtype(self, file_dtype, requested)
 
-    # -- operators -------------------------------------------------------------------------------
+
+class CompiledCpuOperators(CpuOperators):
+    """Products, layers and attention by the kernels."""
+
+    fuses_layers = True
+
+    def __init__(self, device: CompiledCpuDevice, graphs: str = "auto") -> None:
+        super().__init__(device, graphs)
+        self.kernels = device.kernels
 
     def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
         """Rows in fp32."""
@@ -168,7 +180,7 @@ class CompiledCpuBackend(CpuBackend):
         tables: RotaryTables,
         scale: float,
     ) -> Step:
-        """See `Backend.begin`."""
+        """See `Operators.begin`."""
         return CompiledStep(self, batch, layers, tables, scale)
 
     def begin_padded(

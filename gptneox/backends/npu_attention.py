@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptneox.backends.base import dense_visibility
+from gptneox.backends.operators import dense_visibility
 from gptneox.backends.step import ForwardBatch, LayerCache, PaddedBatch
 from gptneox.config import ConfigError
 

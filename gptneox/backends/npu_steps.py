@@ -22,17 +22,17 @@ from gptneox.backends.step import (
 )
 
 if TYPE_CHECKING:
-    from gptneox.backends.npu import NpuBackend
+    from gptneox.backends.npu_operators import NpuOperators
 
 
 class _Rotation(Step):
     """cos and sin of the step's positions, in the form that the chip rotates by."""
 
-    ops: NpuBackend
+    ops: NpuOperators
 
     @functools.cached_property
     def angles(self) -> tuple[Tensor, Tensor]:
-        """See `NpuBackend.look_up`."""
+        """See `NpuOperators.look_up`."""
         return self.ops.look_up(self.positions, self.tables, self.layers[0][0].dtype)
 
     def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ class NpuPagedStep(_Rotation, PagedStep):
 
     def __init__(
         self,
-        ops: NpuBackend,
+        ops: NpuOperators,
         attention: PlainAttention,
         batch: ForwardBatch,
         layers: Sequence[LayerCache],
@@ -85,7 +85,7 @@ class NpuPaddedStep(_Rotation, PaddedStep):
 
     def __init__(
         self,
-        ops: NpuBackend,
+        ops: NpuOperators,
         attention: PlainAttention,
         batch: PaddedBatch,
         layers: Sequence[LayerCache],

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A step of the model: its tensors, the caches it reads and writes, what its layers share.
 
-A device makes one step object per forward pass (`Backend.begin`, `Backend.begin_padded`); the model
+Operators make one step object per forward pass (`Operators.begin`, `begin_padded`); the model
 passes it down, and nothing of it outlives the pass. The classes here are plain torch: they
 specify what every device's own must compute.
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from gptneox.backends.base import Backend, PackedLayer
+    from gptneox.backends.operators import Operators, PackedLayer
 
 LayerCache = tuple[Tensor, Tensor]  # K and V of one layer
 
@@ -99,7 +99,7 @@ class Step:
 
     def __init__(
         self,
-        ops: Backend,
+        ops: Operators,
         batch: ForwardBatch | PaddedBatch,
         layers: Sequence[LayerCache],
         tables: RotaryTables,
@@ -108,7 +108,7 @@ class Step:
         """Begin a step.
 
         Args:
-            ops: the device's operators.
+            ops: the model's operators.
             batch: what to compute.
             layers: the cache of every layer, in the device's layout.
             tables: what to rotate queries and keys by.
@@ -146,7 +146,7 @@ class PagedStep(Step):
 
     def __init__(
         self,
-        ops: Backend,
+        ops: Operators,
         batch: ForwardBatch,
         layers: Sequence[LayerCache],
         tables: RotaryTables,
@@ -215,7 +215,7 @@ class PaddedStep(Step):
 
     def __init__(
         self,
-        ops: Backend,
+        ops: Operators,
         batch: PaddedBatch,
         layers: Sequence[LayerCache],
         tables: RotaryTables,
@@ -235,6 +235,6 @@ class PaddedStep(Step):
         return self.attend_cached(layer, q.view(shape)).reshape(q.shape)
 
     def attend_cached(self, layer: LayerCache, q: Tensor) -> Tensor:
-        """`Backend.dense_attention` of q [B, S, H, D] over the first L positions."""
+        """`Operators.dense_attention` of q [B, S, H, D] over the first L positions."""
         k, v = (store[:, : self.batch.end] for store in layer)
         return self.ops.dense_attention(q, k, v, self.batch.key_mask, self.scale)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptneox.backends.base import Backend
+from gptneox.backends.device import Device
 from gptneox.checkpoint import rank_directory
 from gptneox.config import ModelConfig
 from gptneox.engine.detokenizer import decode, load_tokenizer
@@ -45,7 +45,7 @@ class FlashEngine:
     def from_pretrained(
         cls,
         model_path: Path,
-        backend: Backend,
+        device: Device,
         group: TensorParallelGroup,
         *,
         dtype: str = "auto",
@@ -62,7 +62,7 @@ class FlashEngine:
         path = rank_directory(model_path, group, prefer_parts=True)
         config = ModelConfig.from_pretrained(path)
         tokenizer = load_tokenizer(path, config.vocab_size) if with_tokenizer else None
-        model = GPTNeoXForCausalLM.from_pretrained(str(path), dtype=dtype, device_map=backend.name)
+        model = GPTNeoXForCausalLM.from_pretrained(str(path), dtype=dtype, device_map=device.name)
         return cls(model, config, tokenizer, stop_token_ids(path, config, tokenizer))
 
     @property
@@ -98,11 +98,11 @@ class FlashEngine:
 
     def timed(self, prompts: Seq[Seq[int]], **options: Any) -> tuple[list[FlashOutput], float]:
         """`generate`, and the seconds it took until the device was done."""
-        backend = self.model.model.backend
-        backend.synchronize()
+        device = self.model.model.device
+        device.synchronize()
         start = time.perf_counter()
         outputs = self.generate(prompts, **options)
-        backend.synchronize()
+        device.synchronize()
         return outputs, time.perf_counter() - start
 
     def next_logits(self, prompts: Seq[Seq[int]]) -> Tensor:
@@ -136,7 +136,7 @@ class FlashEngine:
         longest = max(len(p) for p in prompts)
         ids = [[0] * (longest - len(p)) + list(p) for p in prompts]
         mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-        device = self.model.model.backend.device
+        device = self.model.model.device.torch_device
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
     def _output(

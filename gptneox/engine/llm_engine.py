@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gptneox.backends.base import Backend
+from gptneox.backends.device import Device
 from gptneox.checkpoint import load_model, rank_directory
 from gptneox.config import (
     ConfigError,
@@ -131,11 +131,10 @@ class LLMEngine:
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_positions = model.num_positions
         self.dtype = dtype
-        model.backend.graphs = settings.graphs
         num_blocks = settings.num_blocks or self._fit_blocks()
         config, ranks = model.config, model.group.world_size
         cache = PagedKVCache(
-            model.backend,
+            model.ops,
             config.num_layers,
             num_blocks,
             settings.block_size,
@@ -163,7 +162,7 @@ class LLMEngine:
         cls,
         model_path: Path,
         settings: EngineSection,
-        backend: Backend,
+        device: Device,
         *,
         dtype: str = "auto",
         group: TensorParallelGroup | None = None,
@@ -190,10 +189,10 @@ class LLMEngine:
             tokenizer = load_tokenizer(
                 model_path, config.vocab_size, trust_remote_code=trust_remote_code
             )
-        torch_dtype, notice = backend.resolve_dtype(config.dtype, dtype)
+        torch_dtype, notice = device.resolve_dtype(config.dtype, dtype)
         if notice:
             logger.warning(notice)
-        model = GPTNeoX(config, backend, group, settings.max_position_embeddings)
+        model = GPTNeoX(config, device, group, settings.max_position_embeddings, settings.graphs)
         load_model(model, model_path, torch_dtype, show_progress=show_progress)
         eos = stop_token_ids(model_path, config, tokenizer)
         return cls(model, settings, torch_dtype, tokenizer=tokenizer, eos_token_ids=eos)
@@ -263,10 +262,10 @@ class LLMEngine:
             NonFiniteLogits: see `Sampler`.
         """
         scheduled = self.scheduler.schedule()
-        backend = self.model.backend
+        device = self.model.device
         start = time.perf_counter()
         token_ids = self.runner.run(scheduled)
-        backend.synchronize()
+        device.synchronize()
         self._account(scheduled, len(token_ids), time.perf_counter() - start)
         samples = [item.samples for item in scheduled]
         self.scheduler.computed(scheduled)
@@ -353,7 +352,7 @@ class LLMEngine:
         itemsize = torch.empty((), dtype=self.dtype).element_size()
         per_token = config.kv_bytes_per_token(itemsize, group.world_size)
         block_bytes = per_token * settings.block_size
-        free = self.model.backend.memory().free - int(settings.reserved_memory_gb * 2**30)
+        free = self.model.device.memory().free - int(settings.reserved_memory_gb * 2**30)
         affordable = int(free * settings.memory_fraction) // block_bytes
         per_request = -(-self.max_positions // settings.block_size)
         # One request more than runs at once, so that finished prefixes stay for a while.

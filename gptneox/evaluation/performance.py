@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from gptneox.backends.base import Backend
+from gptneox.backends.device import Device
 from gptneox.checkpoint import rank_directory
 from gptneox.cli import Settings
 from gptneox.config import ConfigError, EngineSection, ModelConfig
@@ -73,8 +73,8 @@ def run(settings: Settings) -> None:
     split = section.perf_mode == "detail" and environment.timeit
     if section.perf_mode == "detail" and not split:
         logger.warning("perf_mode is detail, but TIMEIT is not 1: the times of a token stay 0")
-    backend, group = start(settings)
-    stopwatch = load(settings, backend, group, cases, section.batch_size)
+    device, group = start(settings)
+    stopwatch = load(settings, device, group, cases, section.batch_size)
     is_first = group.rank == 0
     warm_up(stopwatch, section.batch_size, cases)
     limits = measure_limits(stopwatch)
@@ -106,7 +106,7 @@ def run(settings: Settings) -> None:
             "a run of one token took longer than the whole case, so the machine was disturbed: "
             "measure again, or raise [performance] repeat"
         )
-    target = Path(section.save_file_name or csv_name(settings, backend))
+    target = Path(section.save_file_name or csv_name(settings, device))
     files = report.write_result(target, result)
     report.say(report.result_table(result))
     for note in result["notes"]:
@@ -114,11 +114,11 @@ def run(settings: Settings) -> None:
     report.say("files: " + ", ".join(str(path) for path in files))
 
 
-def csv_name(settings: Settings, backend: Backend) -> str:
+def csv_name(settings: Settings, device: Device) -> str:
     """Name of the result file, in the current directory."""
     section = settings.performance
-    device = backend.describe().translate(str.maketrans(" /\\", "___"))
-    return f"performance_test_npu_{section.model_name}_{device}_bs{section.batch_size}.csv"
+    name = device.describe().translate(str.maketrans(" /\\", "___"))
+    return f"performance_test_npu_{section.model_name}_{name}_bs{section.batch_size}.csv"
 
 
 def check_cases(settings: Settings, cases: Seq[Case]) -> None:
@@ -155,7 +155,7 @@ def check_cases(settings: Settings, cases: Seq[Case]) -> None:
 
 def load(
     settings: Settings,
-    backend: Backend,
+    device: Device,
     group: TensorParallelGroup,
     cases: Seq[Case],
     batch_size: int,
@@ -166,7 +166,7 @@ def load(
         return FlashStopwatch(
             FlashEngine.from_pretrained(
                 settings.model_path,
-                backend,
+                device,
                 group,
                 dtype=settings.model.dtype,
                 with_tokenizer=with_tokenizer,
@@ -174,8 +174,8 @@ def load(
         )
     engine = LLMEngine.from_pretrained(
         settings.model_path,
-        engine_section(settings, backend, group, cases, batch_size),
-        backend,
+        engine_section(settings, device, group, cases, batch_size),
+        device,
         dtype=settings.model.dtype,
         group=group,
         with_tokenizer=with_tokenizer,
@@ -187,7 +187,7 @@ def load(
 
 def engine_section(
     settings: Settings,
-    backend: Backend,
+    device: Device,
     group: TensorParallelGroup,
     cases: Seq[Case],
     batch_size: int,
@@ -205,10 +205,10 @@ def engine_section(
     # Exactly the blocks that are needed, where they fit; else the engine takes what there is.
     needed = max(blocks_needed([i] * batch_size, o, section.block_size) for i, o in cases)
     config = ModelConfig.from_pretrained(rank_directory(settings.model_path, group))
-    dtype, _ = backend.resolve_dtype(config.dtype, settings.model.dtype)
+    dtype, _ = device.resolve_dtype(config.dtype, settings.model.dtype)
     ranks, itemsize = group.world_size, dtype.itemsize
     block_bytes = config.kv_bytes_per_token(itemsize, ranks) * section.block_size
-    free = backend.memory().free - config.num_parameters * itemsize // ranks
+    free = device.memory().free - config.num_parameters * itemsize // ranks
     free -= int(section.reserved_memory_gb * 2**30)
     fits = needed * block_bytes <= free * section.memory_fraction
     return replace(section, num_blocks=needed if group.broadcast_object(fits) else 0)
@@ -227,11 +227,11 @@ def warm_up(stopwatch: Stopwatch, batch_size: int, cases: Seq[Case]) -> None:
 
 def measure_limits(stopwatch: Stopwatch) -> Limits:
     """Bandwidth and matrix peak, measured by all ranks at once because they may share them."""
-    backend = stopwatch.backend
+    device = stopwatch.device
     stopwatch.group.barrier()
-    bandwidth = backend.measure_bandwidth()
+    bandwidth = device.measure_bandwidth()
     stopwatch.group.barrier()
-    return Limits(bandwidth, backend.measure_matmul(stopwatch.dtype))
+    return Limits(bandwidth, device.measure_matmul(stopwatch.dtype))
 
 
 def measure_case(
@@ -351,14 +351,14 @@ def speed(
 
 def describe_run(settings: Settings, stopwatch: Stopwatch, limits: Limits) -> dict[str, Any]:
     """Everything that a figure must stand beside."""
-    section, backend = settings.performance, stopwatch.backend
+    section, device = settings.performance, stopwatch.device
     dtype = str(stopwatch.dtype).removeprefix("torch.")
     config = stopwatch.config
     notes = []
     if config.dtype != dtype:
         notes.append(f"{config.dtype} weights were computed in {dtype}")
     weights = config.num_decode_parameters * stopwatch.dtype.itemsize / stopwatch.group.world_size
-    cache = cache_bytes() if backend.device.type == "cpu" else 0
+    cache = cache_bytes() if device.torch_device.type == "cpu" else 0
     if weights < cache:
         notes.append(
             f"the weights of a rank ({weights / 1e6:.0f} MB) fit the processor's cache "
@@ -378,10 +378,10 @@ def describe_run(settings: Settings, stopwatch: Stopwatch, limits: Limits) -> di
         "batch_size": section.batch_size,
         "repeat": section.repeat,
         "detokenized": not section.skip_decode,
-        "device": backend.describe(),
-        "device_type": backend.name,
+        "device": device.describe(),
+        "device_type": device.name,
         "world_size": stopwatch.group.world_size,
-        "threads": torch.get_num_threads() if backend.device.type == "cpu" else None,
+        "threads": torch.get_num_threads() if device.torch_device.type == "cpu" else None,
         "dtype": dtype,
         "file_dtype": config.dtype,
         "num_parameters": config.num_parameters,

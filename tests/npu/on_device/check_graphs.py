@@ -9,7 +9,7 @@ import pytest
 import torch
 import twins
 
-from gptneox.backends.npu import NpuBackend
+from gptneox.backends.npu import NpuDevice
 from gptneox.backends.npu_steps import NpuPagedStep
 from gptneox.engine.sequence import SamplingParams
 
@@ -18,15 +18,15 @@ NUM_NEW = 16
 
 @pytest.fixture
 def make_engine(tmp_path):
-    """Makes an engine of a fresh backend, so that nothing of another one is left in it."""
+    """Makes an engine of a fresh device, so that nothing of another one is left in it."""
 
     def make(graphs, name="gpt-neox-20b", **settings):
         path = tmp_path / name
         if not path.exists():
             twins.write_checkpoint(path, twins.FAMILY[name], dtype=torch.float16)
-        backend = NpuBackend()
-        backend.setup(0)
-        return twins.load_engine(path, backend, "auto", graphs=graphs, **settings)
+        device = NpuDevice()
+        device.setup(0)
+        return twins.load_engine(path, device, "auto", graphs=graphs, **settings)
 
     return make
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a device must do, in plain torch: the specification every backend is tested against.
+"""What a model is computed with, in plain torch: the specification every device's own must meet.
 
 Shapes as in step.py; K features in, F features out.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptneox.backends import binding
+from gptneox.backends.device import Device, Finding
 from gptneox.backends.step import (
     ForwardBatch,
     LayerCache,
@@ -31,27 +30,9 @@ from gptneox.backends.step import (
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of the device this process computes on."""
-
-    free: int
-    total: int
-    peak: int
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of a diagnosis; `ok` False: a run would not start, None: it may not go well."""
-
-    ok: bool | None
-    topic: str
-    text: str
-
-
 @dataclass
 class PackedLinear:
-    """A linear layer's weight in the layout its backend computes with."""
+    """A linear layer's weight in the layout its device computes with."""
 
     weight: Any  # base: [F, K]
     bias: Tensor | None  # [F]
@@ -79,7 +60,7 @@ class LayerWeights:
 
 @dataclass
 class PackedLayer:
-    """A parallel-residual layer as two products: `Backend.layer_front` and `layer_back`."""
+    """A parallel-residual layer as two products: `Operators.layer_front` and `layer_back`."""
 
     front: Any  # base: PackedLinear [3W + F, C]
     back: Any  # base: PackedLinear [C, W + F]
@@ -99,117 +80,28 @@ def check_shape(x: Tensor, shape: Sequence[int | None], name: str) -> None:
         raise ValueError(f"{name} has shape {list(x.shape)}; [{expected}] is expected")
 
 
-class Backend:
-    """Every operator in plain torch, correct anywhere; subclasses override what they do better."""
+class Operators:
+    """The operators of one model on a device, correct anywhere, and the state they keep for it.
 
-    name = "base"
-    dist_backend = "gloo"
-    device_type = "cpu"
-    pins_memory = False  # copies to the device overlap when they start in page-locked memory
+    Two models on a device have two of these, which know nothing of each other.
+    """
+
     fuses_layers = False  # give parallel-residual layers to `pack_layer`
-    graphs = "auto"  # [engine] graphs: on, off, or auto, as the backend thinks best
 
-    def __init__(self) -> None:
-        self.device = torch.device(self.device_type)
+    def __init__(self, device: Device, graphs: str = "auto") -> None:
+        self.device, self.graphs = device, graphs
 
-    # -- the device's life -----------------------------------------------------------------------
-
-    def why_unusable(self) -> str:
-        """Empty when this device can be used here, else the reason and the remedy."""
-        return ""
-
-    def setup(self, local_rank: int, local_world_size: int = 1, num_threads: int = 0) -> None:
-        """Bind this process to its device."""
-
-    def is_installed(self) -> bool:
-        """True where the device's software is present, so that not using it deserves a word."""
-        return False
+    @property
+    def torch_device(self) -> torch.device:
+        """Where tensors are."""
+        return self.device.torch_device
 
     def prepare(self, head_dim: int, rotary_dim: int) -> None:
         """Choose operators for a model's shapes before its weights are loaded."""
 
-    def collectives(self, requested: str) -> str:
-        """The torch.distributed backend to use; `requested` is [model] parallel_backend."""
-        return self.dist_backend
-
-    def pci_addresses(self) -> list[str]:
-        """Where the visible devices sit, as 0000:c1:00.0; empty when unknown."""
-        return []
-
-    def choose_cores(self, local_rank: int, local_world_size: int, limit: int = 0) -> list[int]:
-        """Logical processors for this process, after `setup`; empty: any.
-
-        `limit` is CPU_BINDING_NUM, the most it takes; 0 means its whole share.
-        """
-        cores = binding.choose_cores(self.pci_addresses(), local_rank, limit)
-        if not cores and self.pci_addresses():
-            logger.debug("no CPU binding: the NUMA node of device %d is not known", local_rank)
-        return cores
-
-    def diagnose(self) -> list[Finding]:
-        """Software and devices, also where `why_unusable` has a reason."""
-        if self.why_unusable():
-            return []
-        memory = self.memory()
-        text = f"{self.describe()}, {memory.free / 2**30:.1f} GiB free of "
-        return [Finding(True, "device", f"{text}{memory.total / 2**30:.1f} GiB")]
-
     def describe_operators(self, head_dim: int, rotary_dim: int, block_size: int) -> list[Finding]:
         """What was chosen for a model's shapes, where there is a choice."""
         return []
-
-    def synchronize(self) -> None:
-        """Wait until everything launched so far is done."""
-
-    def memory(self) -> Memory:
-        """Free, total and peak bytes."""
-        raise NotImplementedError
-
-    def describe(self) -> str:
-        """Device name for logs and result files."""
-        return self.name
-
-    @property
-    def hardware(self) -> str:
-        """NPU, GPU or CPU: the folder of result files."""
-        return {"cuda": "GPU"}.get(self.name, self.name.upper())
-
-    def resolve_dtype(self, file_dtype: str, requested: str) -> tuple[torch.dtype, str]:
-        """The dtype to compute in, and a one-line notice when it is not what the file holds."""
-        name = file_dtype if requested == "auto" else requested
-        return getattr(torch, name), ""
-
-    def measure_bandwidth(self, num_bytes: int = 1 << 28) -> float:
-        """Bytes per second that reading a large tensor reaches; best of a few passes."""
-        data = torch.ones(num_bytes // 4, dtype=torch.float32, device=self.device)
-        seconds = []
-        for _ in range(5):
-            self.synchronize()
-            start = time.perf_counter()
-            data.sum()
-            self.synchronize()
-            seconds.append(time.perf_counter() - start)
-        return num_bytes / min(seconds)
-
-    def measure_matmul(self, dtype: torch.dtype) -> float:
-        """FLOP per second of a large square product through `linear`; best of a few passes.
-
-        The matrices double in size until one product takes 20 ms, or 8192 rows.
-        """
-        rows = 256
-        while True:
-            x = torch.ones(rows, rows, dtype=dtype, device=self.device)
-            packed = self.pack_linear(x, None)
-            seconds = []
-            for _ in range(4):  # the first one warms up
-                self.synchronize()
-                start = time.perf_counter()
-                self.linear(x, packed)
-                self.synchronize()
-                seconds.append(time.perf_counter() - start)
-            if min(seconds) >= 0.02 or rows >= 8192:
-                return 2 * rows**3 / min(seconds)
-            rows *= 2
 
     # -- dense operators -------------------------------------------------------------------------
 
@@ -309,7 +201,7 @@ class Backend:
 
     def pack_rotary(self, cos: Tensor, sin: Tensor, head_dim: int, *, fused: bool) -> RotaryTables:
         """Tables [max_positions, R/2] as `rotary` wants them; `fused`: for `layer_front`'s q, k."""
-        return RotaryTables(cos.to(self.device), sin.to(self.device))
+        return RotaryTables(cos.to(self.torch_device), sin.to(self.torch_device))
 
     def rotary(
         self, q: Tensor, k: Tensor, positions: Tensor, cos_table: Tensor, sin_table: Tensor
@@ -365,14 +257,16 @@ class Backend:
     ) -> LayerCache:
         """K and V of one layer, each [N, P, H, D]; the content is undefined."""
         shape = (num_blocks, block_size, num_heads, head_dim)
-        k = torch.empty(shape, dtype=dtype, device=self.device)
+        k = torch.empty(shape, dtype=dtype, device=self.torch_device)
         return k, torch.empty_like(k)
 
     def allocate_rows(
         self, num_rows: int, capacity: int, num_heads: int, head_dim: int, dtype: torch.dtype
     ) -> LayerCache:
         """K and V of one layer for a padded batch, each [B, capacity, H, D], likewise."""
-        k = torch.empty((num_rows, capacity, num_heads, head_dim), dtype=dtype, device=self.device)
+        k = torch.empty(
+            (num_rows, capacity, num_heads, head_dim), dtype=dtype, device=self.torch_device
+        )
         return k, torch.empty_like(k)
 
     def causal_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -406,7 +300,9 @@ class Backend:
     def capture(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """A step that replays as one launch where the device has graphs; here the step itself."""
         if self.graphs == "on":
-            logger.warning("graphs are on, but %s has none: steps run as they are", self.name)
+            logger.warning(
+                "graphs are on, but %s has none: steps run as they are", self.device.name
+            )
         return step
 
 
