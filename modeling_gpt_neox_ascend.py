@@ -66,7 +66,7 @@ class NeoXCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i continues what was row beam_idx[i]."""
-        self.kv.select_rows(beam_idx.to(self.kv.backend.device))
+        self.kv.select_rows(beam_idx.to(self.kv.ops.torch_device))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`."""
@@ -106,9 +106,9 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
     ) -> None:
         """Build without weights; use `from_pretrained`."""
         super().__init__(config)
-        backend = select(device)
+        chosen = select(device)
         model_config = model_config or ModelConfig.from_dict(config.to_dict())
-        model = GPTNeoX(model_config, backend, group, max_position_embeddings)
+        model = GPTNeoX(model_config, chosen, group, max_position_embeddings)
         self._model = (model,)  # in a tuple: its children are registered below under HF's names
         self.gpt_neox, self.embed_out = model.gpt_neox, model.embed_out
 
@@ -149,18 +149,18 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         environment = Environment.read()
         path = Path(pretrained_model_name_or_path)
         config = config or _read_config(path)
-        backend = select(device_map or "auto")
+        chosen = select(device_map or "auto")
         if environment.world_size > 1:
-            backend.setup(
+            chosen.setup(
                 environment.local_rank, environment.local_world_size, environment.omp_num_threads
             )
-        group = init_group(environment.rank, environment.world_size, backend.dist_backend)
+        group = init_group(environment.rank, environment.world_size, chosen.dist_backend)
         path = rank_directory(path, group)
         model_config = ModelConfig.from_pretrained(path)
         generation_config = generation_config or _read_generation_config(path)
-        model = cls(config, group, backend.name, model_config, max_position_embeddings)
+        model = cls(config, group, chosen.name, model_config, max_position_embeddings)
         wanted = str(dtype or torch_dtype or "auto").removeprefix("torch.")
-        compute_dtype, notice = backend.resolve_dtype(model_config.dtype, wanted)
+        compute_dtype, notice = chosen.resolve_dtype(model_config.dtype, wanted)
         if notice:
             from transformers.utils import logging
 
@@ -207,7 +207,7 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         config = model.config
         return NeoXCache(
             ContiguousKVCache(
-                model.backend,
+                model.ops,
                 config.num_layers,
                 config.num_heads // model.group.world_size,
                 config.head_dim,
@@ -264,9 +264,10 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             position_ids = self._positions(key_mask, b, s, cache.kv.length)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         with torch.inference_mode():
-            cache.kv.prepare(b, s, key_mask)
-            hidden = self.model(input_ids.flatten(), position_ids.expand(b, s).flatten(), cache.kv)
-            cache.kv.advance()
+            positions = position_ids.expand(b, s)
+            step = cache.kv.begin(input_ids, positions, key_mask, self.model.rotary)
+            hidden = self.model(step)
+            cache.kv.advance(s)
             hidden = hidden.view(b, s, -1)[:, keep]
             logits = self.model.compute_logits(hidden.flatten(0, 1)).view(b, hidden.shape[1], -1)
         # In the weights' dtype, and out here: logits processors of `generate` change it in place.
@@ -280,7 +281,7 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
     def _positions(self, key_mask: Tensor | None, b: int, s: int, length: int) -> Tensor:
         """A token's number among the unpadded ones of its row, [B, S]."""
         if key_mask is None:
-            device = self.model.backend.device
+            device = self.model.device.torch_device
             return torch.arange(length, length + s, device=device).expand(b, s)
         return (key_mask.long().cumsum(-1) - 1).clamp(min=0)[:, length:]
 

@@ -430,7 +430,7 @@ def load_model(
             value = _read_part(checkpoint, layout, name, parameter, model)
             # What was read may alias the mapped file: copy it, unless `pack` copies it at once.
             copy = not isinstance(module, Linear) or key != "weight"
-            value = value.to(device=model.backend.device, dtype=dtype, copy=copy)
+            value = value.to(device=model.device.torch_device, dtype=dtype, copy=copy)
             module.register_parameter(key, nn.Parameter(value, requires_grad=False))
         layer = fused.get(id(module))
         if layer is None and isinstance(module, Linear):
@@ -499,10 +499,10 @@ def weight_bytes(model: GPTNeoX, dtype: torch.dtype) -> int:
 def check_memory(model: GPTNeoX, dtype: torch.dtype) -> None:
     """Raise RuntimeError when the weights of this rank do not fit; the message has both numbers."""
     needed = weight_bytes(model, dtype)
-    free = model.backend.memory().free
+    free = model.device.memory().free
     if needed > free:
         raise RuntimeError(
             f"not enough memory for the weights: {needed / 2**30:.2f} GiB needed in "
             f"{str(dtype).removeprefix('torch.')}, {free / 2**30:.2f} GiB free on "
-            f"{model.backend.name}; use a smaller dtype, more devices or a smaller model"
+            f"{model.device.name}; use a smaller dtype, more devices or a smaller model"
         )

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from gptneox import __version__
 from gptneox.backends import BACKENDS, create
-from gptneox.backends.base import Backend, Finding
+from gptneox.backends.device import Device, Finding
 from gptneox.checkpoint import weight_bytes
 from gptneox.cli import Settings, refuse_unbuilt
-from gptneox.config import ModelConfig
+from gptneox.config import ConfigError, ModelConfig
 from gptneox.engine.block_manager import BlockManager
 from gptneox.engine.flash_engine import check_prompt
 from gptneox.engine.llm_engine import affordable_blocks, check_blocks, check_request, count_blocks
@@ -84,17 +84,21 @@ def devices(settings: Settings, ranks: Ranks) -> list[Finding]:
     """Every kind of device, then the chosen one and what the checkpoint needs of it."""
     wanted = settings.model.device
     findings: list[Finding] = []
-    chosen: Backend | None = None
+    chosen: Device | None = None
     for name in BACKENDS:
-        backend = create(name)
-        reason = backend.why_unusable()
+        try:
+            device = create(name)
+        except ConfigError as error:
+            findings.append(Finding(False, name, str(error)))
+            continue
+        reason = device.why_unusable()
         named = name == wanted
         if reason:
-            if named or backend.is_installed():
-                findings += backend.diagnose()
+            if named or device.is_installed():
+                findings += device.diagnose()
             findings.append(Finding(False if named else None, name, reason))
         elif chosen is None and (named or wanted == "auto"):
-            chosen = backend
+            chosen = device
             findings.append(Finding(True, name, "usable, and what this run takes"))
         else:
             findings.append(Finding(True, name, "usable"))
@@ -109,7 +113,7 @@ def devices(settings: Settings, ranks: Ranks) -> list[Finding]:
         return [*findings, Finding(False, chosen.name, " ".join(str(error).split()))]
 
 
-def checkpoint(settings: Settings, backend: Backend, ranks: Ranks) -> list[Finding]:
+def checkpoint(settings: Settings, device: Device, ranks: Ranks) -> list[Finding]:
     """All that a run does before it reads the weights, by the run's own code."""
     is_flash = settings.model.attention == "flash"
     findings = []
@@ -120,14 +124,14 @@ def checkpoint(settings: Settings, backend: Backend, ranks: Ranks) -> list[Findi
     except ValueError as error:
         findings.append(_failure("settings", error))
     try:
-        opened, model = _open(settings, backend, ranks, prefer_parts=is_flash)
+        opened, model = _open(settings, device, ranks, prefer_parts=is_flash)
     except RUN_ERRORS as error:
         return [*findings, _failure("checkpoint", error)]
     config, dtype = opened.config, opened.dtype
     findings.append(Finding(True, "checkpoint", _describe(settings.model_path, config, str(dtype))))
     findings += [Finding(None, "notice", notice) for notice in opened.notices]
     engine = settings.engine
-    weights, free = weight_bytes(model, dtype), backend.memory().free
+    weights, free = weight_bytes(model, dtype), device.memory().free
     text = (
         f"{weights / 2**30:.2f} GiB of weights on each of {ranks.total} rank(s), "
         f"{free / 2**30:.2f} GiB free"
@@ -145,7 +149,7 @@ def checkpoint(settings: Settings, backend: Backend, ranks: Ranks) -> list[Findi
         findings += prompts(settings, opened, model.num_positions, blocks)
     except RuntimeError as error:
         findings.append(_failure("memory", RuntimeError(f"{text}; {error}")))
-    return findings + backend.describe_operators(
+    return findings + device.operators().describe_operators(
         config.head_dim, config.rotary_dim, engine.block_size
     )
 
@@ -155,16 +159,16 @@ def _failure(topic: str, error: BaseException) -> Finding:
 
 
 def _open(
-    settings: Settings, backend: Backend, ranks: Ranks, *, prefer_parts: bool
+    settings: Settings, device: Device, ranks: Ranks, *, prefer_parts: bool
 ) -> tuple[Opened, GPTNeoX]:
     """The checkpoint as rank 0 finds it, after every rank of this host has found its own."""
     found = []
     for rank in reversed(range(ranks.local)):  # rank 0 last: its device is the one looked at
-        backend.setup(rank, ranks.local, settings.environment.omp_num_threads)
+        device.setup(rank, ranks.local, settings.environment.omp_num_threads)
         group = TensorParallelGroup(rank, ranks.total)
         opened = open_checkpoint(
             settings.model_path,
-            backend,
+            device,
             group,
             dtype=settings.model.dtype,
             with_tokenizer=settings.args.load_tokenizer and rank == 0,
@@ -172,7 +176,7 @@ def _open(
             prefer_parts=prefer_parts,
         )
         positions = settings.engine.max_position_embeddings
-        found.append((opened, check_loading(opened, backend, group, positions)))
+        found.append((opened, check_loading(opened, device, group, positions)))
     return found[-1]
 
 

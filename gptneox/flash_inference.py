@@ -30,12 +30,12 @@ def run(settings: Settings) -> None:
     args = settings.args
     refuse_paged_only(settings)
     check_results(settings)
-    backend, group = start(settings)
+    device, group = start(settings)
     is_demo = not (args.input_texts or args.input_ids)
     texts = [] if is_demo else read_texts(settings, group)
     engine = FlashEngine.from_pretrained(
         settings.model_path,
-        backend,
+        device,
         group,
         dtype=settings.model.dtype,
         with_tokenizer=args.load_tokenizer,

@@ -19,8 +19,8 @@ from typing import TextIO
 from tqdm import tqdm
 
 from gptneox.backends import select
-from gptneox.backends.base import Backend
 from gptneox.backends.binding import bind
+from gptneox.backends.device import Device
 from gptneox.cli import Settings
 from gptneox.engine.flash_engine import FlashOutput
 from gptneox.engine.llm_engine import EngineStats, LLMEngine, RequestOutput
@@ -47,19 +47,19 @@ BENCHMARK_COLUMNS = (
 )
 
 
-def start(settings: Settings) -> tuple[Backend, TensorParallelGroup]:
+def start(settings: Settings) -> tuple[Device, TensorParallelGroup]:
     """Choose the device, join the other ranks, say the settings once."""
-    backend = select(settings.model.device)
+    device = select(settings.model.device)
     environment = settings.environment
-    backend.setup(environment.local_rank, environment.local_world_size, environment.omp_num_threads)
+    device.setup(environment.local_rank, environment.local_world_size, environment.omp_num_threads)
     if settings.model.bind_cpu:
         rank, ranks = environment.local_rank, environment.local_world_size
-        bind(backend.choose_cores(rank, ranks, environment.cpu_binding_num))
-    collectives = backend.collectives(settings.model.parallel_backend)
+        bind(device.choose_cores(rank, ranks, environment.cpu_binding_num))
+    collectives = device.collectives(settings.model.parallel_backend)
     group = init_group(environment.rank, environment.world_size, collectives)
     for line in settings.describe():
         logger.info(line)
-    return backend, group
+    return device, group
 
 
 def run(settings: Settings) -> None:
@@ -70,9 +70,9 @@ def run(settings: Settings) -> None:
     """
     environment = settings.environment
     check_results(settings)
-    backend, group = start(settings)
+    device, group = start(settings)
     texts = [] if settings.args.interactive else read_texts(settings, group)
-    engine = load_engine(settings, backend, group)
+    engine = load_engine(settings, device, group)
     if settings.args.interactive:
         interact(engine, settings)
         return
@@ -107,13 +107,13 @@ def check_results(settings: Settings) -> None:
         check_writable(_benchmark_file(environment.benchmark_path))
 
 
-def load_engine(settings: Settings, backend: Backend, group: TensorParallelGroup) -> LLMEngine:
+def load_engine(settings: Settings, device: Device, group: TensorParallelGroup) -> LLMEngine:
     """The engine of this rank, with its model loaded."""
     start = time.perf_counter()
     engine = LLMEngine.from_pretrained(
         settings.model_path,
         settings.engine,
-        backend,
+        device,
         dtype=settings.model.dtype,
         group=group,
         with_tokenizer=settings.args.load_tokenizer,
@@ -125,7 +125,7 @@ def load_engine(settings: Settings, backend: Backend, group: TensorParallelGroup
         settings.model_path,
         time.perf_counter() - start,
         str(engine.dtype).removeprefix("torch."),
-        backend.describe(),
+        device.describe(),
         engine.block_manager.num_blocks,
         engine.settings.block_size,
     )
@@ -348,7 +348,7 @@ def print_summary(engine: LLMEngine) -> None:
     read = stats.num_decode_steps * config.num_decode_parameters * itemsize / ranks
     read += stats.num_decode_context_tokens * config.kv_bytes_per_token(itemsize, ranks)
     achieved = read / stats.decode_s
-    limit = engine.model.backend.measure_bandwidth()
+    limit = engine.model.device.measure_bandwidth()
     print(
         f"decode: {stats.num_decode_tokens} tokens, "
         f"{stats.num_decode_tokens / stats.decode_s:.1f} tokens/s, "

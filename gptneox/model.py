@@ -12,44 +12,43 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from gptneox.backends.base import Backend, LayerWeights, PackedLayer
+from gptneox.backends.device import Device
+from gptneox.backends.operators import LayerWeights, Operators, PackedLayer
+from gptneox.backends.step import RotaryTables, Step
 from gptneox.config import ModelConfig
-from gptneox.kv_cache import KVCache
-from gptneox.layers import Embedding, LayerNorm, Linear, Rotary, VocabParallelHead
+from gptneox.layers import Embedding, LayerNorm, Linear, VocabParallelHead, rotary_tables
 from gptneox.parallel import TensorParallelGroup, check_divides
-
-Angles = tuple[Tensor, Tensor, Tensor]  # what `Rotary` returns
 
 
 class Attention(nn.Module):
     """Multi-head attention over the cache; returns this rank's partial sum."""
 
-    def __init__(self, config: ModelConfig, layer_id: int, backend: Backend, ranks: int) -> None:
+    def __init__(self, config: ModelConfig, layer_id: int, ops: Operators, ranks: int) -> None:
         super().__init__()
         self.layer_id, self.head_dim = layer_id, config.head_dim
         width, bias = config.hidden_size // ranks, config.attention_bias
-        self.query_key_value = Linear(config.hidden_size, 3 * width, bias, backend)
-        self.dense = Linear(width, config.hidden_size, bias, backend)
+        self.query_key_value = Linear(config.hidden_size, 3 * width, bias, ops)
+        self.dense = Linear(width, config.hidden_size, bias, ops)
 
-    def forward(self, x: Tensor, angles: Angles, kv: KVCache) -> Tensor:
+    def forward(self, x: Tensor, step: Step) -> Tensor:
         """x [T, C]; returns [T, C]."""
-        return self.dense(self.attend(self.query_key_value(x), angles, kv))
+        return self.dense(self.attend(self.query_key_value(x), step))
 
-    def attend(self, qkv: Tensor, angles: Angles, kv: KVCache) -> Tensor:
+    def attend(self, qkv: Tensor, step: Step) -> Tensor:
         """qkv [T, 3W], laid out per head as q, k, v, or as [T, H, 3, D]; returns [T, W]."""
         qkv = qkv.view(qkv.shape[0], -1, 3, self.head_dim)
-        return kv.attend(self.layer_id, qkv, angles).flatten(1)
+        return step.attend(self.layer_id, qkv).flatten(1)
 
 
 class MLP(nn.Module):
     """Two products around an activation; returns this rank's partial sum."""
 
-    def __init__(self, config: ModelConfig, backend: Backend, ranks: int) -> None:
+    def __init__(self, config: ModelConfig, ops: Operators, ranks: int) -> None:
         super().__init__()
         width = config.intermediate_size // ranks
-        self.dense_h_to_4h = Linear(config.hidden_size, width, True, backend)
-        self.dense_4h_to_h = Linear(width, config.hidden_size, True, backend)
-        self.act = backend.activation(config.activation)
+        self.dense_h_to_4h = Linear(config.hidden_size, width, True, ops)
+        self.dense_4h_to_h = Linear(width, config.hidden_size, True, ops)
+        self.act = ops.activation(config.activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, C]; returns [T, C]."""
@@ -59,32 +58,32 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """One decoder layer, parallel residual (GPT-NeoX-20B, Pythia) or serial (RedPajama, rinna).
 
-    Parallel: x + attn(LN1(x)) + mlp(LN2(x)), one all-reduce for both partial sums; a backend
-    that `fuses_layers` computes it as one product before attention and one after it.
+    Parallel: x + attn(LN1(x)) + mlp(LN2(x)), one all-reduce for both partial sums; operators
+    that `fuses_layers` compute it as one product before attention and one after it.
     Serial: y = x + attn(LN1(x)); y + mlp(LN2(y)). Source: arXiv:2204.06745, section 2.1.
     """
 
     def __init__(
-        self, config: ModelConfig, layer_id: int, backend: Backend, group: TensorParallelGroup
+        self, config: ModelConfig, layer_id: int, ops: Operators, group: TensorParallelGroup
     ) -> None:
         super().__init__()
         self.parallel_residual, self.group = config.use_parallel_residual, group
-        self.backend, self.activation = backend, config.activation
-        self.fused = self.parallel_residual and backend.fuses_layers
+        self.ops, self.activation = ops, config.activation
+        self.fused = self.parallel_residual and ops.fuses_layers
         self.packed: PackedLayer | None = None
         eps = config.layer_norm_eps
-        self.input_layernorm = LayerNorm(config.hidden_size, eps, backend)
-        self.post_attention_layernorm = LayerNorm(config.hidden_size, eps, backend)
-        self.attention = Attention(config, layer_id, backend, group.world_size)
-        self.mlp = MLP(config, backend, group.world_size)
+        self.input_layernorm = LayerNorm(config.hidden_size, eps, ops)
+        self.post_attention_layernorm = LayerNorm(config.hidden_size, eps, ops)
+        self.attention = Attention(config, layer_id, ops, group.world_size)
+        self.mlp = MLP(config, ops, group.world_size)
 
     def pack(self) -> None:
-        """Hand all loaded weights of a fused layer to the backend and let go of them."""
+        """Hand all loaded weights of a fused layer to the operators and let go of them."""
         norms = (self.input_layernorm, self.post_attention_layernorm)
         up, down = self.mlp.dense_h_to_4h.take(), self.mlp.dense_4h_to_h.take()
         assert up[1] is not None
         assert down[1] is not None
-        self.packed = self.backend.pack_layer(
+        self.packed = self.ops.pack_layer(
             LayerWeights(
                 norm_attention=(norms[0].weight.data, norms[0].bias.data),
                 norm_mlp=(norms[1].weight.data, norms[1].bias.data),
@@ -97,17 +96,17 @@ class Layer(nn.Module):
             )
         )
 
-    def forward(self, x: Tensor, angles: Angles, kv: KVCache) -> Tensor:
+    def forward(self, x: Tensor, step: Step) -> Tensor:
         """x [T, C]; returns [T, C], equal on every rank."""
         if self.fused:
             assert self.packed is not None, "forward before the weights were loaded"
-            qkv, mlp = self.backend.layer_front(x, self.packed)
-            attended = self.attention.attend(qkv, angles, kv)
+            qkv, mlp = self.ops.layer_front(x, self.packed)
+            attended = self.attention.attend(qkv, step)
             if self.group.world_size == 1:
-                return self.backend.layer_back(attended, mlp, self.packed, x)
-            partial = self.backend.layer_back(attended, mlp, self.packed)
+                return self.ops.layer_back(attended, mlp, self.packed, x)
+            partial = self.ops.layer_back(attended, mlp, self.packed)
             return x + self.group.all_reduce(partial)
-        partial = self.attention(self.input_layernorm(x), angles, kv)
+        partial = self.attention(self.input_layernorm(x), step)
         if self.parallel_residual:
             partial = partial + self.mlp(self.post_attention_layernorm(x))
             return x + self.group.all_reduce(partial)
@@ -118,32 +117,22 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers, final normalisation."""
 
-    def __init__(
-        self, config: ModelConfig, num_positions: int, backend: Backend, group: TensorParallelGroup
-    ) -> None:
+    def __init__(self, config: ModelConfig, ops: Operators, group: TensorParallelGroup) -> None:
         super().__init__()
-        self.embed_in = Embedding(config.vocab_size, config.hidden_size, backend)
-        self.layers = nn.ModuleList(
-            Layer(config, i, backend, group) for i in range(config.num_layers)
-        )
-        self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, backend)
-        self.rotary = Rotary(config, num_positions, backend)
-        self.in_one_call = (
-            backend.runs_all_layers and group.world_size == 1 and config.use_parallel_residual
-        )
+        self.embed_in = Embedding(config.vocab_size, config.hidden_size, ops)
+        self.layers = nn.ModuleList(Layer(config, i, ops, group) for i in range(config.num_layers))
+        self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, ops)
+        self.is_whole_and_parallel = group.world_size == 1 and config.use_parallel_residual
 
-    def forward(self, input_ids: Tensor, positions: Tensor, kv: KVCache) -> Tensor:
-        """input_ids, positions [T]; returns hidden states before the final norm, [T, C]."""
-        x = self.embed_in(input_ids)
-        angles = self.rotary(positions)
-        if self.in_one_call:
+    def forward(self, step: Step) -> Tensor:
+        """Returns the step's hidden states before the final norm, [T, C]."""
+        x = self.embed_in(step.input_ids)
+        if step.runs_all_layers and self.is_whole_and_parallel:
             packed = [layer.packed for layer in self.layers]
             assert None not in packed, "forward before the weights were loaded"
-            done = kv.run_layers(x, cast("list[PackedLayer]", packed), angles)
-            if done is not None:
-                return done
+            return step.run(x, cast("list[PackedLayer]", packed))
         for layer in self.layers:
-            x = layer(x, angles, kv)
+            x = layer(x, step)
         return x
 
 
@@ -153,17 +142,19 @@ class GPTNeoX(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        backend: Backend,
+        device: Device,
         group: TensorParallelGroup | None = None,
         num_positions: int = 0,
+        graphs: str = "auto",
     ) -> None:
         """Build on the meta device; `checkpoint.load_model` fills it.
 
         Args:
             config: the architecture.
-            backend: the device.
+            device: where; the model has operators of its own there.
             group: ranks that share the model; one process by default.
             num_positions: rows of the rotary table; config.max_position_embeddings by default.
+            graphs: see `Device.operators`.
 
         Raises:
             ConfigError: the heads cannot be shared evenly, or `num_positions` cannot be had.
@@ -171,15 +162,17 @@ class GPTNeoX(nn.Module):
         super().__init__()
         group = group or TensorParallelGroup()
         check_divides(group.world_size, config.num_heads, config.intermediate_size)
-        backend.prepare(config.head_dim, config.rotary_dim)
-        self.config, self.backend, self.group = config, backend, group
+        self.ops: Operators = device.operators(graphs)
+        self.ops.prepare(config.head_dim, config.rotary_dim)
+        self.config, self.device, self.group = config, device, group
         self.num_positions = config.positions(num_positions)
-        self.gpt_neox = Decoder(config, self.num_positions, backend, group)
-        self.embed_out = VocabParallelHead(config.vocab_size, config.hidden_size, backend, group)
+        self.gpt_neox = Decoder(config, self.ops, group)
+        self.rotary: RotaryTables = rotary_tables(config, self.num_positions, self.ops)
+        self.embed_out = VocabParallelHead(config.vocab_size, config.hidden_size, self.ops, group)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, kv: KVCache) -> Tensor:
-        """input_ids, positions [T]; returns hidden states [T, C] for `compute_logits`."""
-        hidden = self.gpt_neox(input_ids, positions, kv)
+    def forward(self, step: Step) -> Tensor:
+        """Hidden states [T, C] of a step, for `compute_logits`."""
+        hidden = self.gpt_neox(step)
         assert isinstance(hidden, Tensor)
         return hidden
 

@@ -18,8 +18,10 @@ from test_backends import BASE, assert_near, make_batch, make_cache, randn
 from triton.runtime import interpreter
 
 from gptneox.backends import cuda, cuda_kernels
-from gptneox.backends.base import Memory
 from gptneox.backends.cuda_graphs import DecodeGraphs
+from gptneox.backends.cuda_operators import TritonStep
+from gptneox.backends.device import Memory
+from gptneox.backends.step import RotaryTables
 from gptneox.engine.sequence import SamplingParams
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,8 +43,8 @@ def widen_bfloat16_products() -> None:
 widen_bfloat16_products()
 
 
-class EmulatedCuda(cuda.CudaBackend):
-    """The backend with a CPU for a device, and graphs that run their step again."""
+class EmulatedCuda(cuda.CudaDevice):
+    """A CPU in place of the GPU, and graphs that run their step again."""
 
     device_type, dist_backend, pins_memory = "cpu", "gloo", False
     num_cores, capability = 1, (8, 0)
@@ -63,7 +65,7 @@ class EmulatedCuda(cuda.CudaBackend):
     def describe(self):
         return "emulated"
 
-    def _record(self, run, pools):
+    def record(self, run, pools):
         out = run()
         self.num_captured += 1
 
@@ -74,6 +76,13 @@ class EmulatedCuda(cuda.CudaBackend):
         return replay, out
 
 
+def attend(qkv, tables, layer, batch, scale, splits):
+    """By the kernels, with a fixed number of programs per context."""
+    step = TritonStep(EmulatedCuda().operators(), batch, [layer], tables, scale)
+    step.num_splits = splits
+    return step.attend(0, qkv)
+
+
 def check(lengths, block_size, heads, head_dim, half, dtype, splits, seed):
     """One step through kernels and base class: attention and what is in the caches."""
     batch = make_batch(lengths, block_size, seed)
@@ -81,15 +90,14 @@ def check(lengths, block_size, heads, head_dim, half, dtype, splits, seed):
     qkv = torch.stack([(2 - i % 2) * randn(num_tokens, heads, head_dim, seed=seed + i, dtype=dtype)
                        for i in range(3)], 2)  # fmt: skip
     angles = 7 * randn(max(batch.context_lens_list), half, seed=seed + 3)
-    rotary = (batch.positions, angles.cos(), angles.sin())
+    tables = RotaryTables(angles.cos(), angles.sin())
     expected, actual = (make_cache(BASE, batch, block_size, heads, head_dim, dtype) for _ in "12")
-    result = expected.attend(0, qkv, rotary)
+    result = expected.begin(batch, tables).attend(0, qkv)
     # As `layer_front` hands it over: columns of a wider product.
     wide = torch.cat((qkv.flatten(1), torch.ones(num_tokens, 7, dtype=dtype)), 1)
     view = wide[:, :-7].view(qkv.shape)
     k_cache, v_cache = actual.layers[0]
-    arguments = (view, rotary, k_cache, v_cache, batch, head_dim**-0.5)
-    out = EmulatedCuda()._attend_by_kernels(*arguments, splits=splits)
+    out = attend(view, tables, (k_cache, v_cache), batch, head_dim**-0.5, splits)
     assert_near(out, result)
     for ours, theirs in zip((k_cache, v_cache), expected.layers[0], strict=True):
         assert torch.equal(ours.isnan(), theirs.isnan()), "a foreign slot was written"
@@ -138,11 +146,9 @@ def test_large_scores_stay_finite(dtype):
     cache.layers[0][0].fill_(128)
     qkv = torch.full((5, 1, 3, 64), 128, dtype=dtype)
     qkv[:, :, 2] = randn(5, 1, 64, dtype=dtype)
-    rotary = (batch.positions, torch.ones(32, 1), torch.zeros(32, 1))
+    tables = RotaryTables(torch.ones(32, 1), torch.zeros(32, 1))
     for splits in (1, 4):
-        out = EmulatedCuda()._attend_by_kernels(
-            qkv, rotary, *cache.layers[0], batch, 64**-0.5, splits=splits
-        )
+        out = attend(qkv, tables, cache.layers[0], batch, 64**-0.5, splits)
         assert_near(out[1:], torch.stack([qkv[1 : i + 2, :, 2].float().mean(0)
                                           for i in range(4)]).to(dtype))  # fmt: skip
         assert torch.isfinite(out).all()
@@ -155,10 +161,8 @@ def test_rows_of_padding_touch_nothing(splits):
     batch.block_tables[1] = 0
     cache = make_cache(BASE, batch, 16, 1, 32, torch.float32)
     before = [x.clone() for x in cache.layers[0]]
-    rotary = (batch.positions, torch.ones(32, 1), torch.zeros(32, 1))
-    out = EmulatedCuda()._attend_by_kernels(
-        randn(2, 1, 3, 32), rotary, *cache.layers[0], batch, 1.0, splits=splits
-    )
+    tables = RotaryTables(torch.ones(32, 1), torch.zeros(32, 1))
+    out = attend(randn(2, 1, 3, 32), tables, cache.layers[0], batch, 1.0, splits)
     assert torch.equal(out[1], torch.zeros(1, 32))
     written = int(batch.slot_mapping[0])
     for cached, previous in zip(cache.layers[0], before, strict=True):
@@ -169,7 +173,7 @@ def test_rows_of_padding_touch_nothing(splits):
         assert torch.equal(ours.nan_to_num(), old.nan_to_num())
 
 
-# -- the backend as a whole ----------------------------------------------------------------------
+# -- a whole engine -------------------------------------------------------------------------------
 
 
 PROMPTS = twins.prompts([20, 3, 1], 304, seed=1)
@@ -191,34 +195,35 @@ def twin(tmp_path_factory):
     return SimpleNamespace(path=directory, answers=answers)
 
 
-def generate(twin, backend, **options):
+def generate(twin, device, **options):
     sizes = {"num_blocks": 12, "block_size": 16, "max_batch_size": 3, "max_prefill_tokens": 16}
-    engine = twins.load_engine(twin.path, backend, **sizes, **options)
+    engine = twins.load_engine(twin.path, device, **sizes, **options)
     params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in NUM_NEW]
     return engine, [o.token_ids for o in engine.generate(PROMPTS, params)]
 
 
 def test_engine_with_graphs_and_without(twin):
-    backend = EmulatedCuda()
-    engine, actual = generate(twin, backend)
+    device = EmulatedCuda()
+    engine, actual = generate(twin, device)
     assert actual == twin.answers
     assert isinstance(engine.runner.step, DecodeGraphs)
     assert sorted(engine.runner.step._captured) == [1, 2, 4]
-    assert backend.num_captured == 1 + 3  # the first one is the start-up's
-    assert backend.num_replayed > 5
+    assert device.num_captured == 1 + 3  # the first one is the start-up's
+    assert device.num_replayed > 5
     assert all("Triton" in c.operator or c.step != "paged attention"
-               for c in backend.operator_table(1, 128, 16, torch.float32))  # fmt: skip
+               for c in engine.model.ops.operator_table(1, 128, 16, torch.float32))  # fmt: skip
 
 
 def test_graphs_can_be_off_or_not_work(twin, caplog):
-    backend = EmulatedCuda()
-    engine, actual = generate(twin, backend, graphs="off")
+    device = EmulatedCuda()
+    engine, actual = generate(twin, device, graphs="off")
     assert not isinstance(engine.runner.step, DecodeGraphs)
     assert actual == twin.answers
-    assert backend.operator_table(1, 128, 16, torch.float32)[1].reason == "--graphs off"
+    assert engine.model.ops.operator_table(1, 128, 16, torch.float32)[1].reason == "--graphs off"
     assert "graphs" not in caplog.text
-    backend.graphs, backend._why_no_graphs = "auto", lambda: "not here"
-    [_, steps, *_] = backend.operator_table(1, 128, 16, torch.float32)
+    ops = engine.model.ops
+    ops.graphs, ops._why_no_graphs = "auto", lambda: "not here"
+    [_, steps, *_] = engine.model.ops.operator_table(1, 128, 16, torch.float32)
     assert (steps.operator, steps.reason) == ("eager", "not here")
     assert "without graphs: not here" in caplog.text
 
@@ -234,11 +239,11 @@ def test_kernels_that_do_not_work_are_not_used(fault, twin, monkeypatch, caplog)
         out[1] += math.nan if fault == "nan" else 0.1
 
     monkeypatch.setattr(cuda_kernels, "decode", decode)
-    backend = EmulatedCuda()
-    engine, actual = generate(twin, backend)
+    device = EmulatedCuda()
+    engine, actual = generate(twin, device)
     assert actual == twin.answers
     assert not isinstance(engine.runner.step, DecodeGraphs)
-    [table, steps, *_] = backend.operator_table(1, 128, 16, torch.float32)
+    [table, steps, *_] = engine.model.ops.operator_table(1, 128, 16, torch.float32)
     assert table.operator == "torch, fp32"
     assert steps.operator == "eager"
     words = {"wrong": "differ from torch by 1.0e-01", "nan": "differ", "raises": "no C compiler"}

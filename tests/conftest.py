@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: offline, one thread, a tiny checkpoint, every usable backend."""
+"""What all tests share: offline, one thread, a tiny checkpoint, every usable device."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ import transformers
 import twins
 
 from gptneox.backends import BACKENDS, create
-from gptneox.backends.base import Backend
+from gptneox.backends.cpu import CpuDevice
+from gptneox.backends.device import Device
+from gptneox.backends.operators import Operators
 
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)
 
 
-# The engine's own tests know no backend: of these alone the default run repeats on plain torch.
+# The engine's own tests know no device: of these alone the default run repeats on plain torch.
 ENGINE_TESTS_ON_PLAIN_CPU = (
     "test_batch_equals_hf_one_by_one",
     "test_alone_is_near_batch_in_half_precision",
@@ -52,14 +54,18 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=[*sorted(BACKENDS), "cpu-plain"])
-def backend(request: pytest.FixtureRequest) -> Backend:
-    """Every backend that can be used on this machine; a CPU also without its kernels."""
+def device(request: pytest.FixtureRequest) -> Device:
+    """Every device that can be used on this machine; a CPU also without its kernels."""
     name, _, form = request.param.partition("-")
-    made = create(name)
+    made = CpuDevice() if form == "plain" else create(name)
     if reason := made.why_unusable():
         pytest.skip(f"device {name} cannot be used: {reason}")
-    if form == "plain":
-        if made.kernels is None:
-            pytest.skip("there are no CPU kernels: cpu is plain torch already")
-        made.kernels = None
+    if name == "cpu" and not form and type(made) is CpuDevice:
+        pytest.skip("there are no CPU kernels: cpu-plain is the same")
     return made
+
+
+@pytest.fixture
+def ops(device: Device) -> Operators:
+    """Operators of a fresh model on each device."""
+    return device.operators()

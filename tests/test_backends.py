@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every operator of every usable backend equals the base class, which is plain torch on the CPU.
+"""Every operator of every usable ops equals the base class, which is plain torch on the CPU.
 
 Limits. The base computes in fp32 and rounds once, except for `linear`. fp32 results may differ by
-the order of sums: 2e-5 of the largest value. In half precision a backend may also round what lies
+the order of sums: 2e-5 of the largest value. In half precision a ops may also round what lies
 between (probabilities, partial sums): one more half unit each, so two units of the dtype
 (2 * eps) at the largest value, which bounds every result because attention averages its values.
 """
@@ -16,11 +16,20 @@ import torch
 from torch import Tensor
 
 from gptneox.backends import BACKENDS, select
-from gptneox.backends.base import Backend, ForwardBatch, check_shape
+from gptneox.backends.device import Device
+from gptneox.backends.operators import Operators, check_shape
+from gptneox.backends.step import (
+    ForwardBatch,
+    PaddedBatch,
+    PaddedStep,
+    PagedStep,
+    RotaryTables,
+    Step,
+)
 from gptneox.config import ACTIVATIONS
 from gptneox.kv_cache import PagedKVCache
 
-BASE = Backend()
+BASE = Operators(Device())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEAD_DIMS = [32, 64, 80, 96, 128, 256]
 # (cached tokens before this step, tokens of this step); one token counts as decoding.
@@ -95,11 +104,11 @@ def batch_on(batch: ForwardBatch, device: torch.device) -> ForwardBatch:
 
 
 def make_cache(
-    backend: Backend, batch: ForwardBatch, block_size: int, heads: int, d: int, dtype: torch.dtype
+    ops: Operators, batch: ForwardBatch, block_size: int, heads: int, d: int, dtype: torch.dtype
 ) -> PagedKVCache:
     """One layer: random K and V where a sequence of `batch` has been, NaN everywhere else."""
     num_blocks = int(batch.block_tables.max()) + 1
-    cache = PagedKVCache(backend, 1, num_blocks, block_size, heads, d, dtype)
+    cache = PagedKVCache(ops, 1, num_blocks, block_size, heads, d, dtype)
     written = torch.zeros(num_blocks * block_size, dtype=torch.bool)
     cached_lens = [
         n - new for n, new in zip(batch.context_lens_list, batch.q_lens_list, strict=True)
@@ -111,23 +120,25 @@ def make_cache(
         content = randn(num_blocks * block_size, heads, d, seed=10 + i, dtype=dtype)
         content[~written] = math.nan
         tensor.copy_(content.view(num_blocks, block_size, heads, d))
-    cache.batch = batch_on(batch, backend.device)
     return cache
+
+
+def begin(cache: PagedKVCache, batch: ForwardBatch, tables: RotaryTables | None = None) -> Step:
+    """A step over `cache` that rotates by no angle unless told."""
+    device = cache.ops.torch_device
+    if tables is None:
+        cos = torch.ones(1024, 1, device=device)
+        tables = RotaryTables(cos, torch.zeros_like(cos))
+    return cache.begin(batch_on(batch, device), tables)
 
 
 # -- attention and cache -------------------------------------------------------------------------
 
 
-def unrotated(batch: ForwardBatch, backend: Backend) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotation by no angle."""
-    cos = torch.ones(1024, 1, device=backend.device)
-    return batch.positions, cos, torch.zeros_like(cos)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block_size", [16, 128])
 @pytest.mark.parametrize("name", BATCHES)
-def test_paged_attention(name: str, block_size: int, dtype: torch.dtype, backend: Backend) -> None:
+def test_paged_attention(name: str, block_size: int, dtype: torch.dtype, ops: Operators) -> None:
     batch = make_batch(BATCHES[name], block_size)
     num_tokens = sum(batch.q_lens_list)
     for head_dim in HEAD_DIMS:
@@ -135,11 +146,11 @@ def test_paged_attention(name: str, block_size: int, dtype: torch.dtype, backend
         q, k, v = (randn(num_tokens, heads, head_dim, seed=i, dtype=dtype) for i in range(3))
         q = 2 * q  # scores with a standard deviation of 2: some keys matter more than others
         results = []
-        for which in (BASE, backend):
+        for which in (BASE, ops):
             cache = make_cache(which, batch, block_size, heads, head_dim, dtype)
             # As the model passes them: parts of one fused projection, not contiguous.
-            fused = torch.stack([q, k, v], dim=2).to(which.device)
-            results.append((cache.attend(0, fused, unrotated(batch, which)), *cache.layers[0]))
+            fused = torch.stack([q, k, v], dim=2).to(which.torch_device)
+            results.append((begin(cache, batch).attend(0, fused), *cache.layers[0]))
         (expected, *expected_cache), (actual, *actual_cache) = results
         assert_near(actual, expected)
         for ours, theirs in zip(actual_cache, expected_cache, strict=True):
@@ -162,19 +173,19 @@ def test_base_attention_against_fp64() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_scores_stay_finite(dtype: torch.dtype, backend: Backend) -> None:
+def test_large_scores_stay_finite(dtype: torch.dtype, ops: Operators) -> None:
     """Unscaled products of 128 * 128 * 64 = 2^20 are beyond fp16; equal keys share the weight.
 
     Powers of two, so that every product and sum is exact.
     """
     batch = make_batch([(20, 1), (0, 20)], 16)
     results = []
-    for which in (BASE, backend):
+    for which in (BASE, ops):
         cache = make_cache(which, batch, 16, 2, 64, dtype)
         cache.layers[0][0].fill_(128)
-        q, k = (torch.full((21, 2, 64), 128, dtype=dtype, device=which.device) for _ in "qk")
-        v = randn(21, 2, 64, seed=3, dtype=dtype).to(which.device)
-        results.append(cache.attend(0, torch.stack((q, k, v), 2), unrotated(batch, which)))
+        q, k = (torch.full((21, 2, 64), 128, dtype=dtype, device=which.torch_device) for _ in "qk")
+        v = randn(21, 2, 64, seed=3, dtype=dtype).to(which.torch_device)
+        results.append(begin(cache, batch).attend(0, torch.stack((q, k, v), 2)))
     mean = randn(21, 2, 64, seed=3, dtype=dtype)[1:].float().mean(0).to(dtype)
     assert_near(results[0][-1], mean)
     assert_near(results[1], results[0])
@@ -184,7 +195,7 @@ def test_large_scores_stay_finite(dtype: torch.dtype, backend: Backend) -> None:
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (1, 50), (33, 33), (20, 50)])
 def test_dense_attention(
-    num_queries: int, num_keys: int, padded: bool, dtype: torch.dtype, backend: Backend
+    num_queries: int, num_keys: int, padded: bool, dtype: torch.dtype, ops: Operators
 ) -> None:
     """Left padding of three rows; what a padding query gets must only be finite."""
     pads = [0, num_keys // 2, num_keys - 1] if padded else [0, 0, 0]
@@ -194,13 +205,19 @@ def test_dense_attention(
         k, v = (randn(3, num_keys, 2, head_dim, seed=i, dtype=dtype) for i in (2, 3))
         arguments = (q, k, v, mask if padded else None)
         expected = BASE.dense_attention(*arguments, head_dim**-0.5)
-        moved = [None if x is None else x.to(backend.device) for x in arguments]
-        actual = backend.dense_attention(*moved, head_dim**-0.5).cpu()
+        moved = [None if x is None else x.to(ops.torch_device) for x in arguments]
+        actual = ops.dense_attention(*moved, head_dim**-0.5).cpu()
         real = mask[:, num_keys - num_queries :]
         assert_near(actual[real], expected[real])
         assert torch.isfinite(actual).all()
         stores = [torch.cat([x, x.new_full((3, 9, 2, head_dim), math.nan)], 1) for x in moved[1:3]]
-        again = backend.cached_attention(moved[0], *stores, num_keys, moved[3], head_dim**-0.5)
+        ids = torch.zeros(3 * num_queries, dtype=torch.int64, device=ops.torch_device)
+        padded = PaddedBatch(ids, ids, 3, num_queries, num_keys, moved[3])
+        tables = RotaryTables(torch.ones(1, 1), torch.zeros(1, 1))
+        step = ops.begin_padded(padded, [tuple(stores)], tables, head_dim**-0.5)
+        again = actual
+        if isinstance(step, PaddedStep):  # else its own tests try it
+            again = step.attend_cached(tuple(stores), moved[0])
         assert_near(again.cpu()[real], expected[real])
         for row, pad in enumerate(pads):  # a row equals the sequence alone, without its padding
             start = max(pad - (num_keys - num_queries), 0)
@@ -211,18 +228,22 @@ def test_dense_attention(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_store_kv_writes_its_slots_only(dtype: torch.dtype, backend: Backend) -> None:
-    k_cache, v_cache = backend.allocate_kv_cache(5, 16, 2, 80, dtype)
+def test_store_kv_writes_its_slots_only(dtype: torch.dtype, ops: Operators) -> None:
+    k_cache, v_cache = ops.allocate_kv_cache(5, 16, 2, 80, dtype)
     assert k_cache.shape == v_cache.shape == (5, 16, 2, 80)
     assert k_cache.dtype == v_cache.dtype == dtype
-    assert k_cache.device.type == backend.device.type
+    assert k_cache.device.type == ops.torch_device.type
     assert k_cache.data_ptr() != v_cache.data_ptr()
     k_cache.fill_(7)
     v_cache.fill_(8)
     slots = torch.tensor([79, 0, 17, 16, 42])
     k, v = (randn(5, 2, 80, seed=i, dtype=dtype) for i in (1, 2))
-    device = backend.device
-    backend.store_kv(k.to(device), v.to(device), k_cache, v_cache, slots.to(device))
+    device = ops.torch_device
+    batch = make_batch([(0, 1)] * 5, 16)
+    batch.slot_mapping = slots
+    cos = torch.ones(1, 1)
+    step = PagedStep(ops, batch_on(batch, device), [], RotaryTables(cos, cos), 1.0)
+    step.store((k_cache, v_cache), k.to(device), v.to(device))
     for cache, new, old in ((k_cache, k, 7), (v_cache, v, 8)):
         rows = cache.flatten(0, 1).cpu()
         assert torch.equal(rows[slots], new)
@@ -236,12 +257,12 @@ def test_store_kv_writes_its_slots_only(dtype: torch.dtype, backend: Backend) ->
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize(("k", "f"), [(96, 288), (320, 77), (1, 5), (130, 1)])
-def test_linear(k: int, f: int, has_bias: bool, dtype: torch.dtype, backend: Backend) -> None:
+def test_linear(k: int, f: int, has_bias: bool, dtype: torch.dtype, ops: Operators) -> None:
     weight = randn(f, k, seed=1, dtype=dtype) / math.sqrt(k)
     bias = randn(f, seed=2, dtype=dtype) if has_bias else None
-    device = backend.device
+    device = ops.torch_device
     # `pack_linear` owns what it is given, so each gets a copy.
-    packed = backend.pack_linear(
+    packed = ops.pack_linear(
         weight.clone().to(device), None if bias is None else bias.clone().to(device)
     )
     assert (packed.in_features, packed.out_features) == (k, f)
@@ -249,21 +270,23 @@ def test_linear(k: int, f: int, has_bias: bool, dtype: torch.dtype, backend: Bac
     for num_rows in (1, 2, 17, 64):
         x = randn(num_rows, k, seed=num_rows, dtype=dtype)
         expected = BASE.linear(x.float(), reference).to(dtype)
-        assert_near(backend.linear(x.to(device), packed), expected)
+        assert_near(ops.linear(x.to(device), packed), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 5, 16, 77, 1000])
-def test_greedy(width: int, dtype: torch.dtype, backend: Backend) -> None:
+def test_greedy(width: int, dtype: torch.dtype, ops: Operators) -> None:
     """The first of equal logits, wherever it stands, and one flag for all rows."""
     wide = randn(6, width + 3, seed=width).round(decimals=1).to(dtype)
-    logits = wide.to(backend.device)[:, :width]  # columns of padded rows, as the head returns them
+    logits = wide.to(ops.torch_device)[
+        :, :width
+    ]  # columns of padded rows, as the head returns them
     expected = [row.index(max(row)) for row in wide[:, :width].tolist()]
-    assert backend.greedy(logits).tolist() == [*expected, 1]
-    assert backend.greedy(logits[:0]).tolist() == [1]
+    assert ops.greedy(logits).tolist() == [*expected, 1]
+    assert ops.greedy(logits[:0]).tolist() == [1]
     for bad in (math.nan, math.inf, -math.inf):
         logits[4, width // 2] = bad
-        found = backend.greedy(logits).tolist()
+        found = ops.greedy(logits).tolist()
         assert found[:4] == expected[:4]
         assert found[-1] == 0
         assert 0 <= found[4] < width
@@ -271,7 +294,7 @@ def test_greedy(width: int, dtype: torch.dtype, backend: Backend) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("eps", [1e-5, 1e-2])
-def test_layer_norm(eps: float, dtype: torch.dtype, backend: Backend) -> None:
+def test_layer_norm(eps: float, dtype: torch.dtype, ops: Operators) -> None:
     for width in (32, 77, 704):
         # The mean is far from 0 and the rows differ in scale: fp32 statistics are needed.
         x = (randn(9, width, seed=1) * torch.logspace(-2, 1, 9)[:, None] + 3).to(dtype)
@@ -279,15 +302,15 @@ def test_layer_norm(eps: float, dtype: torch.dtype, backend: Backend) -> None:
         centred = x.double() - x.double().mean(-1, keepdim=True)
         exact = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
         exact = exact * weight.double() + bias.double()
-        moved = [t.to(backend.device) for t in (x, weight, bias)]
+        moved = [t.to(ops.torch_device) for t in (x, weight, bias)]
         expected = BASE.layer_norm(x, weight, bias, eps)
         assert_near(expected, exact.to(dtype))
-        assert_near(backend.layer_norm(*moved, eps), expected)
+        assert_near(ops.layer_norm(*moved, eps), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", sorted(set(ACTIVATIONS.values())))
-def test_activation(name: str, dtype: torch.dtype, backend: Backend) -> None:
+def test_activation(name: str, dtype: torch.dtype, ops: Operators) -> None:
     x = torch.linspace(-8, 8, 999, dtype=torch.float64)
     tanh_inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
     exact = {
@@ -299,7 +322,7 @@ def test_activation(name: str, dtype: torch.dtype, backend: Backend) -> None:
     expected = BASE.activation(name)(x.float())
     torch.testing.assert_close(expected.double(), exact, rtol=0, atol=2e-6)
     expected = BASE.activation(name)(x.to(dtype))
-    actual = backend.activation(name)(x.to(dtype).to(backend.device)).cpu()
+    actual = ops.activation(name)(x.to(dtype).to(ops.torch_device)).cpu()
     assert actual.dtype == dtype
     # Values differ in size by orders of magnitude, so the limit is relative to each.
     eps = torch.finfo(dtype).eps
@@ -314,16 +337,16 @@ def test_activation(name: str, dtype: torch.dtype, backend: Backend) -> None:
         *((64, 64), (80, 80), (96, 96), (128, 128)),
     ],
 )
-def test_rotary(head_dim: int, rotary_dim: int, dtype: torch.dtype, backend: Backend) -> None:
+def test_rotary(head_dim: int, rotary_dim: int, dtype: torch.dtype, ops: Operators) -> None:
     angles = 7 * randn(50, rotary_dim // 2, seed=1)
     positions = torch.tensor([0, 49, 3, 3, 17])
     q, k, v = (randn(5, 2, head_dim, seed=i, dtype=dtype) for i in (2, 3, 4))
     before = q.clone(), k.clone(), v.clone()
     expected = BASE.rotary(q, k, positions, angles.cos(), angles.sin())
     # As the model passes them: parts of one fused projection, not contiguous.
-    fused = torch.stack([q, k, v], dim=2).to(backend.device)
-    rest = [t.to(backend.device) for t in (positions, angles.cos(), angles.sin())]
-    actual = backend.rotary(fused[:, :, 0], fused[:, :, 1], *rest)
+    fused = torch.stack([q, k, v], dim=2).to(ops.torch_device)
+    rest = [t.to(ops.torch_device) for t in (positions, angles.cos(), angles.sin())]
+    actual = ops.rotary(fused[:, :, 0], fused[:, :, 1], *rest)
     for ours, theirs, plain in zip(actual, expected, before[:2], strict=True):
         assert_near(ours, theirs)
         assert torch.equal(ours[..., rotary_dim:].cpu(), plain[..., rotary_dim:])
@@ -340,29 +363,29 @@ def test_rotary(head_dim: int, rotary_dim: int, dtype: torch.dtype, backend: Bac
 # -- the device ----------------------------------------------------------------------------------
 
 
-def test_device_facts(backend: Backend) -> None:
-    backend.setup(0, 1, 1)
-    backend.synchronize()
-    memory = backend.memory()
+def test_device_facts(device: Device) -> None:
+    device.setup(0, 1, 1)
+    device.synchronize()
+    memory = device.memory()
     assert 0 < memory.free <= memory.total
     assert memory.peak > 0
-    assert backend.describe()
-    assert backend.name in BACKENDS
-    assert backend.measure_bandwidth(1 << 20) > 1e7  # 0.01 GB/s
-    assert backend.measure_matmul(torch.float32) > 1e7
+    assert device.describe()
+    assert device.name in BACKENDS
+    assert device.measure_bandwidth(1 << 20) > 1e7  # 0.01 GB/s
+    assert device.measure_matmul(torch.float32) > 1e7
 
 
 @pytest.mark.parametrize("requested", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("file_dtype", ["float32", "bfloat16", "float16"])
 def test_a_requested_dtype_is_never_replaced(
-    file_dtype: str, requested: str, backend: Backend
+    file_dtype: str, requested: str, device: Device
 ) -> None:
-    assert backend.resolve_dtype(file_dtype, requested) == (getattr(torch, requested), "")
+    assert device.resolve_dtype(file_dtype, requested) == (getattr(torch, requested), "")
 
 
 @pytest.mark.parametrize("file_dtype", ["float32", "bfloat16", "float16"])
-def test_another_dtype_than_the_file_is_said(file_dtype: str, backend: Backend) -> None:
-    dtype, notice = backend.resolve_dtype(file_dtype, "auto")
+def test_another_dtype_than_the_file_is_said(file_dtype: str, device: Device) -> None:
+    dtype, notice = device.resolve_dtype(file_dtype, "auto")
     assert (dtype == getattr(torch, file_dtype)) == (notice == "")
     if notice:
         assert file_dtype in notice
@@ -374,7 +397,7 @@ def test_select_auto_takes_the_first_usable_device() -> None:
     assert select().name == select("auto").name == usable[0]
 
 
-def select_or_reason(name: str) -> tuple[Backend | None, str]:
+def select_or_reason(name: str) -> tuple[Device | None, str]:
     try:
         return select(name), ""
     except RuntimeError as error:
@@ -383,10 +406,10 @@ def select_or_reason(name: str) -> tuple[Backend | None, str]:
 
 @pytest.mark.parametrize("name", ["cpu", "cuda", "npu"])
 def test_a_named_device_is_that_one_or_an_error(name: str) -> None:
-    backend, reason = select_or_reason(name)
-    assert backend is not None or repr(name) in reason
-    assert backend is None or backend.name == name
-    assert backend is not None or name != "cpu", reason
+    device, reason = select_or_reason(name)
+    assert device is not None or repr(name) in reason
+    assert device is None or device.name == name
+    assert device is not None or name != "cpu", reason
 
 
 @pytest.mark.parametrize("name", ["tpu", "", "CPU", "base", "cpu:0"])

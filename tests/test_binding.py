@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gptneox.backends import binding
-from gptneox.backends.cpu import CpuBackend
+from gptneox.backends.cpu import CpuDevice
 
 CHIPS_A2 = """\
         NPU ID                         Chip ID                        Chip Logic ID                  Chip Name
@@ -237,15 +237,15 @@ def test_the_cpu_backend_binds_as_many_threads_as_it_runs(monkeypatch):
     monkeypatch.setattr(binding, "usable_cpus", lambda: [0, 1, 2, 3])
     monkeypatch.setattr(binding, "physical_cores", lambda usable, _="": [[c] for c in usable])
     monkeypatch.setattr(binding.cgroup, "cpu_quota", lambda _="": None)
-    backend = CpuBackend()
+    device = CpuDevice()
     before = torch.get_num_threads()
     try:
-        backend.setup(1, 2)
+        device.setup(1, 2)
         assert torch.get_num_threads() == 2
-        assert backend.choose_cores(1, 2) == [2, 3]
-        backend.setup(1, 2, num_threads=1)  # the user's number, not more than the share
-        assert backend.choose_cores(1, 2) == [2, 3]
-        backend.setup(1, 2, num_threads=3)  # more than the share: these need room
-        assert backend.choose_cores(1, 2) == []
+        assert device.choose_cores(1, 2) == [2, 3]
+        device.setup(1, 2, num_threads=1)  # the user's number, not more than the share
+        assert device.choose_cores(1, 2) == [2, 3]
+        device.setup(1, 2, num_threads=3)  # more than the share: these need room
+        assert device.choose_cores(1, 2) == []
     finally:
         torch.set_num_threads(before)

@@ -172,8 +172,8 @@ def test_memory_of_the_cpu_backend(tree: Tree, monkeypatch) -> None:
     monkeypatch.setattr(cpu, "_meminfo", lambda: {"MemTotal": 16 * GIB, "MemAvailable": 10 * GIB})
     pairs = [(NO_LIMIT, NO_LIMIT), (8 * GIB, 6 * GIB), (12 * GIB, 2 * GIB), (16 * GIB, 1)]
     monkeypatch.setattr(cgroup, "memory", lambda: pairs)
-    found = cpu.CpuBackend().memory()
+    found = cpu.CpuDevice().memory()
     assert (found.total, found.free) == (8 * GIB, 2 * GIB)
     monkeypatch.setattr(cgroup, "memory", list)
-    found = cpu.CpuBackend().memory()
+    found = cpu.CpuDevice().memory()
     assert (found.total, found.free) == (16 * GIB, 10 * GIB)

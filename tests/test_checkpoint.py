@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXForCausalLM
 
-from gptneox.backends.base import Backend, Memory
+from gptneox.backends.device import Device, Memory
 from gptneox.checkpoint import Checkpoint, CheckpointError, full_shapes, load_model
 from gptneox.config import ModelConfig
 from gptneox.layers import Linear
@@ -35,7 +35,7 @@ NAME = "model.safetensors"
 SMALL = twins.FAMILY["relu-serial"] | {"num_hidden_layers": 1}
 
 
-class PlainBackend(Backend):
+class PlainDevice(Device):
     """The base class with the memory its test says: weights stay readable after loading."""
 
     def __init__(self, free: int = 1 << 40) -> None:
@@ -47,7 +47,7 @@ class PlainBackend(Backend):
 
 
 def load(path: Path, free: int = 1 << 40, dtype: torch.dtype = torch.float32) -> GPTNeoX:
-    model = GPTNeoX(ModelConfig.from_pretrained(path), PlainBackend(free))
+    model = GPTNeoX(ModelConfig.from_pretrained(path), PlainDevice(free))
     load_model(model, path, dtype)
     return model
 
@@ -683,7 +683,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 import torch, transformers, tokenizers
-from gptneox.backends.cpu import CpuBackend
+from gptneox.backends.cpu import CpuDevice
 from gptneox.checkpoint import load_model
 from gptneox.config import ModelConfig
 from gptneox.model import GPTNeoX
@@ -693,7 +693,7 @@ def mib(field):
     return int(re.search(field + r":\\s+(\\d+) kB", text)[1]) / 1024
 path, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
 before = mib("VmRSS")
-model = GPTNeoX(ModelConfig.from_pretrained(path), CpuBackend())
+model = GPTNeoX(ModelConfig.from_pretrained(path), CpuDevice())
 load_model(model, path, dtype)
 print(mib("VmHWM") - before, mib("VmRSS") - before)
 """

@@ -34,8 +34,12 @@ from test_model import paged_logits, random_ids, rms
 from torch import Tensor
 
 from gptneox.backends import cpu_build, create
-from gptneox.backends.base import Backend, Finding, ForwardBatch, LayerWeights
-from gptneox.backends.cpu import ACTIVATION_IDS, CpuBackend
+from gptneox.backends.cpu import CpuDevice
+from gptneox.backends.cpu_compiled import ACTIVATION_IDS, CompiledCpuDevice, CompiledCpuOperators
+from gptneox.backends.cpu_operators import CpuOperators
+from gptneox.backends.device import Finding
+from gptneox.backends.operators import LayerWeights
+from gptneox.backends.step import ForwardBatch, LayerCache, PagedStep, RotaryTables, Step
 from gptneox.config import ConfigError, Environment
 from gptneox.kv_cache import ContiguousKVCache
 
@@ -47,29 +51,26 @@ few = functools.partial(settings, deadline=None, derandomize=True, database=None
 
 
 @pytest.fixture(scope="module")
-def cpu() -> CpuBackend:
+def cpu() -> CompiledCpuOperators:
     """With kernels, or the tests that need them are skipped."""
     made = create("cpu")
-    assert isinstance(made, CpuBackend)
-    if made.kernels is None:
+    if not isinstance(made, CompiledCpuDevice):
         pytest.skip("the CPU kernels are off, or cannot be compiled here")
-    return made
+    return made.operators()
 
 
 @pytest.fixture(scope="module")
-def plain() -> CpuBackend:
+def plain() -> CpuOperators:
     """The same device without kernels."""
-    made = CpuBackend()
-    made.kernels = None
-    return made
+    return CpuDevice().operators()
 
 
-def rounds(dtype: torch.dtype, cpu: CpuBackend) -> bool:
+def rounds(dtype: torch.dtype, cpu: CompiledCpuOperators) -> bool:
     """Whether what is multiplied with numbers of `dtype` is rounded to it first."""
     return dtype == torch.bfloat16 and "bf16" in cpu.kernels.describe()
 
 
-def rounded(x: Tensor, dtype: torch.dtype, cpu: CpuBackend) -> Tensor:
+def rounded(x: Tensor, dtype: torch.dtype, cpu: CompiledCpuOperators) -> Tensor:
     """Activations as a product with weights of `dtype` reads them, in fp64."""
     return (x.to(dtype) if rounds(dtype, cpu) else x).double()
 
@@ -80,7 +81,7 @@ def rounded(x: Tensor, dtype: torch.dtype, cpu: CpuBackend) -> Tensor:
 @few(max_examples=80)
 @given(ROWS, WIDTH, WIDTH, DTYPE, st.booleans(), st.sampled_from(["", *ACTIVATION_IDS]))
 def test_products(
-    cpu: CpuBackend,
+    cpu: CompiledCpuOperators,
     num_rows: int,
     k: int,
     f: int,
@@ -105,7 +106,9 @@ def test_products(
 
 @few(max_examples=20)
 @given(WIDTH, WIDTH, DTYPE)
-def test_packing_keeps_every_weight(cpu: CpuBackend, k: int, f: int, dtype: torch.dtype) -> None:
+def test_packing_keeps_every_weight(
+    cpu: CompiledCpuOperators, k: int, f: int, dtype: torch.dtype
+) -> None:
     """Rows of the identity pick them out again; a strided weight is read as it is indexed."""
     weight = randn(k, f, seed=k, dtype=dtype).T
     packed = cpu.pack_linear(weight, None)
@@ -132,7 +135,7 @@ def random_layer(
     )
 
 
-def layer_by_layer(x: Tensor, weights: LayerWeights, backend: CpuBackend) -> tuple[Tensor, Tensor]:
+def layer_by_layer(x: Tensor, weights: LayerWeights, ops: CpuOperators) -> tuple[Tensor, Tensor]:
     """Unfused, in the dtype of x: qkv [T, 3W] and x + dense(q) + mlp, attention being its q."""
 
     def linear(x: Tensor, pair: tuple[Tensor, Tensor | None]) -> Tensor:
@@ -140,11 +143,11 @@ def layer_by_layer(x: Tensor, weights: LayerWeights, backend: CpuBackend) -> tup
         return BASE.linear(x, BASE.pack_linear(weight, bias))
 
     norms = [
-        backend.layer_norm(x, *(t.to(x.dtype) for t in pair), weights.eps)
+        ops.layer_norm(x, *(t.to(x.dtype) for t in pair), weights.eps)
         for pair in (weights.norm_attention, weights.norm_mlp)
     ]
     qkv = linear(norms[0], weights.query_key_value)
-    mlp = backend.activation(weights.activation)(linear(norms[1], weights.dense_h_to_4h))
+    mlp = ops.activation(weights.activation)(linear(norms[1], weights.dense_h_to_4h))
     attended = qkv[:, : weights.dense[0].shape[1]]
     return qkv, x + (linear(attended, weights.dense) + linear(mlp, weights.dense_4h_to_h))
 
@@ -159,8 +162,8 @@ def layer_by_layer(x: Tensor, weights: LayerWeights, backend: CpuBackend) -> tup
     st.sampled_from([1, 3]),
 )
 def test_a_layer_in_two_calls(
-    cpu: CpuBackend,
-    plain: CpuBackend,
+    cpu: CompiledCpuOperators,
+    plain: CpuOperators,
     num_rows: int,
     sizes: tuple[int, int, int],
     dtype: torch.dtype,
@@ -199,7 +202,7 @@ def test_a_layer_in_two_calls(
 
 
 def test_half_precision_layers_err_less_than_plain_torch(
-    cpu: CpuBackend, plain: CpuBackend
+    cpu: CompiledCpuOperators, plain: CpuOperators
 ) -> None:
     """At a width where luck has no part."""
     for dtype in (torch.bfloat16, torch.float16):
@@ -212,7 +215,7 @@ def test_half_precision_layers_err_less_than_plain_torch(
         assert rms(out - exact) < 0.8 * rms(layer_by_layer(x, weights, plain)[1] - exact)
 
 
-def test_rows_without_variance(cpu: CpuBackend) -> None:
+def test_rows_without_variance(cpu: CompiledCpuOperators) -> None:
     """A constant row, however large, normalises to the shift."""
     scale, shift = randn(77, seed=1), randn(77, seed=2)
     for value in (0.0, 1.0, -12345.678, 3e6):
@@ -221,7 +224,7 @@ def test_rows_without_variance(cpu: CpuBackend) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_rows(dtype: torch.dtype, cpu: CpuBackend) -> None:
+def test_no_rows(dtype: torch.dtype, cpu: CompiledCpuOperators) -> None:
     weights = random_layer(40, 16, 24, has_bias=True, dtype=dtype, activation="relu")
     packed, x = cpu.pack_layer(weights), torch.empty(0, 40)
     qkv, mlp = cpu.layer_front(x, packed)
@@ -265,7 +268,7 @@ def laid_out(cache: Tensor, layout: str) -> Tensor:
     st.floats(0, 1),
 )
 def test_attention(
-    cpu: CpuBackend,
+    cpu: CompiledCpuOperators,
     lengths: list[tuple[int, int]],
     block_size: int,
     head_dim: int,
@@ -284,24 +287,26 @@ def test_attention(
     k_cache, v_cache = laid_out(k_cache, layout), laid_out(v_cache, layout)
     qkv = randn(sum(batch.q_lens_list), heads, 3, head_dim, dtype=dtype)
     angles = 7 * randn(1024, round(rotary_share * (head_dim // 2)), seed=1)
-    rotary = (batch.positions, angles.cos(), angles.sin())
+    tables = RotaryTables(angles.cos(), angles.sin())
     expected_k, expected_v = k_cache.clone(), v_cache.clone()
     scale = 2 * head_dim**-0.5
-    actual = cpu.rotary_paged_attention(qkv, rotary, k_cache, v_cache, batch, scale)
+    cache = (k_cache, v_cache)
+    actual = cpu.begin(batch, [cache], tables, scale).attend(0, qkv)
 
-    q, k = BASE.rotary(*qkv[:, :, :2].float().unbind(2), *rotary)
+    q, k = BASE.rotary(*qkv[:, :, :2].float().unbind(2), batch.positions, *tables)
     v = qkv[:, :, 2].to(cache_dtype)
-    BASE.store_kv(k.to(cache_dtype), v, expected_k, expected_v, batch.slot_mapping)
+    plain_step = PagedStep(BASE, batch, [], tables, scale)
+    plain_step.store((expected_k, expected_v), k.to(cache_dtype), v)
     torch.testing.assert_close(v_cache, expected_v, rtol=0, atol=0, equal_nan=True)
     eps = torch.finfo(cache_dtype).eps  # a product may be rounded once less
     torch.testing.assert_close(k_cache, expected_k, rtol=eps, atol=4e-6, equal_nan=True)
     n = batch.num_decodes
     if n:
-        expected = BASE.decode_attention(q[:n], k_cache, v_cache, batch, scale)
+        expected = plain_step.decode(cache, q[:n])
         assert_near(actual[:n], expected.to(dtype))
     if n < len(lengths):
         q = rounded(scale * q[n:], cache_dtype, cpu).float()
-        expected = BASE.prefill_attention(q, k_cache, v_cache, batch, 1.0)
+        expected = PagedStep(BASE, batch, [], tables, 1.0).prefill(cache, q, k[n:], v[n:])
         if rounds(cache_dtype, cpu):
             limit = 2**-7 * max(1.0, v.float().abs().max().item())
             assert (actual[n:].float() - expected).abs().max() <= limit
@@ -312,17 +317,17 @@ def test_attention(
 @pytest.mark.parametrize("sharpness", [0.3, 1, 3])
 @pytest.mark.parametrize(("length", "head_dim"), [(64, 128), (300, 64), (300, 80), (1000, 64)])
 def test_prompts_in_bf16_are_no_worse_than_torch(
-    length: int, head_dim: int, sharpness: float, cpu: CpuBackend
+    length: int, head_dim: int, sharpness: float, cpu: CompiledCpuOperators
 ) -> None:
     """Against fp64, beside torch's own attention in bf16."""
     batch = make_batch([(0, length)], 16)
     cache = make_cache(cpu, batch, 16, 4, head_dim, torch.bfloat16).layers[0]
     q, k, v = randn(3, 4, length, head_dim)
     k, v = k.bfloat16().float(), v.bfloat16().float()
-    rotary = (batch.positions, torch.ones(length, 0), torch.zeros(length, 0))
+    tables = RotaryTables(torch.ones(length, 0), torch.zeros(length, 0))
     scale = sharpness * head_dim**-0.5
     qkv = torch.stack([q, k, v]).permute(2, 1, 0, 3).contiguous()
-    actual = cpu.rotary_paged_attention(qkv, rotary, *cache, batch, scale).transpose(0, 1)
+    actual = cpu.begin(batch, [cache], tables, scale).attend(0, qkv).transpose(0, 1)
     attention = functools.partial(
         torch.nn.functional.scaled_dot_product_attention, is_causal=True, scale=scale
     )
@@ -340,7 +345,7 @@ def test_prompts_in_bf16_are_no_worse_than_torch(
     st.sampled_from([1, 2, 4, 16]),
 )
 def test_all_layers_in_one_call(
-    cpu: CpuBackend,
+    cpu: CompiledCpuOperators,
     lengths: list[tuple[int, int]],
     num_layers: int,
     sizes: tuple[int, int, int],
@@ -362,10 +367,10 @@ def test_all_layers_in_one_call(
         ours.append(pair)
         theirs.append(tuple(laid_out(cache, "heads inside").clone() for cache in pair))
     angles = randn(1024, head_dim // 4, seed=1)
-    rotary = (batch.positions, angles.cos(), angles.sin())
+    tables = RotaryTables(angles.cos(), angles.sin())
     x = randn(sum(batch.q_lens_list), c)
-    expected = Backend.run_layers(cpu, x.clone(), layers, rotary, theirs, batch, 0.3)
-    actual = cpu.run_layers(x, layers, rotary, ours, batch, 0.3)
+    expected = Step.run(cpu.begin(batch, theirs, tables, 0.3), x.clone(), layers)
+    actual = cpu.begin(batch, ours, tables, 0.3).run(x, layers)
     assert actual is x  # no second copy of the residual stream
     assert torch.equal(actual, expected)
     for pair, other in zip(ours, theirs, strict=True):
@@ -373,35 +378,40 @@ def test_all_layers_in_one_call(
             torch.testing.assert_close(cache, same, rtol=0, atol=0, equal_nan=True)
 
 
-def test_layers_that_do_not_fit_are_refused(cpu: CpuBackend) -> None:
+def test_layers_that_do_not_fit_are_refused(cpu: CompiledCpuOperators) -> None:
     batch = make_batch([(3, 1), (0, 5)], 16)
     weights = random_layer(16, 16, 24, has_bias=True, dtype=torch.float32, activation="relu")
     layers = [cpu.pack_layer(weights)]
-    rotary = (batch.positions, torch.ones(99, 1), torch.zeros(99, 1))
+    tables = RotaryTables(torch.ones(99, 1), torch.zeros(99, 1))
     cache = make_cache(cpu, batch, 16, 2, 8, torch.float32).layers[0]
     narrow = make_cache(cpu, batch, 16, 1, 8, torch.float32).layers[0]
     for rows, caches, message in (
-        (6, [], "1 layers have 0 caches"),
+        (6, [cache, cache], "1 layers have 4 caches"),
         (6, [narrow], "layer 0 makes 48 columns of qkv; 3 x 1 x 8"),
-        (5, [cache], "do not belong together"),
+        (5, [cache], r"x has shape \[5, 16\]; \[6, C\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            cpu.run_layers(torch.ones(rows, 16), layers, rotary, caches, batch, 0.3)
+            cpu.begin(batch, caches, tables, 0.3).run(torch.ones(rows, 16), layers)
+    with pytest.raises(ValueError, match=r"qkv has shape \[6, 1, 3, 8\]; \[6, 2, 3, 8\]"):
+        cpu.begin(batch, [cache], tables, 0.3).attend(0, torch.ones(6, 1, 3, 8))
+    batch.slot_mapping = batch.slot_mapping[1:]
+    with pytest.raises(ValueError, match="do not belong together"):
+        cpu.begin(batch, [cache], tables, 0.3)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_long_context_is_shared_by_threads(
-    dtype: torch.dtype, num_threads: int, cpu: CpuBackend
+    dtype: torch.dtype, num_threads: int, cpu: CompiledCpuOperators
 ) -> None:
     torch.set_num_threads(num_threads)
     batch = make_batch([(2999, 1), (4, 1), (700, 1)], 16)
     results = []
-    for backend in (BASE, cpu):
-        cache = make_cache(backend, batch, 16, 1, 40, dtype)
+    for ops in (BASE, cpu):
+        cache = make_cache(ops, batch, 16, 1, 40, dtype)
         qkv = 2 * randn(3, 1, 3, 40, dtype=dtype)
-        table = torch.ones(3000, 1), torch.zeros(3000, 1)
-        results.append(cache.attend(0, qkv, (batch.positions, *table)))
+        tables = RotaryTables(torch.ones(3000, 1), torch.zeros(3000, 1))
+        results.append(cache.begin(batch, tables).attend(0, qkv))
     assert_near(results[1], results[0])
 
 
@@ -412,7 +422,7 @@ def test_a_long_context_is_shared_by_threads(
     st.sampled_from([1, 4]),
 )
 def test_hidden_first_positions(
-    cpu: CpuBackend, rows: list[tuple[int, float]], decodes: bool, num_threads: int
+    cpu: CompiledCpuOperators, rows: list[tuple[int, float]], decodes: bool, num_threads: int
 ) -> None:
     """`starts`: what lies before is not seen, and may never have been written."""
     torch.set_num_threads(num_threads)
@@ -428,8 +438,8 @@ def test_hidden_first_positions(
         for p in range(start):
             k_cache[table[p // 16], p % 16] = v_cache[table[p // 16], p % 16] = math.nan
     qkv = randn(sum(batch.q_lens_list), 2, 3, 24)
-    table = torch.ones(400, 1), torch.zeros(400, 1)
-    actual = attend(cpu, qkv, (batch.positions, *table), (k_cache, v_cache), batch, starts)
+    batch.starts = torch.tensor(starts, dtype=torch.int32)
+    actual = attend(cpu, qkv, (k_cache, v_cache), batch)
     row = 0
     for b, ((cached, new), start) in enumerate(zip(lengths, starts, strict=True)):
         k, v = (
@@ -443,7 +453,9 @@ def test_hidden_first_positions(
 
 @pytest.mark.parametrize("padding", ["none", "in front", "behind", "in the middle"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_padded_batch_step_by_step(padding: str, dtype: torch.dtype, cpu: CpuBackend) -> None:
+def test_a_padded_batch_step_by_step(
+    padding: str, dtype: torch.dtype, cpu: CompiledCpuOperators
+) -> None:
     """The contiguous cache, growing and reordered, against the base class's."""
     steps = [7, 1, 1, 20, 1]
     mask = torch.ones(3, sum(steps), dtype=torch.bool)
@@ -455,17 +467,19 @@ def test_a_padded_batch_step_by_step(padding: str, dtype: torch.dtype, cpu: CpuB
         mask[0, 2:4] = mask[2, 8] = False
     caches = [ContiguousKVCache(b, 1, 2, 20, dtype, 99) for b in (BASE, cpu)]
     angles = randn(99, 3, seed=5)
+    tables = RotaryTables(angles.cos(), angles.sin())
     end = 0
     for seed, new in enumerate(steps):
         end += new
         seen = mask[:, :end]
-        positions = (seen.long().cumsum(1) - 1).clamp(min=0)[:, end - new :].flatten()
+        positions = (seen.long().cumsum(1) - 1).clamp(min=0)[:, end - new :]
         qkv = randn(3 * new, 2, 3, 20, seed=seed, dtype=dtype)
         results = []
         for cache in caches:
-            cache.prepare(3, new, None if padding == "none" else seen)
-            results.append(cache.attend(0, qkv, (positions, angles.cos(), angles.sin())))
-            cache.advance()
+            key_mask = None if padding == "none" else seen
+            step = cache.begin(torch.zeros_like(positions), positions, key_mask, tables)
+            results.append(step.attend(0, qkv))
+            cache.advance(new)
         real = seen[:, end - new :].flatten()
         assert_near(results[1][real], results[0][real])
         assert torch.isfinite(results[1]).all()
@@ -477,41 +491,26 @@ def test_a_padded_batch_step_by_step(padding: str, dtype: torch.dtype, cpu: CpuB
 
 
 def attend(
-    cpu: CpuBackend,
-    qkv: Tensor,
-    rotary: tuple[Tensor, Tensor, Tensor],
-    caches: tuple[Tensor, Tensor],
-    batch: ForwardBatch,
-    starts: list[int] | None = None,
+    cpu: CompiledCpuOperators, qkv: Tensor, cache: LayerCache, batch: ForwardBatch
 ) -> Tensor:
-    return cpu.kernels.attention(
-        qkv,
-        *rotary,
-        *caches,
-        batch.slot_mapping,
-        batch.block_tables,
-        batch.cu_seqlens_q,
-        batch.context_lens,
-        batch.num_decodes,
-        0.3,
-        None if starts is None else torch.tensor(starts, dtype=torch.int32),
-    )
+    """Rotated by no angle."""
+    tables = RotaryTables(torch.ones(400, 1), torch.zeros(400, 1))
+    return cpu.begin(batch, [cache], tables, 0.3).attend(0, qkv)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_wrong_score_is_not_hidden(dtype: torch.dtype, cpu: CpuBackend) -> None:
+def test_a_wrong_score_is_not_hidden(dtype: torch.dtype, cpu: CompiledCpuOperators) -> None:
     """NaN in what a query sees reaches its row, so that the engine can tell; no other row."""
     batch = make_batch([(40, 1), (40, 1), (10, 30), (0, 30)], 16, shares=False)
     caches = make_cache(cpu, batch, 16, 1, 32, dtype).layers[0]
     caches[0][batch.block_tables[0, 0], 3] = math.nan
     caches[0][batch.block_tables[2, 0], 3] = math.nan
-    table = torch.ones(100, 1), torch.zeros(100, 1)
-    out = attend(cpu, randn(62, 1, 3, 32), (batch.positions, *table), caches, batch)
+    out = attend(cpu, randn(62, 1, 3, 32), caches, batch)
     bad = out.isnan().any(-1).any(-1)
     assert bad.tolist() == [True, False] + [True] * 30 + [False] * 30
 
 
-def test_what_does_not_fit_is_refused(cpu: CpuBackend) -> None:
+def test_what_does_not_fit_is_refused(cpu: CompiledCpuOperators) -> None:
     """Nothing is read or written outside of a tensor, whatever a caller gets wrong."""
     weight = cpu.pack_linear(torch.ones(5, 8), None).weight
     with pytest.raises(ValueError, match=r"x has shape \[2, 7\]"):
@@ -543,23 +542,24 @@ def test_what_does_not_fit_is_refused(cpu: CpuBackend) -> None:
         ("block_tables", 99, "block 99"),
         ("block_tables", -1, "block -1"),
         ("context_lens", 500, "sequence 0 has 1 new tokens of 500"),
-        ("positions", 100, "position 100"),
+        ("positions", 400, "position 400"),
         ("cu_seqlens_q", 3, "sequence 0 has 3|the sequences have"),
     ],
 )
-def test_indices_outside_are_refused(field: str, value: int, message: str, cpu: CpuBackend) -> None:
+def test_indices_outside_are_refused(
+    field: str, value: int, message: str, cpu: CompiledCpuOperators
+) -> None:
     batch = make_batch([(40, 1), (0, 20)], 16)
     caches = make_cache(cpu, batch, 16, 1, 32, torch.float32).layers[0]
     getattr(batch, field).view(-1)[1 if field == "cu_seqlens_q" else 0] = value
-    table = torch.ones(100, 1), torch.zeros(100, 1)
     with pytest.raises(IndexError, match=message):
-        attend(cpu, randn(21, 1, 3, 32), (batch.positions, *table), caches, batch)
+        attend(cpu, randn(21, 1, 3, 32), caches, batch)
 
 
 # -- several at once -----------------------------------------------------------------------------
 
 
-def test_results_in_use_are_not_written_over(cpu: CpuBackend) -> None:
+def test_results_in_use_are_not_written_over(cpu: CompiledCpuOperators) -> None:
     """Also where all that is left of one is a view."""
     weights = random_layer(32, 16, 24, has_bias=True, dtype=torch.float32, activation="relu")
     packed = cpu.pack_layer(weights)
@@ -580,13 +580,15 @@ def test_results_in_use_are_not_written_over(cpu: CpuBackend) -> None:
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
-def test_two_models_in_two_threads(num_threads: int, tmp_path: Path, cpu: CpuBackend) -> None:
+def test_two_models_in_two_threads(
+    num_threads: int, tmp_path: Path, cpu: CompiledCpuOperators
+) -> None:
     torch.set_num_threads(num_threads)
     work = []
     for name, dtype in (("pythia-14m", "float16"), ("gpt-neox-20b", "bfloat16")):
         config = twins.FAMILY[name]
         twins.write_checkpoint(tmp_path / name, config, dtype=getattr(torch, dtype))
-        engine = twins.load_engine(tmp_path / name, CpuBackend(), dtype)
+        engine = twins.load_engine(tmp_path / name, create("cpu"), dtype)
         work.append((engine, random_ids(config, 60)))
     alone = [paged_logits(engine, ids, 30) for engine, ids in work]
     with ThreadPoolExecutor(2) as pool:
@@ -698,7 +700,7 @@ def test_a_compiler_that_fails_is_not_tried_again(
 
 
 def test_two_at_once_compile_once(
-    start: Any, cpu: CpuBackend, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    start: Any, cpu: CompiledCpuOperators, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     compiler = fake_compiler(tmp_path, cpu.kernels.__file__)
@@ -718,7 +720,7 @@ def test_two_at_once_compile_once(
 
 
 def test_a_damaged_library_is_named(
-    start: Any, cpu: CpuBackend, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    start: Any, cpu: CompiledCpuOperators, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert start("/nonexistent") is None
     caplog.clear()
@@ -783,18 +785,20 @@ def test_what_the_compiler_needs_is_named(
 
 
 def test_the_diagnosis_names_them(
-    cpu: CpuBackend, plain: CpuBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cpu: CompiledCpuOperators, plain: CpuOperators, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cpu.diagnose()[-1] == Finding(True, "CPU kernels", cpu.kernels.describe())
-    assert (plain.diagnose()[-1].ok, plain.diagnose()[-1].topic) == (None, "CPU kernels")
+    assert cpu.device.diagnose()[-1] == Finding(True, "CPU kernels", cpu.kernels.describe())
+    assert (plain.device.diagnose()[-1].ok, plain.device.diagnose()[-1].topic) == (
+        None,
+        "CPU kernels",
+    )
     load = cpu_build.load.__wrapped__
     for name, value in {"GPTNEOX_CPU_KERNELS": "on", "CXX": "/nonexistent"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cpu_build, "load", load)
-    finding = CpuBackend().diagnose()[-1]
-    assert finding.ok is False
-    assert "there is no compiler" in finding.text
+    with pytest.raises(ConfigError, match="there is no compiler"):
+        create("cpu")
 
 
 def test_flags_follow_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 """The CUDA backend: what needs no GPU, its kernels through Triton's interpreter, and, with
 `-m cuda`, everything on a card.
 
-On a card the `backend` fixture serves CUDA too, so that test_backends.py, test_model.py and
+On a card the `device` fixture serves CUDA too, so that test_backends.py, test_model.py and
 test_llm_engine.py hold it to the base class and to Hugging Face in fp32.
 """
 
@@ -27,9 +27,10 @@ from hypothesis import strategies as st
 from ranks import free_port
 from test_backends import BASE, assert_near, batch_on, make_batch, make_cache, randn
 
-from gptneox.backends import create, cuda, select
-from gptneox.backends.base import ForwardBatch, Memory
+from gptneox.backends import create, cuda_operators, select
 from gptneox.backends.cuda_graphs import SIZES, DecodeGraphs
+from gptneox.backends.device import Memory
+from gptneox.backends.step import ForwardBatch, RotaryTables
 from gptneox.engine.llm_engine import LLMEngine
 from gptneox.engine.sequence import SamplingParams
 
@@ -202,15 +203,15 @@ def test_graphs_of_a_model_share_a_pool(monkeypatch) -> None:
     names = {"current_stream": Stream, "Stream": Stream, "CUDAGraph": Graph}
     for name, value in (names | {"graph": graph, "stream": on}).items():
         monkeypatch.setattr(torch.cuda, name, value)
-    backend, pools = create("cuda"), []
+    device, pools = create("cuda"), []
     for expected in (None, "pool"):
-        replay, _ = backend._record(lambda: seen.append("run"), pools)
+        replay, _ = device.record(lambda: seen.append("run"), pools)
         capture = ("capture", expected, "thread_local")
         assert seen == ["wait", "run", "run", "wait", capture, "run"]
         replay()
         assert seen.pop() == "replay"
         seen.clear()
-    backend._record(lambda: None, [])
+    device.record(lambda: None, [])
     assert seen[2][1] is None
 
 
@@ -260,11 +261,11 @@ def test_ranks_take_the_visible_gpus_in_order(gpus, monkeypatch) -> None:
         create("cuda").setup(rank, 4)
     assert gpus.taken == [torch.device("cuda", i) for i in range(4)]
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "3,1")
-    backend = create("cuda")
-    backend.setup(1, 2)
-    assert backend.device == gpus.taken[-1] == torch.device("cuda", 1)
-    assert backend.memory() == Memory(3 << 30, 4 << 30, 5)
-    assert backend.pci_addresses() == ["0000:c1:00.0"] * 2
+    device = create("cuda")
+    device.setup(1, 2)
+    assert device.torch_device == gpus.taken[-1] == torch.device("cuda", 1)
+    assert device.memory() == Memory(3 << 30, 4 << 30, 5)
+    assert device.pci_addresses() == ["0000:c1:00.0"] * 2
     with pytest.raises(RuntimeError, match=r"rank 2 has no GPU: 2 for 3 ranks; .*CUDA_VISIBLE"):
         create("cuda").setup(2, 3)
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "0,4")
@@ -292,12 +293,12 @@ def test_diagnosis(gpus, monkeypatch) -> None:
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
 def test_bfloat16_needs_compute_capability_8(gpus, capability) -> None:
     gpus.capability = capability
-    backend = create("cuda")
-    dtype, notice = backend.resolve_dtype("bfloat16", "auto")
+    device = create("cuda")
+    dtype, notice = device.resolve_dtype("bfloat16", "auto")
     assert dtype == (torch.bfloat16 if capability >= (8, 0) else torch.float16)
     assert ("bfloat16 weights run in float16: Fake H200" in notice) == (capability < (8, 0))
-    assert backend.resolve_dtype("bfloat16", "bfloat16") == (torch.bfloat16, "")
-    assert backend.resolve_dtype("float32", "auto") == (torch.float32, "")
+    assert device.resolve_dtype("bfloat16", "bfloat16") == (torch.bfloat16, "")
+    assert device.resolve_dtype("float32", "auto") == (torch.float32, "")
 
 
 @pytest.mark.parametrize(
@@ -308,34 +309,33 @@ def test_bfloat16_needs_compute_capability_8(gpus, capability) -> None:
 def test_without_kernels_torch_serves(gpus, capability, has_triton, words, monkeypatch, caplog):
     gpus.capability = capability
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        cuda.importlib.util, "find_spec", lambda n: find("json" if has_triton else "no_such_thing")
-    )
-    backend = create("cuda")
-    paged, steps, *_ = backend.operator_table(2, 96, 128, torch.float16)
+    module = "json" if has_triton else "no_such_thing"
+    monkeypatch.setattr(cuda_operators.importlib.util, "find_spec", lambda _: find(module))
+    ops = create("cuda").operators()
+    paged, steps, *_ = ops.operator_table(2, 96, 128, torch.float16)
     assert (paged.operator, steps.operator) == ("torch, fp32", "eager")
     assert words in paged.reason
     assert words in caplog.text
-    assert [f.ok for f in backend.describe_operators(96, 24, 128)] == [None, None, True, True]
+    assert [f.ok for f in ops.describe_operators(96, 24, 128)] == [None, None, True, True]
     step = object()
-    assert backend.capture(step) is step
+    assert ops.capture(step) is step
 
 
 def test_out_of_memory_is_one_line_with_a_remedy(gpus, monkeypatch) -> None:
     def refuse(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nGPU 0 …")
 
-    backend = create("cuda")
-    monkeypatch.setattr(backend, "operator_table", lambda *shapes: [])
+    ops = create("cuda").operators()
+    monkeypatch.setattr(ops, "operator_table", lambda *shapes: [])
     monkeypatch.setattr(torch, "empty", refuse)
     with pytest.raises(RuntimeError) as error:
-        backend.allocate_kv_cache(64, 128, 16, 128, torch.float16)
+        ops.allocate_kv_cache(64, 128, 16, 128, torch.float16)
     text = "the KV cache (0.06 GiB per layer): 3.00 GiB free of 4.00 GiB; .* lower --num_blocks"
     assert error.match(text.replace("(", r"\(").replace(")", r"\)"))
     assert "\n" not in str(error.value)
     weight = SimpleNamespace(contiguous=refuse, shape=(1, 1))
     with pytest.raises(RuntimeError, match=r"memory for the weights: 3\.00 GiB"):
-        backend.pack_linear(weight, None)
+        ops.pack_linear(weight, None)
 
 
 # -- on a card -----------------------------------------------------------------------------------
@@ -343,18 +343,18 @@ def test_out_of_memory_is_one_line_with_a_remedy(gpus, monkeypatch) -> None:
 
 @pytest.fixture
 def card():
-    backend = create("cuda")
-    if reason := backend.why_unusable():
+    device = create("cuda")
+    if reason := device.why_unusable():
         pytest.skip(reason)
-    backend.setup(0)
-    return backend
+    device.setup(0)
+    return device
 
 
 @pytest.mark.cuda
 def test_the_card_takes_its_own_kernels(card) -> None:
     """Otherwise the tests below would compare torch with torch."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        paged, steps, *_ = card.operator_table(4, 96, 128, dtype)
+        paged, steps, *_ = card.operators().operator_table(4, 96, 128, dtype)
         assert paged.operator == "Triton", paged.reason
         assert steps.operator == "CUDA graphs", steps.reason
 
@@ -383,11 +383,11 @@ def test_random_shapes(card, decodes, prompts, block_size, heads, head_dim, shar
     qkv[:, :, 0] *= 2
     angles = 7 * randn(max(batch.context_lens_list), head_dim // share, seed=seed + 3)
     results = []
-    for which in (BASE, card):
+    for which in (BASE, card.operators()):
         cache = make_cache(which, batch, block_size, heads, head_dim, dtype)
-        there = batch_on(batch, which.device)
-        rotary = (there.positions, angles.cos().to(which.device), angles.sin().to(which.device))
-        out = cache.attend(0, qkv.to(which.device), rotary)
+        place = which.torch_device
+        tables = RotaryTables(angles.cos().to(place), angles.sin().to(place))
+        out = cache.begin(batch_on(batch, place), tables).attend(0, qkv.to(place))
         results.append((out, *(x.cpu().nan_to_num() for x in cache.layers[0])))
     for ours, theirs in zip(results[1], results[0], strict=True):
         assert_near(ours, theirs)

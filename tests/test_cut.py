@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import cut_model_util
-from gptneox.backends.base import Backend, Memory
+from gptneox.backends.device import Device, Memory
 from gptneox.checkpoint import (
     PART_FILE,
     CheckpointError,
@@ -295,7 +295,7 @@ def test_parts_of_an_odd_source_load_as_it_does(kind: str, tmp_path: Path) -> No
 
 def loaded(path: Path, group: TensorParallelGroup) -> dict[str, Tensor]:
     """Every parameter that a rank holds after loading."""
-    model = GPTNeoX(ModelConfig.from_pretrained(path), RoomyBackend(), group)
+    model = GPTNeoX(ModelConfig.from_pretrained(path), RoomyDevice(), group)
     load_model(model, path, torch.float32)
     found = {}
     for owner, module in model.named_modules():
@@ -305,7 +305,7 @@ def loaded(path: Path, group: TensorParallelGroup) -> dict[str, Tensor]:
     return found
 
 
-class RoomyBackend(Backend):
+class RoomyDevice(Device):
     """The base class with memory: weights stay readable after loading."""
 
     def memory(self) -> Memory:

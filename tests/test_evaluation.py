@@ -675,8 +675,8 @@ def test_nothing_configured_for_ceval(tmp_path: Path, monkeypatch: pytest.Monkey
 def make_runner(model: Path, attention: str) -> Runner:
     argv = ["--model_path", str(model), "--attention", attention, "--device", "cpu"]
     settings = read_settings([*argv, "--num_blocks", "16"], Path("none.ini"))
-    backend, group = start(settings)
-    return load_runner(settings, backend, group, 2)
+    device, group = start(settings)
+    return load_runner(settings, device, group, 2)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
-from gptneox.backends.base import Backend
+from gptneox.backends.device import Device
 from gptneox.engine.llm_engine import LLMEngine, RequestOutput
 from gptneox.engine.sampler import NonFiniteLogits
 from gptneox.engine.sequence import InvalidParameter, SamplingParams, TokenLogprobs
@@ -105,8 +105,8 @@ def long_new_ids(reference: Reference) -> list[list[int]]:
     return outputs
 
 
-def engine_of(reference: Reference, backend: Backend, **settings: Any) -> LLMEngine:
-    return twins.load_engine(reference.path, backend, **({"max_batch_size": 32} | settings))
+def engine_of(reference: Reference, device: Device, **settings: Any) -> LLMEngine:
+    return twins.load_engine(reference.path, device, **({"max_batch_size": 32} | settings))
 
 
 def assert_tokens(outputs: Seq[RequestOutput], expected: Seq[list[int]]) -> None:
@@ -129,11 +129,11 @@ def assert_all_blocks_free(engine: LLMEngine) -> None:
 @pytest.mark.parametrize("budget", [64, 256, 0], ids=["chunk-64", "chunk-256", "whole"])
 @pytest.mark.parametrize("block_size", [16, 128])
 def test_batch_equals_hf_one_by_one(
-    block_size: int, budget: int, prefix_caching: bool, reference: Reference, backend: Backend
+    block_size: int, budget: int, prefix_caching: bool, reference: Reference, device: Device
 ) -> None:
     engine = engine_of(
         reference,
-        backend,
+        device,
         block_size=block_size,
         max_prefill_tokens=budget or 64,
         enable_chunked_prefill=budget > 0,
@@ -159,12 +159,12 @@ def test_batch_equals_hf_one_by_one(
 @pytest.mark.parametrize("budget", [64, 0], ids=["chunk-64", "whole"])
 @pytest.mark.parametrize("block_size", [16, 128])
 def test_preemption_changes_nothing(
-    block_size: int, budget: int, prefix_caching: bool, reference: Reference, backend: Backend
+    block_size: int, budget: int, prefix_caching: bool, reference: Reference, device: Device
 ) -> None:
     """K1, K3: more requests than blocks queue, run out of blocks on the way, and all finish."""
     engine = engine_of(
         reference,
-        backend,
+        device,
         block_size=block_size,
         num_blocks=SCARCE[block_size],
         max_prefill_tokens=budget or 64,
@@ -188,13 +188,13 @@ def test_many_preemptions_of_long_outputs(
     prefix_caching: bool,
     reference: Reference,
     long_new_ids: list[list[int]],
-    backend: Backend,
+    device: Device,
 ) -> None:
     """Half-written outputs are thrown out again and again, and computed anew as if prompts."""
     prompts = reference.prompts[8:20]
     engine = engine_of(
         reference,
-        backend,
+        device,
         block_size=16,
         num_blocks=24,
         max_prefill_tokens=budget or 24,
@@ -207,8 +207,8 @@ def test_many_preemptions_of_long_outputs(
     assert_all_blocks_free(engine)
 
 
-def test_batch_limits_are_kept(reference: Reference, backend: Backend) -> None:
-    engine = engine_of(reference, backend, max_batch_size=5, max_prefill_batch_size=2)
+def test_batch_limits_are_kept(reference: Reference, device: Device) -> None:
+    engine = engine_of(reference, device, max_batch_size=5, max_prefill_batch_size=2)
     engine.reset_stats(keep_steps=True)
     for prompt in reference.prompts:
         engine.add_request(prompt, GREEDY)
@@ -223,8 +223,8 @@ def test_batch_limits_are_kept(reference: Reference, backend: Backend) -> None:
     assert_tokens([outputs[i] for i in range(32)], reference.new_ids)
 
 
-def test_streamed_tokens_are_the_final_ones(reference: Reference, backend: Backend) -> None:
-    engine = engine_of(reference, backend)
+def test_streamed_tokens_are_the_final_ones(reference: Reference, device: Device) -> None:
+    engine = engine_of(reference, device)
     ids = [engine.add_request(prompt, GREEDY) for prompt in reference.prompts[:6]]
     streamed: dict[int, list[int]] = {i: [] for i in ids}
     for output in engine.stream():
@@ -232,31 +232,31 @@ def test_streamed_tokens_are_the_final_ones(reference: Reference, backend: Backe
     assert list(streamed.values()) == reference.new_ids[:6]
 
 
-def test_undefined_cache_content_is_never_read(reference: Reference, backend: Backend) -> None:
-    engine = engine_of(reference, backend, block_size=16, max_prefill_tokens=64)
+def test_undefined_cache_content_is_never_read(reference: Reference, device: Device) -> None:
+    engine = engine_of(reference, device, block_size=16, max_prefill_tokens=64)
     for k_cache, v_cache in engine.runner.cache.layers:
         k_cache.fill_(float("nan"))
         v_cache.fill_(float("nan"))
     assert_tokens(engine.generate(reference.prompts, GREEDY), reference.new_ids)
 
 
-def test_alone_equals_batch(reference: Reference, backend: Backend) -> None:
+def test_alone_equals_batch(reference: Reference, device: Device) -> None:
     """K5, fp32: the same engine, one request after the other, without a shared prefix."""
-    engine = engine_of(reference, backend, max_batch_size=1, enable_prefix_caching=False)
+    engine = engine_of(reference, device, max_batch_size=1, enable_prefix_caching=False)
     for prompt, new_ids in zip(reference.prompts, reference.new_ids, strict=True):
         assert_tokens(engine.generate([prompt], GREEDY), [new_ids])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_alone_is_near_batch_in_half_precision(
-    dtype: str, reference: Reference, backend: Backend
+    dtype: str, reference: Reference, device: Device
 ) -> None:
     """K5: batch mates may move a log-probability by no more than the dtype itself does."""
     params = SamplingParams(max_new_tokens=0, prompt_logprobs=0)
     prompts = [p for p in reference.prompts if len(p) > 1]
 
     def scores(dtype: str, **settings: Any) -> Tensor:
-        engine = twins.load_engine(reference.path, backend, dtype, **settings)
+        engine = twins.load_engine(reference.path, device, dtype, **settings)
         outputs = engine.generate(prompts, params)
         return torch.tensor([t.logprob for output in outputs for t in output.prompt_logprobs])
 
@@ -269,23 +269,23 @@ def test_alone_is_near_batch_in_half_precision(
     assert (batch - exact).square().mean().sqrt() <= 1.1 * noise
 
 
-def test_sampling_draws_from_hf_probabilities(reference: Reference, backend: Backend) -> None:
+def test_sampling_draws_from_hf_probabilities(reference: Reference, device: Device) -> None:
     """One generator per request: torch's own draws from HF's probabilities, one after another."""
     prompt = reference.prompts[7]
     params = SamplingParams(max_new_tokens=60, temperature=0.8, seed=11, ignore_eos=True)
-    token_ids = engine_of(reference, backend).generate([prompt], params)[0].token_ids
+    token_ids = engine_of(reference, device).generate([prompt], params)[0].token_ids
     rows = reference.logprobs(prompt + token_ids)[len(prompt) - 1 : -1]
     probs = (rows / 0.8).softmax(-1).float()
     generator = torch.Generator().manual_seed(11)
     assert token_ids == [int(torch.multinomial(p, 1, generator=generator)) for p in probs]
 
 
-def test_seed_decides_whatever_the_batch_mates(reference: Reference, backend: Backend) -> None:
+def test_seed_decides_whatever_the_batch_mates(reference: Reference, device: Device) -> None:
     """K9."""
     prompt = reference.prompts[7]
 
     def sampled(seed: int, mates: Seq[list[int]], **settings: Any) -> list[int]:
-        engine = engine_of(reference, backend, **settings)
+        engine = engine_of(reference, device, **settings)
         own = SamplingParams(max_new_tokens=60, temperature=1.0, seed=seed, ignore_eos=True)
         other = SamplingParams(max_new_tokens=30, temperature=0.7, seed=99, ignore_eos=True)
         outputs = engine.generate([*mates, prompt], [other] * len(mates) + [own])
@@ -328,9 +328,9 @@ def assert_logprobs(
     ids=["plain", "chunked", "whole", "preempted"],
 )
 def test_logprobs_equal_hf(
-    settings: dict[str, Any], preempts: bool, reference: Reference, backend: Backend
+    settings: dict[str, Any], preempts: bool, reference: Reference, device: Device
 ) -> None:
-    engine = engine_of(reference, backend, **settings)
+    engine = engine_of(reference, device, **settings)
     engine.generate(reference.prompts[:8], GREEDY)  # something to hit in the prefix cache
     engine.scheduler.num_preemptions = 0
     params = [
@@ -359,10 +359,10 @@ def test_logprobs_equal_hf(
 
 @pytest.mark.parametrize("start", [1, 2, 128, 129, 200, 281, 282, 400])
 def test_prompt_logprobs_from_a_position_on(
-    start: int, reference: Reference, backend: Backend
+    start: int, reference: Reference, device: Device
 ) -> None:
     """What lies before may come from the prefix cache; what is asked for is the same as ever."""
-    engine = engine_of(reference, backend, block_size=16, max_prefill_tokens=100)
+    engine = engine_of(reference, device, block_size=16, max_prefill_tokens=100)
     prompt = reference.prompts[3]
     assert len(prompt) == 282
     engine.generate([prompt], GREEDY)
@@ -376,10 +376,10 @@ def test_prompt_logprobs_from_a_position_on(
     assert_logprobs(output.prompt_logprobs, rows, prompt[start:], 2)
 
 
-def test_logprobs_of_chosen_tokens(reference: Reference, backend: Backend) -> None:
+def test_logprobs_of_chosen_tokens(reference: Reference, device: Device) -> None:
     wanted = (7, VOCAB - 1, 0)
     params = SamplingParams(max_new_tokens=3, ignore_eos=True, logprobs=0, logprob_token_ids=wanted)
-    output = engine_of(reference, backend).generate(reference.prompts[5:6], params)[0]
+    output = engine_of(reference, device).generate(reference.prompts[5:6], params)[0]
     expected = reference.logprobs(reference.prompts[5] + output.token_ids)
     assert output.token_ids == reference.new_ids[5][:3]
     for entry, row in zip(output.logprobs, expected[len(reference.prompts[5]) - 1 :], strict=False):
@@ -388,16 +388,16 @@ def test_logprobs_of_chosen_tokens(reference: Reference, backend: Backend) -> No
         assert list(entry.top.values()) == pytest.approx(values, abs=LOGPROB_LIMIT)
 
 
-def test_logprobs_nobody_asked_for_are_not_made(reference: Reference, backend: Backend) -> None:
-    output = engine_of(reference, backend).generate(reference.prompts[3:4], GREEDY)[0]
+def test_logprobs_nobody_asked_for_are_not_made(reference: Reference, device: Device) -> None:
+    output = engine_of(reference, device).generate(reference.prompts[3:4], GREEDY)[0]
     assert output.logprobs == output.prompt_logprobs == []
 
 
 @pytest.mark.parametrize("settings", [{}, {"max_prefill_tokens": 40}], ids=["whole", "chunked"])
 def test_scoring_without_new_tokens(
-    settings: dict[str, Any], reference: Reference, backend: Backend
+    settings: dict[str, Any], reference: Reference, device: Device
 ) -> None:
-    engine = engine_of(reference, backend, **settings)
+    engine = engine_of(reference, device, **settings)
     whole_context = twins.prompts([512], VOCAB, seed=8)[0]
     prompts = [*reference.prompts[:12], whole_context]
     outputs = engine.generate(prompts, SamplingParams(max_new_tokens=0, prompt_logprobs=2))
@@ -413,14 +413,14 @@ def test_scoring_without_new_tokens(
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_abort_at_any_step(seed: int, reference: Reference, backend: Backend) -> None:
+def test_abort_at_any_step(seed: int, reference: Reference, device: Device) -> None:
     """K4: waiting, half prefilled, decoding and preempted requests vanish; the rest is unchanged.
 
     Asserts after every step that the blocks in use are those of the running sequences.
     """
     rng = random.Random(seed)
     engine = engine_of(
-        reference, backend, block_size=16, num_blocks=SCARCE[16], max_prefill_tokens=48
+        reference, device, block_size=16, num_blocks=SCARCE[16], max_prefill_tokens=48
     )
     ids = [engine.add_request(prompt, GREEDY) for prompt in reference.prompts]
     alive, outputs = set(ids), {}
@@ -446,10 +446,10 @@ def test_abort_at_any_step(seed: int, reference: Reference, backend: Backend) ->
 
 
 def test_abort_in_mid_prefill_shares_nothing_uncomputed(
-    reference: Reference, backend: Backend
+    reference: Reference, device: Device
 ) -> None:
     """Only blocks that were computed may serve the same prompt later; the others hold NaN here."""
-    engine = engine_of(reference, backend, block_size=16, max_prefill_tokens=40)
+    engine = engine_of(reference, device, block_size=16, max_prefill_tokens=40)
     for k_cache, v_cache in engine.runner.cache.layers:
         k_cache.fill_(float("nan"))
         v_cache.fill_(float("nan"))
@@ -469,11 +469,11 @@ def numbers(error: pytest.ExceptionInfo[InvalidParameter]) -> set[int]:
     return {int(n) for n in re.findall(r"-?\d+", str(error.value))}
 
 
-def test_position_limit(tmp_path: Path, backend: Backend) -> None:
+def test_position_limit(tmp_path: Path, device: Device) -> None:
     """I2, I3: prompt + new tokens may fill the positions, not exceed them."""
     config = twins.FAMILY["pythia-1.4b"]
     model = twins.write_checkpoint(tmp_path, config)
-    engine = twins.load_engine(tmp_path, backend, num_blocks=17)
+    engine = twins.load_engine(tmp_path, device, num_blocks=17)
     assert engine.max_positions == 2048
     prompt = twins.prompts([2049], config["vocab_size"])[0]
     for num_prompt, num_new in [(2048, 1), (2049, 1), (2047, 2), (1, 2048)]:
@@ -494,8 +494,8 @@ def test_position_limit(tmp_path: Path, backend: Backend) -> None:
     assert_all_blocks_free(engine)
 
 
-def test_position_limit_from_the_settings(reference: Reference, backend: Backend) -> None:
-    engine = engine_of(reference, backend, max_position_embeddings=64)
+def test_position_limit_from_the_settings(reference: Reference, device: Device) -> None:
+    engine = engine_of(reference, device, max_position_embeddings=64)
     with pytest.raises(InvalidParameter, match="64 positions"):
         engine.add_request([5] * 60, SamplingParams(max_new_tokens=5))
     fitting = SamplingParams(max_new_tokens=4, ignore_eos=True)
@@ -505,10 +505,10 @@ def test_position_limit_from_the_settings(reference: Reference, backend: Backend
 
 @pytest.mark.parametrize("token_id", [-1, VOCAB, 10**9])
 def test_ids_out_of_the_vocabulary_are_refused(
-    token_id: int, reference: Reference, backend: Backend
+    token_id: int, reference: Reference, device: Device
 ) -> None:
     """I4."""
-    engine = engine_of(reference, backend)
+    engine = engine_of(reference, device)
     with pytest.raises(InvalidParameter) as error:
         engine.add_request([1, token_id, 2], GREEDY)
     assert error.value.param == "prompt"
@@ -516,35 +516,35 @@ def test_ids_out_of_the_vocabulary_are_refused(
     assert not engine.has_work
 
 
-def test_padding_ids_are_accepted(reference: Reference, backend: Backend) -> None:
+def test_padding_ids_are_accepted(reference: Reference, device: Device) -> None:
     prompt = [VOCAB - 1, 3, VOCAB - 1]
     new_ids = reference.greedy(prompt, NUM_NEW)
-    assert_tokens(engine_of(reference, backend).generate([prompt], GREEDY), [new_ids])
+    assert_tokens(engine_of(reference, device).generate([prompt], GREEDY), [new_ids])
 
 
-def test_empty_prompt_is_refused(reference: Reference, backend: Backend) -> None:
+def test_empty_prompt_is_refused(reference: Reference, device: Device) -> None:
     """I1."""
     with pytest.raises(InvalidParameter, match="at least one token") as error:
-        engine_of(reference, backend).add_request([], GREEDY)
+        engine_of(reference, device).add_request([], GREEDY)
     assert error.value.param == "prompt"
 
 
-def test_stop_string_needs_a_tokenizer(reference: Reference, backend: Backend) -> None:
+def test_stop_string_needs_a_tokenizer(reference: Reference, device: Device) -> None:
     with pytest.raises(InvalidParameter) as error:
-        engine_of(reference, backend).add_request([1], SamplingParams(stop=("x",)))
+        engine_of(reference, device).add_request([1], SamplingParams(stop=("x",)))
     assert error.value.param == "stop"
 
 
-def test_one_bad_prompt_starts_nothing(reference: Reference, backend: Backend) -> None:
-    engine = engine_of(reference, backend)
+def test_one_bad_prompt_starts_nothing(reference: Reference, device: Device) -> None:
+    engine = engine_of(reference, device)
     with pytest.raises(InvalidParameter):
         engine.generate([[1, 2], [3], []], GREEDY)
     assert_all_blocks_free(engine)
 
 
-def test_request_larger_than_the_cache_is_refused(reference: Reference, backend: Backend) -> None:
+def test_request_larger_than_the_cache_is_refused(reference: Reference, device: Device) -> None:
     """K2: at once, with both numbers; one that just fits runs."""
-    engine = engine_of(reference, backend, block_size=16, num_blocks=7)
+    engine = engine_of(reference, device, block_size=16, num_blocks=7)
     prompt = reference.prompts[2]
     with pytest.raises(InvalidParameter) as error:
         engine.add_request(prompt[:89], GREEDY)  # 113 tokens
@@ -562,33 +562,33 @@ def first_at(token_ids: list[int], earliest: int) -> int:
     return next(i for i in range(earliest, len(token_ids)) if token_ids[i] not in token_ids[:i])
 
 
-def test_stop_token_ids(reference: Reference, backend: Backend) -> None:
+def test_stop_token_ids(reference: Reference, device: Device) -> None:
     new_ids = reference.new_ids[5]
     end = first_at(new_ids, 6)
     unused = next(t for t in range(VOCAB) if t not in new_ids)
     params = SamplingParams(
         max_new_tokens=NUM_NEW, ignore_eos=True, stop_token_ids=(unused, new_ids[end]), logprobs=0
     )
-    output = engine_of(reference, backend).generate([reference.prompts[5]], params)[0]
+    output = engine_of(reference, device).generate([reference.prompts[5]], params)[0]
     assert output.finish_reason == "stop"
     assert output.token_ids == new_ids[: end + 1]
     assert len(output.logprobs) == end + 1
 
 
-def test_stop_token_in_the_prompt_does_not_stop(reference: Reference, backend: Backend) -> None:
+def test_stop_token_in_the_prompt_does_not_stop(reference: Reference, device: Device) -> None:
     pairs = zip(reference.prompts, reference.new_ids, strict=True)
     prompt, new_ids = next((p, n) for p, n in pairs if len(p) > 1 and not set(p) & set(n))
     params = SamplingParams(
         max_new_tokens=NUM_NEW, ignore_eos=True, stop_token_ids=(prompt[0], prompt[-1])
     )
-    output = engine_of(reference, backend).generate([prompt], params)[0]
+    output = engine_of(reference, device).generate([prompt], params)[0]
     assert (output.token_ids, output.finish_reason) == (new_ids, "length")
 
 
 @pytest.mark.parametrize("where", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize("as_list", [True, False], ids=["list", "number"])
 def test_end_of_text(
-    where: str, as_list: bool, reference: Reference, backend: Backend, tmp_path: Path
+    where: str, as_list: bool, reference: Reference, device: Device, tmp_path: Path
 ) -> None:
     """As HF with the same id; generation_config.json comes before config.json."""
     new_ids = reference.new_ids[9]
@@ -599,7 +599,7 @@ def test_end_of_text(
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     if where == "generation_config.json":
         (tmp_path / where).write_text(json.dumps({"eos_token_id": value}), encoding="utf-8")
-    engine = twins.load_engine(tmp_path, backend, max_batch_size=2)
+    engine = twins.load_engine(tmp_path, device, max_batch_size=2)
     prompt = reference.prompts[9]
     stops, ignores = engine.generate(
         [prompt, prompt], [SamplingParams(max_new_tokens=NUM_NEW), GREEDY]
@@ -622,15 +622,15 @@ def nan_checkpoint(reference: Reference, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_nan_names_the_request(nan_checkpoint: Path, backend: Backend) -> None:
+def test_nan_names_the_request(nan_checkpoint: Path, device: Device) -> None:
     """M6."""
-    engine = twins.load_engine(nan_checkpoint, backend, max_batch_size=3)
+    engine = twins.load_engine(nan_checkpoint, device, max_batch_size=3)
     with pytest.raises(NonFiniteLogits, match=r"logits of request 1 are not finite"):
         engine.generate([[5, 6], [4, 7], [8]], SamplingParams(max_new_tokens=2))
 
 
-def test_nan_does_not_reach_batch_mates(nan_checkpoint: Path, backend: Backend) -> None:
-    engine = twins.load_engine(nan_checkpoint, backend, max_batch_size=3, block_size=16)
+def test_nan_does_not_reach_batch_mates(nan_checkpoint: Path, device: Device) -> None:
+    engine = twins.load_engine(nan_checkpoint, device, max_batch_size=3, block_size=16)
     params = SamplingParams(max_new_tokens=1, ignore_eos=True)
     expected = [o.token_ids for o in engine.generate([[5, 6], [8, 9, 10]], params)]
     bad = engine.add_request([4] * 20 + [7], params)
@@ -641,8 +641,8 @@ def test_nan_does_not_reach_batch_mates(nan_checkpoint: Path, backend: Backend) 
         assert_tokens(engine.generate([[5, 6], [8, 9, 10]], params), expected)
 
 
-def test_nan_in_a_scored_prompt_is_not_returned(nan_checkpoint: Path, backend: Backend) -> None:
-    engine = twins.load_engine(nan_checkpoint, backend, max_batch_size=3)
+def test_nan_in_a_scored_prompt_is_not_returned(nan_checkpoint: Path, device: Device) -> None:
+    engine = twins.load_engine(nan_checkpoint, device, max_batch_size=3)
     params = SamplingParams(max_new_tokens=0, prompt_logprobs=0)
     with pytest.raises(NonFiniteLogits, match=r"logits of request 1 are not finite"):
         engine.generate([[5, 6, 8], [4, 7, 5], [8, 9]], params)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model class `gptneox` of lm-evaluation-harness against its own Hugging Face backend.
+"""The model class `gptneox` of lm-evaluation-harness against its own Hugging Face device.
 
 lm_eval is not among the packages of the tests: `pip install .[eval]` (and accelerate, which the
 Hugging Face backend wants), then `pytest -m slow tests/test_lm_eval.py`.

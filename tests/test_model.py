@@ -26,12 +26,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
-from gptneox.backends.base import Backend, Memory
+from gptneox.backends.device import Device, Memory
+from gptneox.backends.operators import Operators
 from gptneox.config import EngineSection, ModelConfig
 from gptneox.engine.llm_engine import LLMEngine
 from gptneox.engine.scheduler import Scheduled
 from gptneox.engine.sequence import SamplingParams, Sequence
-from gptneox.layers import Rotary
+from gptneox.layers import rotary_tables
 from gptneox.parallel import TensorParallelGroup
 
 FP32_LIMIT = 2e-5
@@ -114,10 +115,10 @@ def assert_logits_equal(actual: Tensor, expected: Tensor) -> None:
 
 
 def assert_parity(
-    directory: Path, config: dict[str, Any], backend: Backend, form: str = "safetensors"
+    directory: Path, config: dict[str, Any], device: Device, form: str = "safetensors"
 ) -> None:
     model = twins.write_checkpoint(directory, config, form=form)
-    engine = twins.load_engine(directory, backend)
+    engine = twins.load_engine(directory, device)
     assert engine.model.config.num_parameters == model.num_parameters()
     token_ids = greedy_to_the_last_position(model, config)
     assert len(token_ids) == config["max_position_embeddings"] == engine.max_positions
@@ -126,27 +127,27 @@ def assert_parity(
 
 
 @pytest.mark.parametrize("name", twins.FAMILY)
-def test_prefill_and_decode_logits_equal_hf(name: str, tmp_path: Path, backend: Backend) -> None:
-    assert_parity(tmp_path, twins.FAMILY[name], backend)
+def test_prefill_and_decode_logits_equal_hf(name: str, tmp_path: Path, device: Device) -> None:
+    assert_parity(tmp_path, twins.FAMILY[name], device)
 
 
 @pytest.mark.parametrize("name", VARIATIONS)
-def test_settings_of_config_json_act_as_in_hf(name: str, tmp_path: Path, backend: Backend) -> None:
+def test_settings_of_config_json_act_as_in_hf(name: str, tmp_path: Path, device: Device) -> None:
     form, config = VARIATIONS[name]
-    assert_parity(tmp_path, config, backend, form)
+    assert_parity(tmp_path, config, device, form)
     written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert ("rope_parameters" in written) == (form == "new_keys")
     assert ("rotary_pct" in written) == (form != "new_keys")
 
 
 @pytest.mark.parametrize("name", ["polyglot-ko-12.8b", "japanese-large-lm-3.6b"])
-def test_all_file_forms_give_the_same_model(name: str, tmp_path: Path, backend: Backend) -> None:
+def test_all_file_forms_give_the_same_model(name: str, tmp_path: Path, device: Device) -> None:
     config = twins.FAMILY[name]
     token_ids = random_ids(config, 20)
     logits = {}
     for form in twins.FORMS:
         model = twins.write_checkpoint(tmp_path / form, config, form=form)
-        engine = twins.load_engine(tmp_path / form, backend)
+        engine = twins.load_engine(tmp_path / form, device)
         logits[form] = paged_logits(engine, token_ids, 12)
         assert engine.eos_token_ids == (config["eos_token_id"],)
         assert_logits_equal(logits[form], hf_logits(model, token_ids))
@@ -155,7 +156,7 @@ def test_all_file_forms_give_the_same_model(name: str, tmp_path: Path, backend: 
 
 
 @pytest.mark.parametrize("stored", ["embed_in", "embed_out", "lm_head", "both"])
-def test_tied_embeddings_under_either_name(stored: str, tmp_path: Path, backend: Backend) -> None:
+def test_tied_embeddings_under_either_name(stored: str, tmp_path: Path, device: Device) -> None:
     config = twins.FAMILY["japanese-large-lm-3.6b"]
     model = twins.write_checkpoint(tmp_path, config)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -169,27 +170,27 @@ def test_tied_embeddings_under_either_name(stored: str, tmp_path: Path, backend:
         tensors["lm_head.weight"] = weight
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     token_ids = random_ids(config, 20)
-    actual = paged_logits(twins.load_engine(tmp_path, backend), token_ids, 12)
+    actual = paged_logits(twins.load_engine(tmp_path, device), token_ids, 12)
     assert_logits_equal(actual, hf_logits(model, token_ids))
 
 
-def test_untied_head_does_not_take_the_embedding(tmp_path: Path, backend: Backend) -> None:
+def test_untied_head_does_not_take_the_embedding(tmp_path: Path, device: Device) -> None:
     config = twins.FAMILY["pythia-14m"]
     twins.write_checkpoint(tmp_path, config)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["embed_out.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 1 tensors: embed_out\.weight"):
-        twins.load_engine(tmp_path, backend)
+        twins.load_engine(tmp_path, device)
 
 
 def test_buffers_of_old_checkpoints_are_ignored(
-    tmp_path: Path, backend: Backend, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, device: Device, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = twins.FAMILY["gpt-neox-20b"]
     twins.write_checkpoint(tmp_path, config)
     token_ids = random_ids(config, 20)
-    expected = paged_logits(twins.load_engine(tmp_path, backend), token_ids, 12)
+    expected = paged_logits(twins.load_engine(tmp_path, device), token_ids, 12)
     tensors = load_file(tmp_path / "model.safetensors")
     for i in range(config["num_hidden_layers"]):
         attention = f"gpt_neox.layers.{i}.attention"
@@ -198,7 +199,7 @@ def test_buffers_of_old_checkpoints_are_ignored(
         tensors[f"{attention}.rotary_emb.inv_freq"] = torch.full((12,), 7.0)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with caplog.at_level(logging.WARNING):
-        engine = twins.load_engine(tmp_path, backend)
+        engine = twins.load_engine(tmp_path, device)
     assert not caplog.records
     assert torch.equal(paged_logits(engine, token_ids, 12), expected)
 
@@ -213,7 +214,7 @@ def rms(x: Tensor) -> float:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["gpt-neox-20b", "pythia-1b", "redpajama-incite-3b"])
 def test_half_precision_is_as_close_to_fp32_as_hf_is(
-    name: str, dtype: str, tmp_path: Path, backend: Backend
+    name: str, dtype: str, tmp_path: Path, device: Device
 ) -> None:
     config = twins.FAMILY[name]
     model = twins.write_checkpoint(tmp_path, config, dtype=getattr(torch, dtype))
@@ -221,7 +222,7 @@ def test_half_precision_is_as_close_to_fp32_as_hf_is(
     exact = hf_logits(model, token_ids)
     half = GPTNeoXForCausalLM.from_pretrained(tmp_path, dtype=getattr(torch, dtype)).eval()
     hf_error = hf_logits(half, token_ids) - exact
-    engine = twins.load_engine(tmp_path, backend, dtype)
+    engine = twins.load_engine(tmp_path, device, dtype)
     error = paged_logits(engine, token_ids, len(token_ids) - 32) - exact
     assert rms(hf_error) > 1e-3, "HF must round, or there is nothing to compare with"
     assert rms(error) <= 1.25 * rms(hf_error)
@@ -233,12 +234,17 @@ def test_half_precision_is_as_close_to_fp32_as_hf_is(
 PARALLEL = [n for n, c in twins.FAMILY.items() if c.get("use_parallel_residual", True)]
 
 
-class Specification(Backend):
+class Specification(Device):
     """The base class on host tensors, folding or not."""
 
     def __init__(self, fuses_layers: bool) -> None:
         super().__init__()
         self.fuses_layers = fuses_layers
+
+    def operators(self, graphs: str = "auto") -> Operators:
+        made = super().operators(graphs)
+        made.fuses_layers = self.fuses_layers
+        return made
 
     def memory(self) -> Memory:
         return Memory(1 << 40, 1 << 40, 0)
@@ -336,7 +342,7 @@ def test_folded_layers_on_two_ranks(name: str, tmp_path: Path) -> None:
             assert_logits_equal(actual, hf_logits(model, token_ids))
 
 
-def test_fp16_scores_beyond_its_range_stay_finite(tmp_path: Path, backend: Backend) -> None:
+def test_fp16_scores_beyond_its_range_stay_finite(tmp_path: Path, device: Device) -> None:
     """q·k reaches 90000 in every score; the softmax does not see a constant, so nothing changes.
 
     The constant sits in a dimension that is not rotated and that nothing else writes to. In fp32 a
@@ -359,7 +365,7 @@ def test_fp16_scores_beyond_its_range_stay_finite(tmp_path: Path, backend: Backe
         token_ids = random_ids(config, 100)
         exact = copy.deepcopy(model).double()
         logits[name] = hf_logits(exact, token_ids)
-        engine = twins.load_engine(directory, backend, "float16")
+        engine = twins.load_engine(directory, device, "float16")
         actual = paged_logits(engine, token_ids, 80)
         assert torch.isfinite(actual).all()
         errors[name] = rms(actual - logits[name])
@@ -380,7 +386,7 @@ def qk_rows_of_last_dim(config: dict[str, Any]) -> list[int]:
 
 @pytest.mark.parametrize("position", [0, 2047, 16383])
 @pytest.mark.parametrize(("head_dim", "share"), [(96, 0.25), (128, 0.5), (80, 1.0)])
-def test_rotary_against_fp64(head_dim: int, share: float, position: int, backend: Backend) -> None:
+def test_rotary_against_fp64(head_dim: int, share: float, position: int, ops: Operators) -> None:
     """The rotation as multiplication of complex numbers x[i] + i*x[i + R/2], in double precision.
 
     The table is the rounded fp64 value: half a unit in the last place of fp32, 6e-8. A table
@@ -391,16 +397,17 @@ def test_rotary_against_fp64(head_dim: int, share: float, position: int, backend
         | {"hidden_size": 2 * head_dim, "num_attention_heads": 2, "rotary_pct": share}
     )
     r = round(head_dim * share)
-    rotary = Rotary(config, 16384, backend)
+    tables = rotary_tables(config, 16384, ops)
     angles = [position * math.exp(-math.log(10000.0) * 2 * i / r) for i in range(r // 2)]
     turn = torch.tensor([cmath.exp(1j * a) for a in angles], dtype=torch.complex128)
-    cos, sin = rotary.cos[position].double().cpu(), rotary.sin[position].double().cpu()
+    cos, sin = tables.cos[position].double().cpu(), tables.sin[position].double().cpu()
     torch.testing.assert_close(cos, turn.real, rtol=0, atol=1e-6)
     torch.testing.assert_close(sin, turn.imag, rtol=0, atol=1e-6)
 
     qk = torch.randn(2, 1, 2, head_dim, generator=torch.Generator().manual_seed(2))
-    positions = torch.tensor([position], device=backend.device)
-    rotated = backend.rotary(qk[0].to(backend.device), qk[1].to(backend.device), *rotary(positions))
+    positions = torch.tensor([position], device=ops.torch_device)
+    moved = qk.to(ops.torch_device)
+    rotated = ops.rotary(moved[0], moved[1], positions, *tables)
     for x, actual in zip(qk.double(), rotated, strict=True):
         turned = torch.complex(x[..., : r // 2], x[..., r // 2 : r]) * turn
         expected = torch.cat([turned.real, turned.imag, x[..., r:]], -1)

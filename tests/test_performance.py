@@ -24,7 +24,7 @@ import twins
 from hostile import MAIN, clean_environ, write_tokenizer
 
 from gptneox.backends import create, select
-from gptneox.backends.base import Backend
+from gptneox.backends.device import Device
 from gptneox.config import ConfigError, ModelConfig, PerformanceSection
 from gptneox.engine.flash_engine import FlashEngine
 from gptneox.evaluation import report
@@ -78,8 +78,8 @@ def cli(
         monkeypatch.delenv(name)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Backend, "measure_bandwidth", lambda self: 1e10)  # takes a second each
-    monkeypatch.setattr(Backend, "measure_matmul", lambda self, dtype: 1e11)
+    monkeypatch.setattr(Device, "measure_bandwidth", lambda self: 1e10)  # takes a second each
+    monkeypatch.setattr(Device, "measure_matmul", lambda self, dtype: 1e11)
     root = logging.getLogger("gptneox")
     before = list(root.handlers)
 
@@ -179,8 +179,8 @@ def test_blocks_for_all_rows_at_once() -> None:
     assert blocks_needed([100] * 4, 28, 128) == 4 + 3
 
 
-def test_matmul_rate(backend: Backend) -> None:
-    assert backend.measure_matmul(torch.float32) > 1e8
+def test_matmul_rate(device: Device) -> None:
+    assert device.measure_matmul(torch.float32) > 1e8
 
 
 # -- the stopwatch -------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ class StubStopwatch:
     path, dtype, config = "paged", torch.float16, NEOX_20B
     tokenizer, max_positions = None, 2048
     group = TensorParallelGroup()
-    backend = create("cpu")
+    device = create("cpu")
 
     def __init__(self, *timings: Timing) -> None:
         self.timings = list(timings)

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from gptneox.backends.base import Backend
+from gptneox.backends.device import Device
 from gptneox.config import EngineSection
 from gptneox.engine.llm_engine import LLMEngine
 
@@ -212,8 +212,8 @@ def prompts(lengths: Seq[int], vocab_size: int, seed: int = 0) -> list[list[int]
 
 
 def load_engine(
-    directory: Path, backend: Backend, dtype: str = "float32", **settings: Any
+    directory: Path, device: Device, dtype: str = "float32", **settings: Any
 ) -> LLMEngine:
     """The paged engine over a checkpoint without a tokenizer; `settings` as in [engine]."""
     section = EngineSection(**settings)
-    return LLMEngine.from_pretrained(directory, section, backend, dtype=dtype, with_tokenizer=False)
+    return LLMEngine.from_pretrained(directory, section, device, dtype=dtype, with_tokenizer=False)

@@ -7,23 +7,26 @@ import importlib
 import logging
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # torch is needed by a backend alone
-    from gptneox.backends.base import Backend
+if TYPE_CHECKING:  # torch is needed by a device alone
+    from gptneox.backends.device import Device
 
 logger = logging.getLogger(__name__)
 
-# In the order that "auto" tries: name -> class in gptneox.backends.<name>.
-BACKENDS = {"npu": "NpuBackend", "cuda": "CudaBackend", "cpu": "CpuBackend"}
+# In the order that "auto" tries; each is a module of this package with a function `create`.
+BACKENDS = ("npu", "cuda", "cpu")
 
 
-def create(name: str) -> Backend:
-    """The backend called `name`, whether or not its device is present."""
-    module = importlib.import_module(f"gptneox.backends.{name}")
-    backend: Backend = getattr(module, BACKENDS[name])()
-    return backend
+def create(name: str) -> Device:
+    """The device called `name`, whether or not its device is present.
+
+    Raises:
+        ConfigError: GPTNEOX_CPU_KERNELS=on, and the kernels cannot be had.
+    """
+    device: Device = importlib.import_module(f"gptneox.backends.{name}").create()
+    return device
 
 
-def select(name: str = "auto") -> Backend:
+def select(name: str = "auto") -> Device:
     """Choose a device.
 
     Args:
@@ -38,18 +41,18 @@ def select(name: str = "auto") -> Backend:
             raise RuntimeError(
                 f"device {name!r} is not built yet; use one of auto, {', '.join(BACKENDS)}"
             )
-        backend = create(name)
-        if reason := backend.why_unusable():
+        device = create(name)
+        if reason := device.why_unusable():
             raise RuntimeError(f"device {name!r} cannot be used: {reason}")
-        return backend
+        return device
     reasons: list[str] = []
     for candidate in BACKENDS:
-        backend = create(candidate)
-        reason = backend.why_unusable()
+        device = create(candidate)
+        reason = device.why_unusable()
         if not reason:
             logger.debug("device auto: %s (%s)", candidate, "; ".join(reasons) or "first choice")
-            return backend
+            return device
         reasons.append(f"{candidate}: {reason}")
-        if backend.is_installed():
+        if device.is_installed():
             logger.warning("device %s is passed over: %s", candidate, reason)
     raise RuntimeError(f"no usable device: {'; '.join(reasons)}")

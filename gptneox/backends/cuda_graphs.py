@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gptneox.backends.base import ForwardBatch
+from gptneox.backends.step import ForwardBatch
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptneox.backends.base import ForwardBatch
+from gptneox.backends.step import ForwardBatch
 
 LOG2_E = 1.4426950408889634
 MAX_SPLITS = 16

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ascend NPU: Atlas 800I A2 (910B) and Atlas 300I DUO (310P), told apart by their SoC version."""
+"""Ascend NPUs as a device: Atlas 800I A2 (910B) and 300I DUO (310P), told apart by SoC version."""
 
 from __future__ import annotations
 
@@ -8,33 +8,13 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from gptneox.backends import binding
-from gptneox.backends.base import (
-    Backend,
-    Finding,
-    ForwardBatch,
-    LayerWeights,
-    Memory,
-    PackedLayer,
-    PackedLinear,
-)
-from gptneox.backends.npu_attention import (
-    ACL_FORMAT_NZ,
-    MAX_HEAD_DIM,
-    A2Attention,
-    Choice,
-    PlainAttention,
-    choose,
-)
-from gptneox.backends.npu_graphs import MAX_PADDING, DecodeGraphs
+from gptneox.backends.device import Device, Finding, Memory
+from gptneox.backends.npu_operators import NpuOperators
 from gptneox.backends.npu_setup import (
     NNAL_SCRIPT,
     cann_findings,
@@ -76,40 +56,34 @@ def load_torch_npu() -> Any:
         raise ImportError(explain_import_error(error)) from error
 
 
-@dataclass
-class NpuLayer(PackedLayer):
-    """The front product gives q, k and v of all heads as three blocks, in `head_order`."""
-
-    head_dim: int = 0
+def create() -> NpuDevice:
+    """The NPU."""
+    return NpuDevice()
 
 
-class NpuBackend(Backend):
+class NpuDevice(Device):
     """The NPU that `setup` bound this process to."""
 
     name, dist_backend, device_type = "npu", "hccl", "npu"
-    fuses_layers = True
 
     def __init__(self) -> None:
-        # The type is known to torch only once torch_npu is there: see `why_unusable`.
-        self._attention: PlainAttention | None = None
-        self._head_dim = self._rotary_dim = 0
-        self._tables: dict[str, Choice] = {}
-        self._cache_shape = (0, 0)  # blocks and their size, as asked for
-        self._num_positions = 0
-        self._angles: tuple[tuple[Any, Any], tuple[Tensor, Tensor]] | None = None
+        # Not `super().__init__()`: torch knows the type only once torch_npu is there.
+        pass
+
+    def operators(self, graphs: str = "auto") -> NpuOperators:
+        """See `Device.operators`."""
+        return NpuOperators(self, graphs)
 
     @functools.cached_property
-    def device(self) -> torch.device:  # type: ignore[override]
+    def torch_device(self) -> torch.device:  # type: ignore[override]
         """The process's current NPU."""
         load_torch_npu()
         return torch.device("npu")
 
     @property
-    def ops(self) -> Any:
+    def torch_npu(self) -> Any:
         """The package whose functions are the operators."""
         return load_torch_npu()
-
-    # -- the device's life -----------------------------------------------------------------------
 
     def is_installed(self) -> bool:
         """Whether torch_npu is there, working or not."""
@@ -121,7 +95,7 @@ class NpuBackend(Backend):
             load_torch_npu()
         except ImportError as error:
             return str(error)
-        if self.ops.npu.device_count() < 1:
+        if self.torch_npu.npu.device_count() < 1:
             return (
                 "no NPU is visible; look at `npu-smi info`, at ASCEND_RT_VISIBLE_DEVICES, and "
                 "whether the container was given /dev/davinci*"
@@ -135,13 +109,13 @@ class NpuBackend(Backend):
             RuntimeError: there are fewer devices than ranks, or the chip is not known.
         """
         load_torch_npu()
-        count = self.ops.npu.device_count()
+        count = self.torch_npu.npu.device_count()
         if local_rank >= count:
             raise RuntimeError(
                 f"rank {local_rank} has no NPU: {count} visible for {local_world_size} ranks; list "
                 f"{local_world_size} devices of `npu-smi info` in ASCEND_RT_VISIBLE_DEVICES"
             )
-        self.ops.npu.set_device(local_rank)
+        self.torch_npu.npu.set_device(local_rank)
         if num_threads:
             torch.set_num_threads(num_threads)
         _ = self.is_310p
@@ -149,54 +123,20 @@ class NpuBackend(Backend):
     @functools.cached_property
     def is_310p(self) -> bool:
         """Atlas 300I DUO rather than A2; asking opens the device."""
-        soc = int(self.ops.npu.get_soc_version())
+        soc = int(self.torch_npu.npu.get_soc_version())
         if soc not in SOC_310P and soc not in SOC_910B:
             raise RuntimeError(
                 f"{self.describe()} (SoC {soc}) is not supported; Atlas 800I A2 (910B) and 300I "
                 "DUO (310P) are. Use --device cpu"
             )
         # With the default the 310P compiles basic operators one by one while it runs.
-        self.ops.npu.set_compile_mode(jit_compile=False)
+        self.torch_npu.npu.set_compile_mode(jit_compile=False)
         return soc in SOC_310P
 
     @functools.cached_property
     def has_atb(self) -> bool:
         """Whether NNAL's ATB operators are there. The functions of torch_npu always are."""
         return hasattr(torch.ops.atb, "_npu_paged_attention")
-
-    def prepare(self, head_dim: int, rotary_dim: int) -> None:
-        """Choose the operators that do not depend on the cache."""
-        self._head_dim, self._rotary_dim = head_dim, rotary_dim
-        self._tables = {c.step: c for c in self.operator_table(head_dim, rotary_dim)}
-
-    def operator_table(self, head_dim: int, rotary_dim: int, block_size: int = 128) -> list[Choice]:
-        """Every operator of a layer that this chip gives a choice of, with the reason."""
-        paged, paged_reason = choose(self.is_310p, self.has_atb, head_dim, block_size)
-        dense, dense_reason = self._choose_dense(head_dim)
-        rotary = Choice(
-            "rotary", "npu_rotary_mul", f"{rotary_dim} of {head_dim} dimensions are rotated"
-        )
-        if self.is_310p:
-            reason = "npu_rotary_mul falls apart into six kernels; ATB's keeps its first table"
-            rotary = Choice("rotary", "torch, fp32", reason)
-        weights = Choice("weights", "ND", "NZ is off by default on A2")
-        if self.is_310p:
-            weights = Choice("weights", "NZ", "the chip's own layout for products")
-        return [
-            Choice("paged attention", paged.operator, paged_reason),
-            Choice("flash attention", dense.operator, dense_reason),
-            rotary,
-            Choice("gelu", "npu_gelu", "F.gelu is the tanh form whatever it is asked for"),
-            Choice("layer", "two products", "with a parallel residual; four with a serial one"),
-            Choice("decode steps", "as they are", "graphs: --graphs on, untried on a card")
-            if not self.is_310p
-            else Choice("decode steps", "as they are", "graphs are built for Atlas A2 only"),
-            weights,
-        ]
-
-    def _choose_dense(self, head_dim: int) -> tuple[type[PlainAttention], str]:
-        """There are no blocks on the flash path: any size that sets no limit stands for them."""
-        return choose(self.is_310p, self.has_atb, head_dim, 16 if self.is_310p else 128)
 
     def collectives(self, requested: str) -> str:
         """Hccl; lccl on request, where the chip has the links for it.
@@ -222,16 +162,16 @@ class NpuBackend(Backend):
 
     def synchronize(self) -> None:
         """Wait for the current stream."""
-        self.ops.npu.synchronize()
+        self.torch_npu.npu.synchronize()
 
     def memory(self) -> Memory:
         """As the driver counts."""
-        free, total = self.ops.npu.mem_get_info()
-        return Memory(free, total, self.ops.npu.max_memory_allocated())
+        free, total = self.torch_npu.npu.mem_get_info()
+        return Memory(free, total, self.torch_npu.npu.max_memory_allocated())
 
     def describe(self) -> str:
         """SoC name."""
-        return str(self.ops.npu.get_device_name(self.ops.npu.current_device()))
+        return str(self.torch_npu.npu.get_device_name(self.torch_npu.npu.current_device()))
 
     def resolve_dtype(self, file_dtype: str, requested: str) -> tuple[torch.dtype, str]:
         """Half precision only: the attention operators take no fp32, the 310P no bf16.
@@ -260,14 +200,14 @@ class NpuBackend(Backend):
         findings = cann_findings(npu_version, environment.ascend_home)
         if self.why_unusable():
             return findings
-        count = self.ops.npu.device_count()
+        count = self.torch_npu.npu.device_count()
         asked = len(parse_device_ids(environment.visible_devices or "0"))
         if asked > count:
             text = f"{asked} listed in ASCEND_RT_VISIBLE_DEVICES, {count} found; see `npu-smi info`"
             findings.append(Finding(False, "devices", text))
         addresses = self.pci_addresses()
         for i in range(count):
-            self.ops.npu.set_device(i)
+            self.torch_npu.npu.set_device(i)
             memory = self.memory()
             address = addresses[i] if i < len(addresses) else ""
             node = binding.numa_node(address) if address else None
@@ -275,7 +215,7 @@ class NpuBackend(Backend):
             text = f"{self.describe()}, {memory.free / 2**30:.1f} GiB free of "
             text += f"{memory.total / 2**30:.1f} GiB, {where}"
             findings.append(Finding(True, f"device {i}", text))
-        self.ops.npu.set_device(0)
+        self.torch_npu.npu.set_device(0)
         atb = "there" if self.has_atb else "missing"
         if self.is_310p and not self.has_atb:
             atb += f": attention takes slower operators; type: source {NNAL_SCRIPT}"
@@ -283,236 +223,3 @@ class NpuBackend(Backend):
         if asked > 1 or environment.world_size > 1:
             findings.append(hccl_finding(environment.hccl_base_port, environment.hccl_port_range))
         return findings
-
-    def describe_operators(self, head_dim: int, rotary_dim: int, block_size: int) -> list[Finding]:
-        """The operator table of a model."""
-        try:
-            table = self.operator_table(head_dim, rotary_dim, block_size)
-        except ConfigError as error:
-            return [Finding(False, "operators", str(error))]
-        return [Finding(True, c.step, f"{c.operator} ({c.reason})") for c in table]
-
-    # -- dense operators -------------------------------------------------------------------------
-
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        """On a 310P in NZ, the last step after slicing; `weight` is on the device already."""
-        out_features, in_features = weight.shape
-        weight = weight.contiguous()
-        if self.is_310p:
-            weight = self.ops.npu_format_cast(weight, ACL_FORMAT_NZ)
-        return PackedLinear(weight, bias, in_features, out_features)
-
-    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
-        """With an NZ weight torch_npu would scale the bias by one first, in a kernel of its own."""
-        if not self.is_310p or packed.bias is None:
-            return super().linear(x, packed)
-        return F.linear(x, packed.weight).add_(packed.bias)
-
-    def activation(self, name: str) -> Callable[[Tensor], Tensor]:
-        """F.gelu is always the tanh form on an NPU."""
-        forms = {"gelu_erf": "none", "gelu_tanh": "tanh"}
-        if name not in forms:
-            return super().activation(name)
-        approximate = forms[name]
-        return lambda x: self.ops.npu_gelu(x, approximate=approximate)
-
-    def pack_layer(self, weights: LayerWeights) -> NpuLayer:
-        """Rows of the front product in the order in which attention reads them; NZ comes last."""
-        weight, bias = weights.query_key_value
-        d, r = self._head_dim, self._rotary_dim
-        rows = torch.arange(weight.shape[0]).view(-1, 3, d).transpose(0, 1)  # [3, H, D]
-        if self._turns_whole_heads(d):
-            rows = torch.cat((rows[:2, :, head_order(d, r)], rows[2:]))
-        order = rows.flatten().to(weight.device)
-        weight = weight.index_select(0, order)
-        bias = None if bias is None else bias.index_select(0, order)
-        packed = super().pack_layer(replace(weights, query_key_value=(weight, bias)))
-        return NpuLayer(**vars(packed), head_dim=d)
-
-    def layer_front(self, x: Tensor, packed: PackedLayer) -> tuple[Tensor, Tensor]:
-        """Qkv as [T, H, 3, D]; the blocks of q, k and v are not copied here."""
-        assert isinstance(packed, NpuLayer)
-        x = F.layer_norm(x, x.shape[-1:], packed.scale, packed.shift, packed.eps)
-        y = self.linear(x, packed.front)
-        n = packed.qkv_width
-        qkv = y[:, :n].view(len(y), 3, -1, packed.head_dim).transpose(1, 2)
-        return qkv, packed.activation(y[:, n:])
-
-    def _turns_whole_heads(self, head_dim: int) -> bool:
-        """Whether q and k of fused layers lie in `head_order`: npu_rotary_mul then takes them as
-        they are, with tables that leave the dimensions beyond R alone (cos 1, sin 0)."""
-        return not self.is_310p and head_dim % 2 == 0 and head_dim <= MAX_HEAD_DIM
-
-    def pack_rotary(
-        self, cos: Tensor, sin: Tensor, head_dim: int, *, fused: bool
-    ) -> tuple[Tensor, Tensor]:
-        """D/2 wide for q and k in `head_order`, else R/2."""
-        self._num_positions = len(cos)
-        if fused and self._turns_whole_heads(head_dim):
-            rest = head_dim // 2 - cos.shape[1]
-            cos, sin = F.pad(cos, (0, rest), value=1.0), F.pad(sin, (0, rest))
-        return super().pack_rotary(cos, sin, head_dim, fused=fused)
-
-    def rotary(
-        self, q: Tensor, k: Tensor, positions: Tensor, cos_table: Tensor, sin_table: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Q and k together."""
-        turned = self._turn(torch.stack((q, k)), positions, cos_table, sin_table)
-        return turned[0], turned[1]
-
-    def _turn(self, x: Tensor, positions: Tensor, cos_table: Tensor, sin_table: Tensor) -> Tensor:
-        """x [2, T, H, D], contiguous, may be overwritten; cos and sin are looked up once a step."""
-        key = (positions, cos_table)
-        if self._angles is None or any(
-            a is not b for a, b in zip(self._angles[0], key, strict=True)
-        ):
-            self._angles = (key, self._look_up(positions, cos_table, sin_table, x.dtype))
-        cos, sin = self._angles[1]
-        part = x[..., : cos.shape[-1]]
-        if self.is_310p:
-            wide = part.float()
-            first, second = wide.chunk(2, -1)
-            turned = (wide * cos).addcmul_(torch.cat((second, first), -1), sin)
-        else:
-            turned = self.ops.npu_rotary_mul(part.contiguous(), cos, sin)
-        if part.shape == x.shape:
-            return turned.to(x.dtype)
-        part.copy_(turned)
-        return x
-
-    def _look_up(
-        self, positions: Tensor, cos_table: Tensor, sin_table: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """[1, T, 1, R]; on a 310P in fp32, sin with the sign of its half, else in `dtype`."""
-        cos, sin = (t[positions][None, :, None] for t in (cos_table, sin_table))
-        if self.is_310p:
-            return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        return torch.cat((cos, cos), -1).to(dtype), torch.cat((sin, sin), -1).to(dtype)
-
-    # -- attention -------------------------------------------------------------------------------
-
-    def allocate_kv_cache(
-        self, num_blocks: int, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """In the layout of the chosen operators.
-
-        Raises:
-            ConfigError: no operator takes the block size.
-            RuntimeError: not enough memory.
-        """
-        kind, reason = choose(self.is_310p, self.has_atb, head_dim, block_size)
-        if type(self._attention) is not kind:
-            self._attention = kind(self.ops, self.device)
-            level = logging.WARNING if "slower" in reason else logging.INFO
-            logger.log(level, "paged attention: %s (%s)", kind.operator, reason)
-        self._cache_shape = (num_blocks, block_size)
-        if not self._why_no_graphs():
-            num_blocks += -(-MAX_PADDING // block_size)
-        try:
-            return self._attention.allocate(num_blocks, block_size, num_heads, head_dim, dtype)
-        except torch.OutOfMemoryError as error:
-            gib = 2 * num_blocks * block_size * num_heads * head_dim * dtype.itemsize / 2**30
-            raise RuntimeError(
-                f"not enough NPU memory for the KV cache: {gib:.2f} GiB per layer asked, "
-                f"{self.memory().free / 2**30:.2f} GiB free; lower --num_blocks or "
-                "--memory_fraction"
-            ) from error
-
-    def rotary_paged_attention(
-        self,
-        qkv: Tensor,
-        rotary: tuple[Tensor, Tensor, Tensor],
-        k_cache: Tensor,
-        v_cache: Tensor,
-        batch: ForwardBatch,
-        scale: float,
-    ) -> Tensor:
-        """One copy puts q, k and v behind one another: what follows takes them as they are."""
-        blocks = qkv.permute(2, 0, 1, 3).contiguous()  # [3, T, H, D]
-        q, k = self._turn(blocks[:2], *rotary)
-        return self.paged_attention(q, k, blocks[2], k_cache, v_cache, batch, scale)
-
-    def paged_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        batch: ForwardBatch,
-        scale: float,
-    ) -> Tensor:
-        """Write, then attend: the decoding rows first, then the prompt chunks."""
-        attention = self._attention
-        assert attention is not None, "attention before the cache was made"
-        attention.store(k, v, k_cache, v_cache, batch)
-        n = batch.num_decodes
-        if n == len(batch.q_lens_list):
-            return attention.decode(q, k_cache, v_cache, batch, scale)
-        caches = (k_cache, v_cache)
-        prefilled = attention.prefill(q[n:], (k[n:], v[n:]), caches, batch, scale)
-        if n == 0:
-            return prefilled
-        return torch.cat((attention.decode(q[:n], k_cache, v_cache, batch, scale), prefilled))
-
-    def cached_attention(
-        self,
-        q: Tensor,
-        k_store: Tensor,
-        v_store: Tensor,
-        length: int,
-        key_mask: Tensor | None,
-        scale: float,
-    ) -> Tensor:
-        """The stores are given whole, because a slice of them is not contiguous."""
-        if self._attention is None:
-            kind, reason = self._choose_dense(q.shape[-1])
-            self._attention = kind(self.ops, self.device)
-            level = logging.WARNING if "slower" in reason else logging.INFO
-            logger.log(level, "flash attention: %s (%s)", kind.operator, reason)
-        return self._attention.dense(q, k_store, v_store, length, key_mask, scale)
-
-    # -- graphs ----------------------------------------------------------------------------------
-
-    def _why_no_graphs(self) -> str:
-        """Empty when decode steps are captured."""
-        if self.graphs != "on":
-            return "graphs are off until a card has confirmed them; --graphs on"
-        if self.is_310p:
-            return "the update of a captured operator is documented for Atlas A2 only"
-        if not isinstance(self._attention, A2Attention):
-            return "attention in plain torch takes its lengths from the host"
-        return ""
-
-    def capture(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Graphs where they were asked for; where there are none, that is said."""
-        if reason := self._why_no_graphs():
-            if self.graphs == "on":
-                logger.warning("graphs are on, but decode steps run as they are: %s", reason)
-            return step
-        num_blocks, block_size = self._cache_shape
-        return DecodeGraphs(
-            step,
-            self.ops,
-            forget=self._forget,
-            scratch_block=num_blocks,
-            block_size=block_size,
-            table_width=min(num_blocks, -(-self._num_positions // block_size)),
-        )
-
-    def _forget(self) -> None:
-        self._angles = None
-
-
-def head_order(head_dim: int, rotary_dim: int) -> list[int]:
-    """Dimensions of q and k in an order that makes the rotation of R of D one of all D.
-
-    Pair i of the half rotation is (i, i + R/2); it moves to (i, i + D/2), and what is not rotated
-    fills the rest of both halves. q and k are permuted alike, so their products stay what they are.
-    """
-    half, rest = rotary_dim // 2, (head_dim - rotary_dim) // 2
-    ends = (half, rotary_dim, rotary_dim + rest, head_dim)
-    first, second, third, fourth = (
-        list(range(a, b)) for a, b in zip((0, *ends[:3]), ends, strict=True)
-    )
-    return first + third + second + fourth

@@ -11,14 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptneox.backends.base import ForwardBatch, dense_visibility, gather_kv
+from gptneox.backends.operators import dense_visibility
+from gptneox.backends.step import ForwardBatch, LayerCache, PaddedBatch
 from gptneox.config import ConfigError
+
+if TYPE_CHECKING:
+    from gptneox.backends.npu_steps import NpuPaddedStep, NpuPagedStep
 
 ACL_FORMAT_NZ = 29
 # Additive masks stay finite: the 310P saturates and knows no infinity.
@@ -58,9 +62,6 @@ class PlainAttention:
 
     def __init__(self, torch_npu: Any, device: torch.device) -> None:
         self.ops, self.device = torch_npu, device
-        self._batch: ForwardBatch | None = None
-        self._plan: Any = None
-        self._mask_of: tuple[Any, Any] = (None, None)
 
     def allocate(
         self, num_blocks: int, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype
@@ -70,55 +71,38 @@ class PlainAttention:
         k = torch.zeros(shape, dtype=dtype, device=self.device)
         return k, torch.zeros_like(k)
 
-    def plan(self, batch: ForwardBatch) -> Any:
-        """What all layers of a step share, made once per step."""
-        if self._batch is not batch:
-            self._batch, self._plan = batch, self.make_plan(batch)
-        return self._plan
-
     def make_plan(self, batch: ForwardBatch) -> Any:
-        """See `plan`."""
+        """What all layers of a paged step share: `NpuPagedStep.plan`."""
         return None
 
-    def store(
-        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch
-    ) -> None:
-        """Write k, v [T, H, D] to their slots."""
-        k_cache.view(-1, *k.shape[1:]).index_copy_(0, batch.slot_mapping, k)
-        v_cache.view(-1, *v.shape[1:]).index_copy_(0, batch.slot_mapping, v)
+    def make_mask(self, batch: PaddedBatch, capacity: int) -> Any:
+        """What all layers of a padded step share: `NpuPaddedStep.mask`."""
+        return dense_visibility(batch.num_new, batch.end, batch.key_mask, self.device)
 
-    def decode(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch, scale: float
-    ) -> Tensor:
+    def store(self, step: NpuPagedStep, layer: LayerCache, k: Tensor, v: Tensor) -> None:
+        """Write k, v [T, H, D] to their slots."""
+        for cache, new in zip(layer, (k, v), strict=True):
+            cache.view(-1, *new.shape[1:]).index_copy_(0, step.batch.slot_mapping, new)
+
+    def decode(self, step: NpuPagedStep, layer: LayerCache, q: Tensor) -> Tensor:
         """q [B, H, D], one token per sequence."""
-        return self._by_sequence(q, k_cache, v_cache, batch, 0, scale)
+        return self._by_sequence(step, layer, q, range(step.batch.num_decodes))
 
     def prefill(
-        self,
-        q: Tensor,
-        fresh: tuple[Tensor, Tensor],
-        caches: tuple[Tensor, Tensor],
-        batch: ForwardBatch,
-        scale: float,
+        self, step: NpuPagedStep, layer: LayerCache, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
-        """Prompt chunks, q and fresh k and v [T, H, D] of this step; K and V are cached already."""
-        return self._by_sequence(q, *caches, batch, batch.num_decodes, scale)
+        """Prompt chunks, q, k and v [T, H, D] of this step; K and V are cached already."""
+        batch = step.batch
+        return self._by_sequence(step, layer, q, range(batch.num_decodes, len(batch.q_lens_list)))
 
     def _by_sequence(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        batch: ForwardBatch,
-        first: int,
-        scale: float,
+        self, step: NpuPagedStep, layer: LayerCache, q: Tensor, sequences: range
     ) -> Tensor:
         out, start = torch.empty_like(q), 0
-        last = len(batch.q_lens_list) if first == batch.num_decodes else batch.num_decodes
-        for b in range(first, last):
-            length, n = batch.context_lens_list[b], batch.q_lens_list[b]
-            k, v = gather_kv(k_cache, v_cache, batch.block_tables[b], length)
-            out[start : start + n] = self._causal(q[start : start + n], k, v, scale)
+        for b in sequences:
+            n = step.batch.q_lens_list[b]
+            k, v = step.gather(layer, b)
+            out[start : start + n] = self._causal(q[start : start + n], k, v, step.scale)
             start += n
         return out
 
@@ -127,24 +111,10 @@ class PlainAttention:
         visible = dense_visibility(q.shape[0], k.shape[0], None, q.device)
         return eager(q[None], k[None], v[None], visible, scale)[0]
 
-    def dense(
-        self, q: Tensor, k: Tensor, v: Tensor, length: int, key_mask: Tensor | None, scale: float
-    ) -> Tensor:
-        """`Backend.cached_attention`."""
-        visible = self._once(
-            key_mask, length, lambda: dense_visibility(q.shape[1], length, key_mask, q.device)
-        )
-        return eager(q, k[:, :length], v[:, :length], visible, scale)
-
-    def _once(self, key_mask: Tensor | None, length: int, make: Any) -> Any:
-        """`make()`, remembered for the layers of a step, which share the key mask."""
-        if key_mask is None:
-            return make()
-        key = (key_mask, length)
-        known = self._mask_of[0]
-        if known is None or known[0] is not key_mask or known[1] != length:
-            self._mask_of = (key, make())
-        return self._mask_of[1]
+    def dense(self, step: NpuPaddedStep, layer: LayerCache, q: Tensor) -> Tensor:
+        """`PaddedStep.attend_cached`; the stores come whole: a slice of them is not contiguous."""
+        k, v = (store[:, : step.batch.end] for store in layer)
+        return eager(q, k, v, step.mask, step.scale)
 
 
 class A2Attention(PlainAttention):
@@ -181,33 +151,24 @@ class A2Attention(PlainAttention):
             **kw,
         )[0]
 
-    def store(
-        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch
-    ) -> None:
+    def store(self, step: NpuPagedStep, layer: LayerCache, k: Tensor, v: Tensor) -> None:
         """The default cache_mode is another layout."""
         self.ops.npu_scatter_pa_kv_cache(
-            k.contiguous(),
-            v.contiguous(),
-            k_cache,
-            v_cache,
-            batch.slot_mapping,
-            cache_mode="Norm",
+            k.contiguous(), v.contiguous(), *layer, step.batch.slot_mapping, cache_mode="Norm"
         )
 
-    def decode(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch, scale: float
-    ) -> Tensor:
+    def decode(self, step: NpuPagedStep, layer: LayerCache, q: Tensor) -> Tensor:
         """One call for all rows."""
         n, heads, _ = q.shape
         out = self._fia(
             q.contiguous().view(n, 1, -1),
-            k_cache.flatten(2),
-            v_cache.flatten(2),
+            layer[0].flatten(2),
+            layer[1].flatten(2),
             heads,
-            scale,
-            block_table=batch.block_tables[:n],
-            actual_seq_lengths_kv=batch.context_lens_list[:n],
-            block_size=k_cache.shape[1],
+            step.scale,
+            block_table=step.batch.block_tables[:n],
+            actual_seq_lengths_kv=step.batch.context_lens_list[:n],
+            block_size=layer[0].shape[1],
         )
         return out.view(q.shape)
 
@@ -233,73 +194,62 @@ class A2Attention(PlainAttention):
         return _Rows(first, last, start, start + count, longest, gather, keep)
 
     def prefill(
-        self,
-        q: Tensor,
-        fresh: tuple[Tensor, Tensor],
-        caches: tuple[Tensor, Tensor],
-        batch: ForwardBatch,
-        scale: float,
+        self, step: NpuPagedStep, layer: LayerCache, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
         """Keys and values come from the cache, whether a prefix was there before or not."""
         outs = []
-        for rows in self.plan(batch):
+        for rows in step.plan:
             x = q[rows.start : rows.end]
             if rows.gather is not None:
                 x = x.index_select(0, rows.gather)
             x = x.contiguous().view(rows.last - rows.first, rows.longest, -1)
-            out = self._prefill_rows(x, caches, batch, rows, q.shape[1], scale)
+            out = self._prefill_rows(step, layer, x, rows, q.shape[1])
             out = out.view(-1, *q.shape[1:])
             outs.append(out if rows.keep is None else out.index_select(0, rows.keep))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _prefill_rows(
-        self,
-        q: Tensor,
-        caches: tuple[Tensor, Tensor],
-        batch: ForwardBatch,
-        rows: _Rows,
-        heads: int,
-        scale: float,
+        self, step: NpuPagedStep, layer: LayerCache, q: Tensor, rows: _Rows, heads: int
     ) -> Tensor:
+        batch, group = step.batch, slice(rows.first, rows.last)
         return self._fia(
             q,
-            caches[0].flatten(2),
-            caches[1].flatten(2),
+            layer[0].flatten(2),
+            layer[1].flatten(2),
             heads,
-            scale,
+            step.scale,
             atten_mask=self.triangle,
             sparse_mode=3,
-            block_table=batch.block_tables[rows.first : rows.last],
-            actual_seq_lengths=batch.q_lens_list[rows.first : rows.last],
-            actual_seq_lengths_kv=batch.context_lens_list[rows.first : rows.last],
-            block_size=caches[0].shape[1],
+            block_table=batch.block_tables[group],
+            actual_seq_lengths=batch.q_lens_list[group],
+            actual_seq_lengths_kv=batch.context_lens_list[group],
+            block_size=layer[0].shape[1],
         )
 
-    def dense(
-        self, q: Tensor, k: Tensor, v: Tensor, length: int, key_mask: Tensor | None, scale: float
-    ) -> Tensor:
+    def dense(self, step: NpuPaddedStep, layer: LayerCache, q: Tensor) -> Tensor:
         """The stores are read in place by one query per row, and as they are while full."""
-        b, s, heads, _ = q.shape
+        (b, s, heads, _), (k, v), length = q.shape, layer, step.batch.end
         options: dict[str, Any] = {}
         if s > 1:
             k, v = k[:, :length].contiguous(), v[:, :length].contiguous()
         else:
             options["actual_seq_lengths_kv"] = [length] * b
-        if key_mask is not None:
-            options["atten_mask"] = self._once(
-                key_mask, length, lambda: self._hidden(q, k.shape[1], length, key_mask)
-            )
+        if step.mask is not None:
+            options["atten_mask"] = step.mask
         elif s > 1:
             options |= {"atten_mask": self.triangle, "sparse_mode": 3}
         out = self._fia(
-            q.contiguous().view(b, s, -1), k.flatten(2), v.flatten(2), heads, scale, **options
+            q.contiguous().view(b, s, -1), k.flatten(2), v.flatten(2), heads, step.scale, **options
         )
         return out.view(q.shape)
 
-    def _hidden(self, q: Tensor, capacity: int, length: int, key_mask: Tensor) -> Tensor:
-        """True where a key is not seen, [B, 1, S, capacity]."""
-        hidden = ~dense_visibility(q.shape[1], length, key_mask, q.device)
-        return F.pad(hidden, (0, capacity - length), value=True)
+    def make_mask(self, batch: PaddedBatch, capacity: int) -> Any:
+        """True where a key is not seen, [B, 1, S, keys read]; None without padding."""
+        if batch.key_mask is None:
+            return None
+        num_read = batch.end if batch.num_new > 1 else capacity
+        hidden = ~super().make_mask(batch, capacity)
+        return F.pad(hidden, (0, num_read - batch.end), value=True)
 
 
 class A2SmallBlocks(A2Attention):
@@ -314,18 +264,11 @@ class A2SmallBlocks(A2Attention):
         ]
 
     def _prefill_rows(
-        self,
-        q: Tensor,
-        caches: tuple[Tensor, Tensor],
-        batch: ForwardBatch,
-        rows: _Rows,
-        heads: int,
-        scale: float,
+        self, step: NpuPagedStep, layer: LayerCache, q: Tensor, rows: _Rows, heads: int
     ) -> Tensor:
-        b = rows.first
-        k, v = gather_kv(*caches, batch.block_tables[b], batch.context_lens_list[b])
+        k, v = step.gather(layer, rows.first)
         k, v = k.flatten(1)[None].contiguous(), v.flatten(1)[None].contiguous()
-        return self._fia(q, k, v, heads, scale, atten_mask=self.triangle, sparse_mode=3)
+        return self._fia(q, k, v, heads, step.scale, atten_mask=self.triangle, sparse_mode=3)
 
 
 class DuoAttention(PlainAttention):
@@ -352,30 +295,25 @@ class DuoAttention(PlainAttention):
         """Slots as scatter indices, [T, 1]."""
         return batch.slot_mapping[:, None]
 
-    def store(
-        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch
-    ) -> None:
+    def store(self, step: NpuPagedStep, layer: LayerCache, k: Tensor, v: Tensor) -> None:
         """One scatter each."""
-        indices = self.plan(batch)
-        for x, cache in ((k, k_cache), (v, v_cache)):
+        for x, cache in zip((k, v), layer, strict=True):
             rows = cache.view(-1, x.shape[1] * x.shape[2])
-            self.ops.npu_scatter_nd_update_(rows, indices, x.contiguous().flatten(1))
+            self.ops.npu_scatter_nd_update_(rows, step.plan, x.contiguous().flatten(1))
 
-    def decode(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch, scale: float
-    ) -> Tensor:
+    def decode(self, step: NpuPagedStep, layer: LayerCache, q: Tensor) -> Tensor:
         """At most 256 rows in a call."""
         outs = []
         for i in range(0, q.shape[0], MAX_BATCH):
             rows = slice(i, min(i + MAX_BATCH, q.shape[0]))
             out = self._incre(
                 q[rows].contiguous(),
-                k_cache.flatten(2),
-                v_cache.flatten(2),
-                scale,
-                block_table=batch.block_tables[rows],
-                actual_seq_lengths=batch.context_lens_list[rows],
-                block_size=k_cache.shape[1],
+                layer[0].flatten(2),
+                layer[1].flatten(2),
+                step.scale,
+                block_table=step.batch.block_tables[rows],
+                actual_seq_lengths=step.batch.context_lens_list[rows],
+                block_size=layer[0].shape[1],
             )
             outs.append(out)
         return torch.cat(outs) if len(outs) > 1 else outs[0]
@@ -396,23 +334,17 @@ class DuoAttention(PlainAttention):
         return out.view(q.shape)
 
     def prefill(
-        self,
-        q: Tensor,
-        fresh: tuple[Tensor, Tensor],
-        caches: tuple[Tensor, Tensor],
-        batch: ForwardBatch,
-        scale: float,
+        self, step: NpuPagedStep, layer: LayerCache, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
         """Prompt by prompt."""
-        out, start = torch.empty_like(q), 0
+        batch, out, start = step.batch, torch.empty_like(q), 0
         for b in range(batch.num_decodes, len(batch.q_lens_list)):
-            n, length = batch.q_lens_list[b], batch.context_lens_list[b]
+            n = batch.q_lens_list[b]
             rows = slice(start, start + n)
-            if n == length:
-                part = self.whole(q[rows], fresh[0][rows], fresh[1][rows], [n], scale)
+            if n == batch.context_lens_list[b]:
+                part = self.whole(q[rows], k[rows], v[rows], [n], step.scale)
             else:
-                k, v = gather_kv(*caches, batch.block_tables[b], length)
-                part = self._causal(q[rows], k, v, scale)
+                part = self._causal(q[rows], *step.gather(layer, b), step.scale)
             out[rows] = part
             start += n
         return out
@@ -434,21 +366,23 @@ class DuoAttention(PlainAttention):
             outs.append(out.view(-1, *q.shape[1:]))
         return torch.cat(outs) if len(outs) > 1 else outs[0]
 
-    def dense(
-        self, q: Tensor, k: Tensor, v: Tensor, length: int, key_mask: Tensor | None, scale: float
-    ) -> Tensor:
+    def dense(self, step: NpuPaddedStep, layer: LayerCache, q: Tensor) -> Tensor:
         """Rows without padding; padded ones in plain torch."""
-        b, s = q.shape[:2]
-        if key_mask is None and s == 1 and b <= MAX_BATCH:
-            lens = [length] * b
+        (b, s), (k, v), batch = q.shape[:2], layer, step.batch
+        if batch.key_mask is None and s == 1 and b <= MAX_BATCH:
+            lens = [batch.end] * b
             out = self._incre(
-                q[:, 0].contiguous(), k.flatten(2), v.flatten(2), scale, actual_seq_lengths=lens
+                q[:, 0].contiguous(),
+                k.flatten(2),
+                v.flatten(2),
+                step.scale,
+                actual_seq_lengths=lens,
             )
             return out.view(q.shape)
-        if key_mask is None and s == length:
-            k, v = k[:, :length].flatten(0, 1), v[:, :length].flatten(0, 1)
-            return self.whole(q.flatten(0, 1), k, v, [s] * b, scale).view(q.shape)
-        return super().dense(q, k, v, length, key_mask, scale)
+        if batch.key_mask is None and s == batch.end:
+            k, v = k[:, :s].flatten(0, 1), v[:, :s].flatten(0, 1)
+            return self.whole(q.flatten(0, 1), k, v, [s] * b, step.scale).view(q.shape)
+        return super().dense(step, layer, q)
 
 
 @dataclass(frozen=True)
@@ -515,59 +449,48 @@ class DuoAtbAttention(DuoAttention):
             self._triangle = self.mask(torch.arange(size, device=self.device), size)
         return self._triangle
 
-    def store(
-        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch
-    ) -> None:
+    def store(self, step: NpuPagedStep, layer: LayerCache, k: Tensor, v: Tensor) -> None:
         """One call for both."""
-        self.ops._npu_reshape_and_cache(
-            k.contiguous(), v.contiguous(), k_cache, v_cache, self.plan(batch).slots
-        )
+        self.ops._npu_reshape_and_cache(k.contiguous(), v.contiguous(), *layer, step.plan.slots)
 
-    def decode(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch, scale: float
-    ) -> Tensor:
+    def decode(self, step: NpuPagedStep, layer: LayerCache, q: Tensor) -> Tensor:
         """One call for all rows."""
         n, heads, _ = q.shape
         q = q.contiguous()
         out = torch.empty_like(q)
         self.ops._npu_paged_attention(
             query=q,
-            key_cache=k_cache,
-            value_cache=v_cache,
+            key_cache=layer[0],
+            value_cache=layer[1],
             num_kv_heads=heads,
             num_heads=heads,
-            scale_value=scale,
-            block_table=batch.block_tables[:n],
-            context_lens=batch.context_lens[:n],
+            scale_value=step.scale,
+            block_table=step.batch.block_tables[:n],
+            context_lens=step.batch.context_lens[:n],
             out=out,
         )
         return out
 
     def prefill(
-        self,
-        q: Tensor,
-        fresh: tuple[Tensor, Tensor],
-        caches: tuple[Tensor, Tensor],
-        batch: ForwardBatch,
-        scale: float,
+        self, step: NpuPagedStep, layer: LayerCache, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
         """New prompts from this step's K and V; with cached prefixes, all from the cache."""
-        plan, n = self.plan(batch), batch.num_decodes
+        batch, plan, n = step.batch, step.plan, step.batch.num_decodes
         if batch.q_lens_list[n:] == batch.context_lens_list[n:]:
-            return self._packed(q, *fresh, plan.lens, plan.padding, plan.mask, scale)
+            return self._packed(q, k, v, plan.lens, plan.padding, plan.mask, step.scale)
         q = q.contiguous()
         out = torch.empty_like(q)
         self.ops._npu_paged_attention_splitfuse(
             query=q,
-            key_cache=caches[0],
-            value_cache=caches[1],
+            key_cache=layer[0],
+            value_cache=layer[1],
             block_table=batch.block_tables[n:],
             context_lens=batch.context_lens[n:],
             mask=plan.mask,
             seq_len=plan.lens,
             num_kv_heads=q.shape[1],
             num_heads=q.shape[1],
-            scale_value=scale,
+            scale_value=step.scale,
             out=out,
         )
         return out

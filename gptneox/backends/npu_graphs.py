@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptneox.backends.base import ForwardBatch
+from gptneox.backends.step import ForwardBatch
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,6 @@ class DecodeGraphs:
         step: Step,
         torch_npu: Any,
         *,
-        forget: Callable[[], None],
         scratch_block: int,
         block_size: int,
         table_width: int,
@@ -49,12 +48,11 @@ class DecodeGraphs:
         Args:
             step: computes a batch.
             torch_npu: the package.
-            forget: drops what a step looked up, so that a capture looks it up again.
             scratch_block: first of the blocks behind the cache, `MAX_PADDING` slots in all.
             block_size: P.
             table_width: M of the longest sequence.
         """
-        self.step, self.ops, self.forget = step, torch_npu, forget
+        self.step, self.ops = step, torch_npu
         self.scratch_block, self.block_size = scratch_block, block_size
         self.table_width = table_width
         self._captured: dict[int, tuple[ForwardBatch, Any, Tensor]] = {}
@@ -87,7 +85,6 @@ class DecodeGraphs:
         static = self._allocate(batch, size)
         self._fill(static, batch)
         self.step(static)
-        self.forget()
         npu = self.ops.npu
         graph = npu.NPUGraph()
         try:
@@ -101,8 +98,6 @@ class DecodeGraphs:
                 f"the decode step of {size} sequences cannot be captured as a graph ({reason}); "
                 "use --graphs off"
             ) from error
-        finally:
-            self.forget()  # what was looked up inside belongs to the graph
         self._pool = self._pool or graph.pool()
         logger.info("captured the decode step of %d sequences", size)
         return static, graph, hidden

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from gptneox.backends.base import Finding
+from gptneox.backends.device import Finding
 
 CANN_SCRIPTS = (
     "/usr/local/Ascend/ascend-toolkit/set_env.sh",

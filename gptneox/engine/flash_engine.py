@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptneox.backends.base import Backend
+from gptneox.backends.device import Device
 from gptneox.config import ModelConfig
 from gptneox.engine.detokenizer import Detokenizer, decode, extend
 from gptneox.engine.generation_config import NO_RULES, GenerationRules
@@ -55,7 +55,7 @@ class FlashEngine:
     def from_pretrained(
         cls,
         model_path: Path,
-        backend: Backend,
+        device: Device,
         group: TensorParallelGroup,
         *,
         dtype: str = "auto",
@@ -74,7 +74,7 @@ class FlashEngine:
 
         opened = open_checkpoint(
             model_path,
-            backend,
+            device,
             group,
             dtype=dtype,
             with_tokenizer=with_tokenizer,
@@ -93,7 +93,7 @@ class FlashEngine:
                 max_position_embeddings=opened.config.positions(max_position_embeddings),
             ),
             dtype=opened.dtype,
-            device_map=backend.name,
+            device_map=device.name,
             # Nothing of the file but the rules, which are the same code on both paths.
             generation_config=GenerationConfig(),  # type: ignore[no-untyped-call]
             max_position_embeddings=max_position_embeddings,
@@ -153,11 +153,11 @@ class FlashEngine:
 
     def timed(self, prompts: Seq[Seq[int]], **options: Any) -> tuple[list[FlashOutput], float]:
         """`generate`, and the seconds it took until the device was done."""
-        backend = self.model.model.backend
-        backend.synchronize()
+        device = self.model.model.device
+        device.synchronize()
         start = time.perf_counter()
         outputs = self.generate(prompts, **options)
-        backend.synchronize()
+        device.synchronize()
         return outputs, time.perf_counter() - start
 
     def next_logits(self, prompts: Seq[Seq[int]]) -> Tensor:
@@ -179,7 +179,7 @@ class FlashEngine:
         longest = max(len(p) for p in prompts)
         ids = [[0] * (longest - len(p)) + list(p) for p in prompts]
         mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-        device = self.model.model.backend.device
+        device = self.model.model.device.torch_device
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gptneox.backends.base import Backend
+from gptneox.backends.device import Device
 from gptneox.checkpoint import load_model
 from gptneox.config import EngineSection, ModelConfig
 from gptneox.engine.block_manager import BlockManager
@@ -127,16 +127,15 @@ class LLMEngine:
         self.eos_token_ids = end_of_text(self.rules, tokenizer)
         self.max_positions = model.num_positions
         self.dtype = dtype
-        model.backend.graphs = settings.graphs
         config, ranks = model.config, model.group.world_size
-        free = model.backend.memory().free
+        free = model.device.memory().free
         block_bytes = config.kv_bytes_per_token(dtype.itemsize, ranks) * settings.block_size
         num_blocks = int(
             model.group.broadcast_object(count_blocks(settings, config, block_bytes, free))
         )
         check_blocks(num_blocks, settings, block_bytes, free)
         cache = PagedKVCache(
-            model.backend,
+            model.ops,
             config.num_layers,
             num_blocks,
             settings.block_size,
@@ -164,7 +163,7 @@ class LLMEngine:
         cls,
         model_path: Path,
         settings: EngineSection,
-        backend: Backend,
+        device: Device,
         *,
         dtype: str = "auto",
         group: TensorParallelGroup | None = None,
@@ -182,7 +181,7 @@ class LLMEngine:
         group = group or TensorParallelGroup()
         opened = open_checkpoint(
             model_path,
-            backend,
+            device,
             group,
             dtype=dtype,
             with_tokenizer=with_tokenizer,
@@ -190,7 +189,8 @@ class LLMEngine:
         )
         for notice in opened.notices:
             logger.warning(notice)
-        model = GPTNeoX(opened.config, backend, group, settings.max_position_embeddings)
+        positions = settings.max_position_embeddings
+        model = GPTNeoX(opened.config, device, group, positions, settings.graphs)
         load_model(model, opened.path, opened.dtype, show_progress=show_progress)
         return cls(model, settings, opened.dtype, tokenizer=opened.tokenizer, rules=opened.rules)
 
@@ -236,10 +236,10 @@ class LLMEngine:
             NonFiniteLogits: see `Sampler`.
         """
         scheduled = self.scheduler.schedule()
-        backend = self.model.backend
+        device = self.model.device
         start = time.perf_counter()
         token_ids = self.runner.run(scheduled)
-        backend.synchronize()
+        device.synchronize()
         self._account(scheduled, len(token_ids), time.perf_counter() - start)
         samples = [item.samples for item in scheduled]
         self.scheduler.computed(scheduled)

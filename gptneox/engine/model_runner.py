@@ -8,7 +8,7 @@ import time
 import torch
 from torch import Tensor
 
-from gptneox.backends.base import ForwardBatch
+from gptneox.backends.step import ForwardBatch
 from gptneox.engine.sampler import Sampler, check_finite, read_choice, token_logprobs
 from gptneox.engine.scheduler import Scheduled
 from gptneox.engine.sequence import Sequence
@@ -24,9 +24,9 @@ class ModelRunner:
 
     def __init__(self, model: GPTNeoX, cache: PagedKVCache) -> None:
         self.model, self.cache = model, cache
-        self.group, self.device = model.group, model.backend.device
-        self.sampler = Sampler(model.backend)
-        self.step = model.backend.capture(self._forward)
+        self.group, self.device = model.group, model.device.torch_device
+        self.sampler = Sampler(model.ops)
+        self.step = model.ops.capture(self._forward)
         self.measure = False  # wait for the device after the model, to time it by itself
         self.prepare_s = self.forward_s = 0.0  # of the last step that sampled, when measured
 
@@ -54,7 +54,7 @@ class ModelRunner:
             hidden = hidden[self._upload(rows, torch.int64)]
         logits = self.model.compute_logits(hidden)
         if self.measure:
-            self.model.backend.synchronize()
+            self.model.device.synchronize()
             self.prepare_s = prepared - started
             self.forward_s = time.perf_counter() - prepared
         return self._sample(logits, seqs)
@@ -93,13 +93,12 @@ class ModelRunner:
         )
 
     def _upload(self, values: list[int] | list[list[int]], dtype: torch.dtype) -> Tensor:
-        pin = self.model.backend.pins_memory
+        pin = self.model.device.pins_memory
         host = torch.tensor(values, dtype=dtype, pin_memory=pin)
         return host if self.device.type == "cpu" else host.to(self.device, non_blocking=True)
 
     def _forward(self, batch: ForwardBatch) -> Tensor:
-        self.cache.batch = batch
-        hidden = self.model(batch.input_ids, batch.positions, self.cache)
+        hidden = self.model(self.cache.begin(batch, self.model.rotary))
         assert isinstance(hidden, Tensor)
         return hidden
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gptneox.backends.base import Backend
+from gptneox.backends.device import Device
 from gptneox.checkpoint import check_memory, check_weights, rank_directory
 from gptneox.config import ModelConfig
 from gptneox.engine.detokenizer import load_tokenizer
@@ -32,7 +32,7 @@ class Opened:
 
 def open_checkpoint(
     model_path: Path,
-    backend: Backend,
+    device: Device,
     group: TensorParallelGroup,
     *,
     dtype: str = "auto",
@@ -61,14 +61,14 @@ def open_checkpoint(
     if with_tokenizer:
         tokenizer = load_tokenizer(path, config.vocab_size, trust_remote_code=trust_remote_code)
     rules = read_generation_config(path, config.vocab_size)
-    torch_dtype, notice = backend.resolve_dtype(config.dtype, dtype)
+    torch_dtype, notice = device.resolve_dtype(config.dtype, dtype)
     said = notices(rules, with_text=with_tokenizer)
     said += (notice,) if notice else ()
     return Opened(path, config, tokenizer, rules, torch_dtype, said)
 
 
 def check_loading(
-    opened: Opened, backend: Backend, group: TensorParallelGroup, num_positions: int
+    opened: Opened, device: Device, group: TensorParallelGroup, num_positions: int
 ) -> GPTNeoX:
     """Refuse what the loading of the weights would refuse, without reading them.
 
@@ -78,7 +78,7 @@ def check_loading(
     Raises:
         ValueError, OSError, RuntimeError: as `GPTNeoX` and `load_model`.
     """
-    model = GPTNeoX(opened.config, backend, group, num_positions)
+    model = GPTNeoX(opened.config, device, group, num_positions)
     check_weights(opened.path, opened.config, group.world_size)
     check_memory(model, opened.dtype)
     return model

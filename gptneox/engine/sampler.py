@@ -10,7 +10,8 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from gptneox.backends.base import Backend
+from gptneox.backends.device import Device
+from gptneox.backends.operators import Operators
 from gptneox.engine.sequence import SamplingParams, Sequence, TokenLogprobs
 
 
@@ -26,8 +27,8 @@ class Sampler:
     seed gives the same text whatever its batch mates are.
     """
 
-    def __init__(self, backend: Backend | None = None) -> None:
-        self._backend = backend or Backend()
+    def __init__(self, ops: Operators | None = None) -> None:
+        self._ops = ops or Operators(Device())
         self._generators: dict[int, torch.Generator] = {}
 
     def __call__(self, logits: Tensor, seqs: Seq[Sequence]) -> list[int]:
@@ -48,7 +49,7 @@ class Sampler:
         Returns [S + 1] int64: S tokens, and whether the sum of all logits is finite.
         """
         logits = logits.float()
-        choice = self._backend.greedy(logits)
+        choice = self._ops.greedy(logits)
         for i, seq in enumerate(seqs):
             params = seq.params
             if params.temperature != 0 or params.repetition_penalty != 1 or seq.rules.restricts:

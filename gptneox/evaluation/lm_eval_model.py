@@ -102,10 +102,10 @@ class GPTNeoXLM(TemplateLM):  # type: ignore[misc]  # lm_eval is optional and ha
             settings = read_settings(argv, Path())
         except SystemExit as error:
             raise ConfigError(f"--model_args: {', '.join(engine)} are not all known") from error
-        backend, self._group = start(settings)
-        self._engine = load_engine(settings, backend, self._group)
+        place, self._group = start(settings)
+        self._engine = load_engine(settings, place, self._group)
         self.tokenizer = self._engine.tokenizer
-        self._batch_size, self._device = int(batch_size), backend.device
+        self._batch_size, self._device = int(batch_size), place.torch_device
         self._add_bos_token = add_bos_token
         if self._group.rank > 0:
             self._follow()

@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gptneox.backends.base import Backend
+from gptneox.backends.device import Device
 from gptneox.checkpoint import rank_directory
 from gptneox.cli import Settings
 from gptneox.config import ConfigError, ModelConfig, PerformanceSection
@@ -95,8 +95,8 @@ def run(settings: Settings) -> None:
         )
     settings = apply(settings, plan)
     data = read_data(settings, plan) if plan.dataset else None
-    backend, group = start(settings)
-    test = ModelTest(settings, plan, backend, group)
+    device, group = start(settings)
+    test = ModelTest(settings, plan, device, group)
     with test.logging_to_file():
         if data:
             test.full(data)
@@ -187,7 +187,7 @@ class ModelTest:
 
     settings: Settings
     plan: Plan
-    backend: Backend
+    device: Device
     group: TensorParallelGroup
     files: list[Path] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -198,7 +198,7 @@ class ModelTest:
             self.settings.model_path, self.group, prefer_parts=self.plan.attention == "flash"
         )
         self.config = ModelConfig.from_pretrained(path)
-        dtype, notice = self.backend.resolve_dtype(self.config.dtype, self.settings.model.dtype)
+        dtype, notice = self.device.resolve_dtype(self.config.dtype, self.settings.model.dtype)
         self.compute_dtype = str(dtype).removeprefix("torch.")
         self.notes = [notice] if notice else []
         self.paged_or_flash = "fa" if self.plan.attention == "flash" else "pa"
@@ -214,7 +214,7 @@ class ModelTest:
         dtype = DTYPE_TOKENS[self.config.dtype]
         dtype += f"_{self.config.quantize}" if self.config.quantize else ""
         mode = "full" if plan.dataset else plan.mode
-        return self.outputs / kind / self.backend.hardware / test / mode / dtype / plan.model_name
+        return self.outputs / kind / self.device.hardware / test / mode / dtype / plan.model_name
 
     @property
     def outputs(self) -> Path:
@@ -251,7 +251,7 @@ class ModelTest:
         facts = {
             "arguments": " ".join(self.settings.args.modeltest_arguments),
             "model": self.plan.model_path,
-            "device": self.backend.describe(),
+            "device": self.device.describe(),
             "ranks": self.group.world_size,
             "path": self.plan.attention,
             "file dtype": self.config.dtype,
@@ -270,7 +270,7 @@ class ModelTest:
         computed = "" if dtype == self.compute_dtype else f" (computed in {self.compute_dtype})"
         say(
             f"{self.plan.model_name}, {self.plan.mode}, {dtype}{computed} on "
-            f"{self.backend.describe()}, {counted(self.group.world_size, 'rank')}"
+            f"{self.device.describe()}, {counted(self.group.world_size, 'rank')}"
         )
         say(table(columns, rows))
 
@@ -311,7 +311,7 @@ class ModelTest:
     def stopwatch(self, max_batch_size: int) -> Stopwatch:
         """The loaded model with room for every case."""
         cases = self.plan.cases
-        return load(self.settings, self.backend, self.group, cases, max_batch_size)
+        return load(self.settings, self.device, self.group, cases, max_batch_size)
 
     def performance(self) -> None:
         """Every batch size over its cases: one table for each batch size."""
@@ -479,7 +479,7 @@ class ModelTest:
         """Every question, for each batch size; a failed question counts as wrong."""
         plan = self.plan
         sizes = plan.batch_sizes[0]
-        runner = load_runner(self.settings, self.backend, self.group, max(sizes))
+        runner = load_runner(self.settings, self.device, self.group, max(sizes))
         self.notes.append(f"questions: {', '.join(str(path) for path in dataset.files[:3])} …")
         self.notes.append(f"scoring: {dataset.scorer.name}, shot {dataset.num_examples}")
         for size in sizes:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from gptneox.backends.base import Backend
+from gptneox.backends.device import Device
 from gptneox.checkpoint import rank_directory
 from gptneox.cli import Settings
 from gptneox.config import ConfigError, EngineSection, ModelConfig
@@ -75,11 +75,11 @@ def run(settings: Settings) -> None:
     split = section.perf_mode == "detail" and environment.timeit
     if section.perf_mode == "detail" and not split:
         logger.warning("perf_mode is detail, but TIMEIT is not 1: the times of a token stay 0")
-    backend, group = start(settings)
-    target = Path(section.save_file_name or csv_name(settings, backend))
+    device, group = start(settings)
+    target = Path(section.save_file_name or csv_name(settings, device))
     if group.rank == 0:
         report.check_result_files(target)
-    stopwatch = load(settings, backend, group, cases, section.batch_size)
+    stopwatch = load(settings, device, group, cases, section.batch_size)
     is_first = group.rank == 0
     warm_up(stopwatch, section.batch_size, cases)
     limits = measure_limits(stopwatch)
@@ -118,11 +118,11 @@ def run(settings: Settings) -> None:
     report.say("files: " + ", ".join(str(path) for path in files))
 
 
-def csv_name(settings: Settings, backend: Backend) -> str:
+def csv_name(settings: Settings, device: Device) -> str:
     """Name of the result file, in the current directory."""
     section = settings.performance
     return safe_name(
-        f"performance_test_npu_{section.model_name}_{backend.describe()}_bs{section.batch_size}.csv"
+        f"performance_test_npu_{section.model_name}_{device.describe()}_bs{section.batch_size}.csv"
     )
 
 
@@ -158,7 +158,7 @@ def check_cases(settings: Settings, cases: Seq[Case]) -> None:
 
 def load(
     settings: Settings,
-    backend: Backend,
+    device: Device,
     group: TensorParallelGroup,
     cases: Seq[Case],
     batch_size: int,
@@ -168,7 +168,7 @@ def load(
     if settings.attention == "flash":
         flash = FlashEngine.from_pretrained(
             settings.model_path,
-            backend,
+            device,
             group,
             dtype=settings.model.dtype,
             with_tokenizer=with_tokenizer,
@@ -178,8 +178,8 @@ def load(
         return FlashStopwatch(flash)
     engine = LLMEngine.from_pretrained(
         settings.model_path,
-        engine_section(settings, backend, group, cases, batch_size),
-        backend,
+        engine_section(settings, device, group, cases, batch_size),
+        device,
         dtype=settings.model.dtype,
         group=group,
         with_tokenizer=with_tokenizer,
@@ -192,7 +192,7 @@ def load(
 
 def engine_section(
     settings: Settings,
-    backend: Backend,
+    device: Device,
     group: TensorParallelGroup,
     cases: Seq[Case],
     batch_size: int,
@@ -210,10 +210,10 @@ def engine_section(
     # Exactly the blocks that are needed, where they fit; else the engine takes what there is.
     needed = max(blocks_needed([i] * batch_size, o, section.block_size) for i, o in cases)
     config = ModelConfig.from_pretrained(rank_directory(settings.model_path, group))
-    dtype, _ = backend.resolve_dtype(config.dtype, settings.model.dtype)
+    dtype, _ = device.resolve_dtype(config.dtype, settings.model.dtype)
     ranks, itemsize = group.world_size, dtype.itemsize
     block_bytes = config.kv_bytes_per_token(itemsize, ranks) * section.block_size
-    free = backend.memory().free - config.num_parameters * itemsize // ranks
+    free = device.memory().free - config.num_parameters * itemsize // ranks
     free -= int(section.reserved_memory_gb * 2**30)
     fits = needed * block_bytes <= free * section.memory_fraction
     return replace(section, num_blocks=needed if group.broadcast_object(fits) else 0)
@@ -232,11 +232,11 @@ def warm_up(stopwatch: Stopwatch, batch_size: int, cases: Seq[Case]) -> None:
 
 def measure_limits(stopwatch: Stopwatch) -> Limits:
     """Bandwidth and matrix peak, measured by all ranks at once because they may share them."""
-    backend = stopwatch.backend
+    device = stopwatch.device
     stopwatch.group.barrier()
-    bandwidth = backend.measure_bandwidth()
+    bandwidth = device.measure_bandwidth()
     stopwatch.group.barrier()
-    return Limits(bandwidth, backend.measure_matmul(stopwatch.dtype))
+    return Limits(bandwidth, device.measure_matmul(stopwatch.dtype))
 
 
 def measure_case(
@@ -356,14 +356,14 @@ def speed(
 
 def describe_run(settings: Settings, stopwatch: Stopwatch, limits: Limits) -> dict[str, Any]:
     """Everything that a figure must stand beside."""
-    section, backend = settings.performance, stopwatch.backend
+    section, device = settings.performance, stopwatch.device
     dtype = str(stopwatch.dtype).removeprefix("torch.")
     config = stopwatch.config
     notes = []
     if config.dtype != dtype:
         notes.append(f"{config.dtype} weights were computed in {dtype}")
     weights = config.num_decode_parameters * stopwatch.dtype.itemsize / stopwatch.group.world_size
-    cache = cache_bytes() if backend.device.type == "cpu" else 0
+    cache = cache_bytes() if device.torch_device.type == "cpu" else 0
     if weights < cache:
         notes.append(
             f"the weights of a rank ({weights / 1e6:.0f} MB) fit the processor's cache "
@@ -383,10 +383,10 @@ def describe_run(settings: Settings, stopwatch: Stopwatch, limits: Limits) -> di
         "batch_size": section.batch_size,
         "repeat": section.repeat,
         "detokenized": not section.skip_decode,
-        "device": backend.describe(),
-        "device_type": backend.name,
+        "device": device.describe(),
+        "device_type": device.name,
         "world_size": stopwatch.group.world_size,
-        "threads": torch.get_num_threads() if backend.device.type == "cpu" else None,
+        "threads": torch.get_num_threads() if device.torch_device.type == "cpu" else None,
         "dtype": dtype,
         "file_dtype": config.dtype,
         "num_parameters": config.num_parameters,

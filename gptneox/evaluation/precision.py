@@ -52,11 +52,11 @@ def run(settings: Settings) -> None:
             raise ConfigError(f"--{name} does not go with --task precision; see [precision]")
     section = settings.precision
     dataset = read_dataset(section)
-    backend, group = start(settings)
+    device, group = start(settings)
     path = rank_directory(settings.model_path, group, prefer_parts=settings.attention == "flash")
     config = ModelConfig.from_pretrained(path)
     positions = config.positions(settings.engine.max_position_embeddings)
-    dtype, _ = backend.resolve_dtype(config.dtype, settings.model.dtype)
+    dtype, _ = device.resolve_dtype(config.dtype, settings.model.dtype)
     protocol = describe_protocol(dataset, prompt_limit(dataset, positions))
     protocol |= {
         "dtype": str(dtype).removeprefix("torch."),
@@ -69,7 +69,7 @@ def run(settings: Settings) -> None:
         fingerprint = make_fingerprint(protocol, dataset, path)
         books = Books(result_folder(section), dataset, protocol, fingerprint)
         num_done = books.resume(section.batch)
-        books.log_settings({**asdict(section), "device": backend.describe()})
+        books.log_settings({**asdict(section), "device": device.describe()})
     num_done = group.broadcast_object(num_done)
 
     runner: Runner | None = None
@@ -81,7 +81,7 @@ def run(settings: Settings) -> None:
 
     try:
         if num_done < len(dataset.questions):
-            runner = load_runner(settings, backend, group, section.batch)
+            runner = load_runner(settings, device, group, section.batch)
             ask(dataset, runner, section.batch, num_done, books)
         if books:
             report(books, books.count_too_long(tokenizer, prompt_limit(dataset, positions)))

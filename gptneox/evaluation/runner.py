@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from gptneox.backends.base import Backend
+from gptneox.backends.device import Device
 from gptneox.cli import Settings
 from gptneox.engine.flash_engine import FlashEngine
 from gptneox.engine.llm_engine import LLMEngine
@@ -49,7 +49,7 @@ class Runner(Protocol):
     tokenizer: Any
     max_positions: int
     group: TensorParallelGroup
-    backend: Backend
+    device: Device
 
     def score_next(self, prompts: Seq[Seq[int]], token_ids: Seq[int]) -> list[NextToken]:
         """log p of each of `token_ids` as the token after each prompt; fp32 softmax.
@@ -70,7 +70,7 @@ class PagedRunner:
     def __init__(self, engine: LLMEngine) -> None:
         self.engine = engine
         self.tokenizer, self.max_positions = engine.tokenizer, engine.max_positions
-        self.group, self.backend = engine.model.group, engine.model.backend
+        self.group, self.device = engine.model.group, engine.model.device
 
     def score_next(self, prompts: Seq[Seq[int]], token_ids: Seq[int]) -> list[NextToken]:
         """See `Runner`."""
@@ -98,7 +98,7 @@ class FlashRunner:
         self.engine = engine
         self.tokenizer, self.max_positions = engine.tokenizer, engine.max_positions
         model = engine.model.model
-        self.group, self.backend = model.group, model.backend
+        self.group, self.device = model.group, model.device
 
     @torch.inference_mode()
     def score_next(self, prompts: Seq[Seq[int]], token_ids: Seq[int]) -> list[NextToken]:
@@ -116,7 +116,7 @@ class FlashRunner:
 
 
 def load_runner(
-    settings: Settings, backend: Backend, group: TensorParallelGroup, batch_size: int
+    settings: Settings, device: Device, group: TensorParallelGroup, batch_size: int
 ) -> Runner:
     """Load the model on the path that `settings` choose.
 
@@ -126,14 +126,14 @@ def load_runner(
     if settings.attention == "flash":
         engine = FlashEngine.from_pretrained(
             settings.model_path,
-            backend,
+            device,
             group,
             dtype=settings.model.dtype,
             max_position_embeddings=settings.engine.max_position_embeddings,
         )
         return FlashRunner(engine)
     section = replace(settings.engine, max_batch_size=batch_size)
-    return PagedRunner(load_engine(replace(settings, engine=section), backend, group))
+    return PagedRunner(load_engine(replace(settings, engine=section), device, group))
 
 
 def model_files(model_path: Path) -> list[Path]:

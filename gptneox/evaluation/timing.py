@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from gptneox.backends.base import Backend
+from gptneox.backends.device import Device
 from gptneox.config import ModelConfig
 from gptneox.engine.detokenizer import decode
 from gptneox.engine.flash_engine import FlashEngine
@@ -90,7 +90,7 @@ class Stopwatch(Protocol):
 
     path: str  # "paged" | "flash"
     config: ModelConfig
-    backend: Backend
+    device: Device
     group: TensorParallelGroup
     dtype: torch.dtype
     max_positions: int
@@ -128,7 +128,7 @@ class PagedStopwatch:
     def __init__(self, engine: LLMEngine) -> None:
         self.engine, self.tokenizer = engine, engine.tokenizer
         self.config, self.dtype = engine.model.config, engine.dtype
-        self.backend, self.group = engine.model.backend, engine.model.group
+        self.device, self.group = engine.model.device, engine.model.group
         self.max_positions = engine.max_positions
 
     def run(
@@ -150,7 +150,7 @@ class PagedStopwatch:
         engine.tokenizer, engine.runner.measure = None, split  # text is made at the end, in one go
         try:
             self.group.barrier()
-            self.backend.synchronize()
+            self.device.synchronize()
             start = last = time.perf_counter()
             for prompt in prompts:
                 ids.append(engine.add_request(prompt, params))
@@ -216,7 +216,7 @@ class FlashStopwatch:
     def __init__(self, engine: FlashEngine) -> None:
         self.engine, self.tokenizer = engine, engine.tokenizer
         model = engine.model.model
-        self.config, self.backend, self.group = engine.config, model.backend, model.group
+        self.config, self.device, self.group = engine.config, model.device, model.group
         self.dtype = model.gpt_neox.embed_in.weight.dtype
         self.max_positions = engine.max_positions
 
@@ -235,12 +235,12 @@ class FlashStopwatch:
         try:
             with self._stamps(split) as stamps:
                 self.group.barrier()
-                self.backend.synchronize()
+                self.device.synchronize()
                 start = time.perf_counter()
                 outputs = engine.generate(
                     prompts, max_new_tokens=num_new, do_sample=False, ignore_eos=ignore_eos
                 )
-                self.backend.synchronize()
+                self.device.synchronize()
                 end = time.perf_counter()
         finally:
             engine.tokenizer = self.tokenizer
@@ -262,7 +262,7 @@ class FlashStopwatch:
     @contextmanager
     def _stamps(self, split: bool) -> Iterator[list[_Stamp]]:
         """Within, each loop of `generate` adds the moments it passes."""
-        model, synchronize = self.engine.model, self.backend.synchronize
+        model, synchronize = self.engine.model, self.device.synchronize
         stamps: list[_Stamp] = []
         prepare_inputs = model.prepare_inputs_for_generation
 
@@ -322,8 +322,8 @@ def max_over_ranks(stopwatch: Stopwatch, values: Seq[float]) -> list[float]:
     """Each value's maximum over the ranks; one rank's own values stay as they are."""
     if stopwatch.group.world_size == 1:
         return list(values)
-    dtype = torch.float64 if stopwatch.backend.device.type == "cpu" else torch.float32
-    tensor = torch.tensor(values, dtype=dtype, device=stopwatch.backend.device)
+    dtype = torch.float64 if stopwatch.device.torch_device.type == "cpu" else torch.float32
+    tensor = torch.tensor(values, dtype=dtype, device=stopwatch.device.torch_device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return [float(value) for value in tensor.tolist()]
 

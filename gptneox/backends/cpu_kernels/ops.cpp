@@ -393,13 +393,10 @@ void check_indices(
 class StepAttention {
  public:
   StepAttention(
-      int64_t num_tokens,
-      int64_t num_heads,
-      int64_t head_dim,
+      const Tensor& cache,
       const Tensor& positions,
       const Tensor& cos,
       const Tensor& sin,
-      const Tensor& cache,
       const Tensor& slots,
       const Tensor& block_tables,
       const Tensor& cu_seqlens,
@@ -413,22 +410,23 @@ class StepAttention {
                 sin.contiguous(), starts ? starts->contiguous() : Tensor()},
         scale_(static_cast<float>(scale)) {
     TORCH_CHECK_VALUE(
+        cache.dim() == 4, "a cache has shape ", cache.sizes(), "; [N, P, H, D] is expected");
+    const int64_t num_tokens = positions.numel(), head_dim = cache.size(3);
+    TORCH_CHECK_VALUE(
         cos.dim() == 2 && cos.sizes() == sin.sizes() && 2 * cos.size(1) <= head_dim,
         "the rotary tables have shapes ", cos.sizes(), " and ", sin.sizes(), " for heads of ",
         head_dim);
     TORCH_CHECK_VALUE(
-        slots.numel() == num_tokens && positions.numel() == num_tokens &&
-            block_tables.dim() == 2 && block_tables.size(0) == context_lens.numel() &&
+        slots.numel() == num_tokens && block_tables.dim() == 2 &&
+            block_tables.size(0) == context_lens.numel() &&
             cu_seqlens.numel() == context_lens.numel() + 1 && num_decodes >= 0 &&
             num_decodes <= context_lens.numel() &&
             (!starts || starts->numel() == context_lens.numel()),
         "the step's tensors do not belong together");
-    TORCH_CHECK_VALUE(
-        cache.dim() == 4, "a cache has shape ", cache.sizes(), "; [N, P, H, D] is expected");
     step_.num_tokens = num_tokens;
     step_.num_decodes = num_decodes;
     step_.num_seqs = context_lens.numel();
-    step_.num_heads = num_heads;
+    step_.num_heads = cache.size(2);
     step_.head_dim = head_dim;
     step_.block_size = cache.size(1);
     step_.slots = tables_[0].const_data_ptr<int64_t>();
@@ -441,8 +439,19 @@ class StepAttention {
     check_indices(step_, tables_[4].const_data_ptr<int64_t>(), cos.size(0), num_blocks_);
   }
 
-  // qkv [T, H, 3, D] without gaps; returns [T, H, D] of its type.
-  Tensor attend(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache) const {
+  int64_t num_tokens() const { return step_.num_tokens; }
+  int64_t num_heads() const { return step_.num_heads; }
+  int64_t head_dim() const { return step_.head_dim; }
+
+  // One layer: qkv [T, H, 3, D]; returns [T, H, D] of its type.
+  Tensor attend(const Tensor& qkv_in, const Tensor& k_cache, const Tensor& v_cache) const {
+    TORCH_CHECK_VALUE(
+        qkv_in.dim() == 4 && qkv_in.size(0) == step_.num_tokens &&
+            qkv_in.size(1) == step_.num_heads && qkv_in.size(2) == 3 &&
+            qkv_in.size(3) == step_.head_dim,
+        "qkv has shape ", qkv_in.sizes(), "; [", step_.num_tokens, ", ", step_.num_heads, ", 3, ",
+        step_.head_dim, "] is expected");
+    const Tensor qkv = qkv_in.contiguous();
     for (const Tensor& cache : {k_cache, v_cache}) {
       TORCH_CHECK_VALUE(
           cache.dim() == 4 && cache.size(0) == num_blocks_ &&
@@ -507,55 +516,19 @@ class StepAttention {
   int64_t num_blocks_ = 0;
 };
 
-// One layer's attention: qkv [T, H, 3, D]; returns [T, H, D] of its type.
-Tensor attention(
-    const Tensor& qkv,
-    const Tensor& positions,
-    const Tensor& cos,
-    const Tensor& sin,
-    const Tensor& k_cache,
-    const Tensor& v_cache,
-    const Tensor& slots,
-    const Tensor& block_tables,
-    const Tensor& cu_seqlens,
-    const Tensor& context_lens,
-    int64_t num_decodes,
-    double scale,
-    const std::optional<Tensor>& starts) {
-  const Tensor x = qkv.contiguous();
-  TORCH_CHECK_VALUE(
-      x.dim() == 4 && x.size(2) == 3, "qkv has shape ", x.sizes(), "; [T, H, 3, D] is expected");
-  const StepAttention step(
-      x.size(0), x.size(1), x.size(3), positions, cos, sin, k_cache, slots, block_tables,
-      cu_seqlens, context_lens, num_decodes, scale, starts);
-  return step.attend(x, k_cache, v_cache);
-}
-
 // All layers of a step over x fp32 [T, C], in place; layer i has caches[2 i] and caches[2 i + 1].
 void run_layers(
+    const StepAttention& step,
     Tensor x,
     const std::vector<std::shared_ptr<Layer>>& layers,
-    const std::vector<Tensor>& caches,
-    const Tensor& positions,
-    const Tensor& cos,
-    const Tensor& sin,
-    const Tensor& slots,
-    const Tensor& block_tables,
-    const Tensor& cu_seqlens,
-    const Tensor& context_lens,
-    int64_t num_decodes,
-    double scale,
-    const std::optional<Tensor>& starts) {
+    const std::vector<Tensor>& caches) {
   TORCH_CHECK_VALUE(
       !layers.empty() && caches.size() == 2 * layers.size(), layers.size(), " layers have ",
       caches.size(), " caches; two each are expected");
   TORCH_CHECK_VALUE(
-      x.dim() == 2 && caches[0].dim() == 4, "x has shape ", x.sizes(), ", a cache ",
-      caches[0].sizes(), "; [T, C] and [N, P, H, D] are expected");
-  const int64_t num_heads = caches[0].size(2), head_dim = caches[0].size(3);
-  const StepAttention step(
-      x.size(0), num_heads, head_dim, positions, cos, sin, caches[0], slots, block_tables,
-      cu_seqlens, context_lens, num_decodes, scale, starts);
+      x.dim() == 2 && x.size(0) == step.num_tokens(), "x has shape ", x.sizes(), "; [",
+      step.num_tokens(), ", C] is expected");
+  const int64_t num_heads = step.num_heads(), head_dim = step.head_dim();
   Team::lead([&] {
     for (size_t i = 0; i < layers.size(); ++i) {
       const auto [qkv, mlp] = layers[i]->front(x);
@@ -644,15 +617,23 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         layer->activation = static_cast<Activation>(activation);
         layer->check();
         return layer;
-      }))
+      }), py::arg("norms"), py::arg("weights"), py::arg("biases"), py::arg("eps"), py::arg("activation"))
       .def("front", &Layer::front, Release())
       .def("back", &Layer::back, Release());
+  py::class_<StepAttention>(m, "Step")
+      .def(
+          py::init<const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                   const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                   int64_t, double, const std::optional<at::Tensor>&>(),
+          py::kw_only(), py::arg("cache"), py::arg("positions"), py::arg("cos"), py::arg("sin"),
+          py::arg("slots"), py::arg("block_tables"), py::arg("cu_seqlens"), py::arg("context_lens"),
+          py::arg("num_decodes"), py::arg("scale"), py::arg("starts"))
+      .def("attend", &StepAttention::attend, Release())
+      .def("run", &run_layers, Release());
   m.def("pack", &pack, Release());
   m.def("linear", &linear, Release());
   m.def("layer_norm", &layer_norm, Release());
   m.def("greedy", &greedy, Release());
-  m.def("attention", &attention, Release());
-  m.def("run_layers", &run_layers, Release());
   m.def("allocate", [](std::vector<int64_t> sizes, const at::Tensor& like) {
     return allocate(sizes, like.scalar_type());
   });

@@ -9,7 +9,8 @@ import pytest
 import torch
 import twins
 
-from gptneox.backends.npu import NpuBackend
+from gptneox.backends.npu import NpuDevice
+from gptneox.backends.npu_steps import NpuPagedStep
 from gptneox.engine.sequence import SamplingParams
 
 NUM_NEW = 16
@@ -17,15 +18,15 @@ NUM_NEW = 16
 
 @pytest.fixture
 def make_engine(tmp_path):
-    """Makes an engine of a fresh backend, so that nothing of another one is left in it."""
+    """Makes an engine of a fresh device, so that nothing of another one is left in it."""
 
     def make(graphs, name="gpt-neox-20b", **settings):
         path = tmp_path / name
         if not path.exists():
             twins.write_checkpoint(path, twins.FAMILY[name], dtype=torch.float16)
-        backend = NpuBackend()
-        backend.setup(0)
-        return twins.load_engine(path, backend, "auto", graphs=graphs, **settings)
+        device = NpuDevice()
+        device.setup(0)
+        return twins.load_engine(path, device, "auto", graphs=graphs, **settings)
 
     return make
 
@@ -109,13 +110,13 @@ def test_a_replay_without_an_update_is_caught(a2, make_engine):
 def test_what_cannot_be_captured_is_an_error(a2, make_engine, monkeypatch):
     pytest.importorskip("emulator.operators", reason="the message is the emulator's")
     engine = make_engine("on", **SETTINGS)
-    attend = NpuBackend.paged_attention
+    attend = NpuPagedStep.attend_rotated
 
-    def waits(self, q, *args):
+    def waits(self, layer, q, *args):
         q.sum().item()
-        return attend(self, q, *args)
+        return attend(self, layer, q, *args)
 
-    monkeypatch.setattr(NpuBackend, "paged_attention", waits)
+    monkeypatch.setattr(NpuPagedStep, "attend_rotated", waits)
     with pytest.raises(RuntimeError, match=r"cannot be captured as a graph \(.*--graphs off"):
         answers(engine)
 

@@ -22,8 +22,7 @@ def limit(text):
 
 @pytest.fixture
 def ops(npu):
-    npu.prepare(D, 24)
-    return npu.ops
+    return npu.torch_npu
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def x(npu):
     """Makes tensors on the device."""
 
     def make(*shape, dtype=HALF):
-        return torch.ones(shape, dtype=dtype).to(npu.device)
+        return torch.ones(shape, dtype=dtype).to(npu.torch_device)
 
     return make
 
@@ -98,7 +97,7 @@ def paged(ops, q, cache, lengths, out):
 
 def nz_cache(npu, ops):
     shape = (1, HEADS * D // 16, BLOCK, 16)
-    return ops.empty_with_format(shape, dtype=HALF, device=npu.device, acl_format=29).zero_()
+    return ops.empty_with_format(shape, dtype=HALF, device=npu.torch_device, acl_format=29).zero_()
 
 
 def test_lengths_of_paged_attention_on_a2(a2, ops, x):
@@ -128,7 +127,7 @@ def test_cache_is_nz_on_duo(duo, npu, ops, x):
 
 
 def test_tokens_are_padded_on_duo(duo, npu, ops, x):
-    mask = DuoAtbAttention(ops, npu.device).square_mask(16)
+    mask = DuoAtbAttention(ops, npu.torch_device).square_mask(16)
 
     def call(n):
         q = x(n, HEADS, D)
@@ -165,21 +164,21 @@ def test_bf16_on_a2(a2, npu, x):
 
 def test_gelu_of_torch_is_always_tanh(npu):
     x = torch.linspace(-3, 3, 64)
-    on_device = x.to(npu.device)
+    on_device = x.to(npu.torch_device)
     erf, tanh = torch.nn.functional.gelu(x), torch.nn.functional.gelu(x, approximate="tanh")
     assert torch.equal(torch.nn.functional.gelu(on_device).cpu(), tanh)
-    assert torch.equal(npu.activation("gelu_erf")(on_device).cpu(), erf)
-    assert torch.equal(npu.activation("gelu_tanh")(on_device).cpu(), tanh)
+    assert torch.equal(npu.operators().activation("gelu_erf")(on_device).cpu(), erf)
+    assert torch.equal(npu.operators().activation("gelu_tanh")(on_device).cpu(), tanh)
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("block_size", [16, 64, 128, 256])
 def test_table_has_an_operator_for_every_shape(npu, head_dim, block_size):
-    table = npu.operator_table(head_dim, 8, block_size)
+    table = npu.operators().operator_table(head_dim, 8, block_size)
     assert all(c.operator and c.reason for c in table)
     assert "torch matmul" not in table[0].operator
     with pytest.raises(ValueError, match="multiple of 16"):
-        npu.operator_table(head_dim, 8, 24)
+        npu.operators().operator_table(head_dim, 8, 24)
 
 
 def test_lccl(npu, chip):

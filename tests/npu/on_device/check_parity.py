@@ -155,8 +155,8 @@ def test_flash_path(twin, npu):
             if s:
                 mask = torch.cat((mask, torch.ones(2, 1, dtype=torch.int64)), 1)
             out = model(
-                input_ids=tokens.to(npu.device),
-                attention_mask=mask.to(npu.device),
+                input_ids=tokens.to(npu.torch_device),
+                attention_mask=mask.to(npu.torch_device),
                 past_key_values=cache,
             )
             parts.append(out.logits.float().cpu())

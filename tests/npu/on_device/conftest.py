@@ -10,20 +10,20 @@ import pytest
 import torch
 
 from gptneox.backends import select
-from gptneox.backends.npu import NpuBackend
+from gptneox.backends.npu import NpuDevice
 
 
 @pytest.fixture(scope="session")
-def npu() -> NpuBackend:
+def npu() -> NpuDevice:
     """The backend, bound to device 0."""
     made = select("npu")
-    assert isinstance(made, NpuBackend)
+    assert isinstance(made, NpuDevice)
     made.setup(0)
     return made
 
 
 @pytest.fixture(scope="session")
-def chip(npu: NpuBackend) -> str:
+def chip(npu: NpuDevice) -> str:
     if not npu.is_310p:
         return "A2"
     return "DUO" if npu.has_atb else "DUO without ATB"

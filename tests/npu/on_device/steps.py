@@ -24,7 +24,7 @@ class Sequences:
         model = engine.model
         config = model.config
         self.cache = PagedKVCache(
-            model.backend,
+            model.ops,
             config.num_layers,
             next(blocks),
             BLOCK,

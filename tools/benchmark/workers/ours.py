@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from benchmark.workers.worker import Answer, Load, SteppingWorker, serve
 from gptneox.backends import select
-from gptneox.backends.base import Backend
+from gptneox.backends.device import Device
 from gptneox.config import EngineSection
 from gptneox.engine.llm_engine import LLMEngine
 from gptneox.engine.sequence import SamplingParams
@@ -18,17 +18,17 @@ class Ours(SteppingWorker):
     """The paged engine without a tokenizer and without the prefix cache."""
 
     packages = ("torch",)
-    backend: Backend
+    device: Device
     engine: LLMEngine
 
     def load(self, load: Load) -> Answer:
         """See `Worker`."""
-        self.backend = select(load.device)
-        self.backend.setup(0, num_threads=load.threads)
+        self.device = select(load.device)
+        self.device.setup(0, num_threads=load.threads)
         self.engine = LLMEngine.from_pretrained(
             load.model,
             engine_section(load),
-            self.backend,
+            self.device,
             dtype=load.dtype,
             with_tokenizer=False,
         )
@@ -45,9 +45,9 @@ class Ours(SteppingWorker):
 
     def peak_bytes(self) -> int:
         """Of the device where it has memory of its own."""
-        if self.backend.device.type == "cpu":
+        if self.device.torch_device.type == "cpu":
             return super().peak_bytes()
-        return self.backend.memory().peak
+        return self.device.memory().peak
 
 
 def engine_section(load: Load) -> EngineSection:

@@ -92,7 +92,7 @@ class Overhead(Ours):
     def queue_once(self, count: int) -> dict[str, float]:
         """Prompts of 16 to 128 tokens, answers of 4 to 16, 32 at once; in processor time."""
         section = EngineSection(max_batch_size=32, max_prefill_tokens=2048, num_blocks=128)
-        engine = LLMEngine(GPTNeoX(_FAKE, self.backend), section, self.engine.dtype)
+        engine = LLMEngine(GPTNeoX(_FAKE, self.device), section, self.engine.dtype)
 
         def pretend(scheduled: list[Scheduled]) -> list[int]:
             return [1 for item in scheduled if item.samples]

@@ -7,32 +7,32 @@ import torch
 
 from benchmark.workers.worker import Answer, Worker, serve
 from gptneox.backends import select
-from gptneox.backends.base import Backend
+from gptneox.backends.device import Device
 
 
 class Probe(Worker):
-    """Measures through the backend that the engine would use."""
+    """Measures through the device that the engine would use."""
 
-    backend: Backend
+    device: Device
 
     def limits(self, device: str, threads: int) -> Answer:
         """Choose the device; its name and free memory."""
-        self.backend = select(device)
-        self.backend.setup(0, num_threads=threads)
+        self.device = select(device)
+        self.device.setup(0, num_threads=threads)
         return {
-            "device": self.backend.name,
-            "description": self.backend.describe(),
-            "free_bytes": self.backend.memory().free,
+            "device": self.device.name,
+            "description": self.device.describe(),
+            "free_bytes": self.device.memory().free,
         }
 
     def matmul(self, dtypes: list[str]) -> Answer:
         """FLOP per second of a large product in each dtype."""
-        reached = {name: self.backend.measure_matmul(getattr(torch, name)) for name in dtypes}
+        reached = {name: self.device.measure_matmul(getattr(torch, name)) for name in dtypes}
         return {"matmul": reached}
 
     def bandwidth(self) -> Answer:
         """Bytes per second of reading a large tensor."""
-        return {"bandwidth": self.backend.measure_bandwidth()}
+        return {"bandwidth": self.device.measure_bandwidth()}
 
 
 if __name__ == "__main__":
