@@ -148,7 +148,7 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             raise ValueError(f"from_pretrained takes no positional arguments, got {model_args}")
         environment = Environment.read()
         path = Path(pretrained_model_name_or_path)
-        config = config or GPTNeoXConfig.from_dict(read_json(path / "config.json"))
+        config = config or _read_config(path)
         backend = select(device_map or "auto")
         if environment.world_size > 1:
             backend.setup(
@@ -283,6 +283,17 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             device = self.model.backend.device
             return torch.arange(length, length + s, device=device).expand(b, s)
         return (key_mask.long().cumsum(-1) - 1).clamp(min=0)[:, length:]
+
+
+def _read_config(path: Path) -> GPTNeoXConfig:
+    """config.json with all that transformers wants to know of it."""
+    try:
+        return GPTNeoXConfig.from_pretrained(path)
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # its checks raise what they like
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{path / 'config.json'}: transformers refuses it: {text}") from error
 
 
 def _read_generation_config(path: Path) -> GenerationConfig:

@@ -236,6 +236,8 @@ def _rope(keys: _Keys, head_dim: int) -> dict[str, Any]:
             "dimensions; an even number from 2 to head_dim is needed"
         )
     theta = params.get("rope_theta", raw.get("rotary_emb_base"))
+    if rope_type != "default" and params.get("factor") is None:
+        raise ConfigError(f"{origin}: rope_type {rope_type!r} needs a factor; it is missing")
     factor = _number(params.get("factor"), 1.0, f"{origin}: rope factor")
     return {
         "rotary_dim": rotary_dim,

@@ -348,6 +348,29 @@ def test_a_config_json_that_is_something_else(tmp_path: Path) -> None:
         read_json(path)
 
 
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic"])
+def test_a_scaled_rope_needs_its_factor(rope_type: str) -> None:
+    """transformers refuses it, too."""
+    with pytest.raises(ConfigError, match=f"'{rope_type}' needs a factor"):
+        config(rope_scaling={"type": rope_type})
+
+
+@pytest.mark.parametrize("rope_type", ["yarn", "longrope", "llama3", "ntk", "mrope"])
+def test_a_rope_type_that_is_not_built_is_named(rope_type: str) -> None:
+    parameters = {"rope_type": rope_type, "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(ConfigError, match=f"'{rope_type}' is not known; use one of default, lin"):
+        config(rope_parameters=parameters)
+
+
+def test_positions_of_a_dynamic_rope_cannot_be_raised() -> None:
+    dynamic = config(rope_scaling={"type": "dynamic", "factor": 2.0})
+    assert [dynamic.positions(n) for n in (0, 5, 2048)] == [2048, 5, 2048]
+    with pytest.raises(ConfigError, match=r"2049 positions are wanted.*2048.*at most 2048"):
+        dynamic.positions(2049)
+    for scaling in (None, {"type": "linear", "factor": 2.0}):
+        assert config(rope_scaling=scaling).positions(4096) == 4096
+
+
 # -- config.ini ----------------------------------------------------------------------------------
 
 

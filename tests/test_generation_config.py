@@ -316,7 +316,7 @@ def test_a_file_without_end_of_text_is_pointed_out(copy: Path) -> None:
 
 
 BROKEN = [
-    ("", "not valid JSON"),
+    ("", "is empty"),
     ("[]", "a JSON object is expected"),
     ('{"eos_token_id": "0"}', "eos_token_id is '0'"),
     ('{"eos_token_id": 0.0}', "eos_token_id is 0.0"),
@@ -344,6 +344,38 @@ def test_broken_files_are_named(content: str, named: str, tmp_path: Path) -> Non
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(ConfigError, match=rf"generation_config\.json.*{named}"):
         read_generation_config(tmp_path, VOCAB)
+
+
+def test_stop_strings_need_a_tokenizer(
+    copy: Path, greedy: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    write(copy, generation={"eos_token_id": 0, "stop_strings": ["a"]})
+    for answer in (paged, flash):
+        caplog.clear()
+        assert answer(copy) == greedy
+        assert "stop_strings ['a'] of the checkpoint: not obeyed" in caplog.text
+
+
+FOREIGN = [
+    {"hidden_dropout": "x"},
+    {"initializer_range": None},
+    {"bos_token_id": "0"},
+    {"id2label": 3},
+    {"num_labels": "x"},
+    {"is_decoder": 1},
+    {"use_cache": "no"},
+]
+
+
+@pytest.mark.parametrize("keys", FOREIGN, ids=str)
+def test_faults_of_keys_that_no_run_needs(
+    keys: dict[str, Any], copy: Path, greedy: list[list[int]]
+) -> None:
+    """Neither path stumbles over them; transformers does, and the adapter says over what."""
+    write(copy, config=keys)
+    assert paged(copy) == flash(copy) == greedy
+    with pytest.raises(ConfigError, match=r"config\.json: transformers refuses it"):
+        modeling_gpt_neox_ascend.GPTNeoXForCausalLM.from_pretrained(str(copy), device_map="cpu")
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"num_return_sequences": 2}'])

@@ -6,12 +6,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import sys
 from collections.abc import Container, Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
-from gptneox.config import ConfigError
+from gptneox.config import ConfigError, read_json
 from gptneox.engine.sentencepiece_tokenizer import (
     MODEL_NAMES,
     SentencePieceTokenizer,
@@ -90,11 +91,15 @@ def _load_fast(model_path: Path, settings: dict[str, Any], *, with_json: bool) -
     """transformers' plain class, which builds nothing anew from what is in tokenizer.json."""
     from transformers import PreTrainedTokenizerFast  # slow to import, and not needed without text
 
+    for name in ("tokenizer.json", "added_tokens.json"):
+        if (model_path / name).is_file():
+            read_json(model_path / name)  # its errors name the file
     with _one_line_errors(model_path):
         built = {} if with_json else _byte_level(model_path, settings)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(
             str(model_path), local_files_only=True, clean_up_tokenization_spaces=False, **built
         )
+    tokenizer.model_max_length = sys.maxsize  # the engines know the positions
     # transformers' GPT-NeoX class obeys this key, too; the tokens of the training depend on it.
     before = tokenizer.backend_tokenizer.pre_tokenizer
     wanted = settings.get("add_prefix_space")
@@ -133,7 +138,7 @@ def _one_line_errors(model_path: Path) -> Iterator[None]:
     except ImportError as error:
         raise ConfigError(f"the tokenizer in {model_path} needs a package: {error}") from error
     except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+        first_line = f"{type(error).__name__}: {error}".split("\n", 1)[0]
         raise ConfigError(
             f"the tokenizer in {model_path} cannot be loaded: {first_line}"
         ) from error

@@ -67,7 +67,7 @@ class FlashEngine:
         Raises:
             ValueError, FileNotFoundError, RuntimeError: the files are wrong, or memory is short.
         """
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig, GPTNeoXConfig
 
         # The adapter itself, not a copy of it beside the weights: nothing there is executed.
         from modeling_gpt_neox_ascend import GPTNeoXForCausalLM
@@ -82,15 +82,24 @@ class FlashEngine:
         )
         for notice in opened.notices:
             logger.warning(notice)
+        config = opened.config
         model = GPTNeoXForCausalLM.from_pretrained(
             str(opened.path),
+            # What `generate` looks at; config.json's further keys are no business of a run.
+            config=GPTNeoXConfig(
+                vocab_size=config.vocab_size,
+                hidden_size=config.hidden_size,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                max_position_embeddings=config.positions(max_position_embeddings),
+            ),
             dtype=opened.dtype,
             device_map=backend.name,
             # Nothing of the file but the rules, which are the same code on both paths.
             generation_config=GenerationConfig(),  # type: ignore[no-untyped-call]
             max_position_embeddings=max_position_embeddings,
         )
-        return cls(model, opened.config, opened.tokenizer, opened.rules)
+        return cls(model, config, opened.tokenizer, opened.rules)
 
     @property
     def max_positions(self) -> int:

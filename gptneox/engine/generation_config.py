@@ -116,6 +116,17 @@ class GenerationRules:
 NO_RULES = GenerationRules()
 
 
+def describe_unserved(rules: GenerationRules, *, with_text: bool) -> tuple[str, ...]:
+    """What is not obeyed; `with_text`: there is a tokenizer, so stop strings are."""
+    if with_text or not rules.stop_strings:
+        return rules.notices
+    stop = list(rules.stop_strings)
+    return (
+        *rules.notices,
+        f"stop_strings {stop} of the checkpoint: not obeyed without a tokenizer",
+    )
+
+
 def read_generation_config(model_path: Path, vocab_size: int) -> GenerationRules:
     """Read and check `model_path/generation_config.json`; without one, config.json's old keys.
 
