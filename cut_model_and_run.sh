@@ -56,8 +56,15 @@ cut_model() {
     --world_size "$world_size_" "$@"
 }
 
+# is_unused PATH: nothing is there, an empty folder, or only what an interrupted cut left.
+is_unused() {
+  [[ -e $1 ]] || return 0
+  [[ -d $1 && -z $(find "$(realpath -- "$1")" -mindepth 1 -maxdepth 1 \
+    ! -name .gptneox-unfinished -print -quit) ]]
+}
+
 needs_cut=0
-if [[ ! -e $output_dir || ${#recut[@]} -gt 0 ]]; then
+if is_unused "$output_dir" || ((${#recut[@]} > 0)); then
   needs_cut=1
 fi
 if [[ $needs_cut == 0 || -n $task ]]; then
@@ -80,8 +87,14 @@ if [[ $needs_cut == 1 ]]; then
     printf 'Next: bash %s inference\n' "${BASH_SOURCE[0]}"
     exit 0
   fi
-elif ! reason=$(cut_model --check); then
-  die 1 "${reason:-"$output_dir cannot be checked"}; to replace it: bash ${BASH_SOURCE[0]} --recut $task"
+else
+  status=0
+  reason=$(cut_model --check) || status=$?
+  case $status in
+    0) ;;
+    3) die 1 "$reason; to replace it: bash ${BASH_SOURCE[0]} --recut $task" ;;
+    *) die 1 "${reason:-"$output_dir cannot be checked"}" ;;
+  esac
 fi
 printf '**********************The gpt-neox-20b part model exists, Now begin to run ...**********************\n'
 

@@ -5,7 +5,8 @@
     python cut_model_util.py --input_path MODEL --output_path MODEL/part_model --world_size 2
     python cut_model_util.py --merge --input_path MODEL/part_model --output_path JOINED
 
-Exit status: 0 done, 1 failed, 2 wrong usage; with --check 3: not a complete cut of this model.
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted; with --check 3: a cut of ours, but no
+complete one of this model, so that --recut replaces it.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ import argparse
 import sys
 from pathlib import Path
 
+from gptneox.files import prepare_streams
+
 
 def main(argv: list[str]) -> int:
     """Run one command; returns the exit status."""
     args = _parse(argv)
     if args.print_config:
         return _print_config(args.print_config)
-    from gptneox.cut import cut_checkpoint, describe_mismatch, merge_checkpoint  # imports torch
+    from gptneox.cut import cut_checkpoint, merge_checkpoint  # imports torch
 
     try:
+        prepare_streams()
         if args.check:
-            reason = describe_mismatch(args.output_path, args.input_path, args.world_size)
-            if reason:
-                print(reason)
-            return 3 if reason else 0
+            return _check(args.output_path, args.input_path, args.world_size)
         if args.merge:
             merge_checkpoint(args.input_path, args.output_path, recut=args.recut)
             print("Tensor parallelism weights have been successfully joined.")
@@ -39,7 +40,21 @@ def main(argv: list[str]) -> int:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
+
+
+def _check(output_path: Path, input_path: Path, world_size: int) -> int:
+    from gptneox.cut import describe_mismatch, why_not_replaceable
+
+    reason = describe_mismatch(output_path, input_path, world_size)
+    if not reason:
+        return 0
+    obstacle = why_not_replaceable(output_path)
+    print(obstacle or reason)
+    return 1 if obstacle else 3
 
 
 def _print_config(path: Path) -> int:
@@ -63,6 +78,12 @@ def _print_config(path: Path) -> int:
     return 0
 
 
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return Path(text)
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="cut_model_util.py",
@@ -70,11 +91,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--input_path", type=Path, help="checkpoint; with --merge: part_model")
-    add("--output_path", type=Path, help="part_model to write; with --merge: result")
+    add("--input_path", type=_path, help="checkpoint; with --merge: part_model")
+    add("--output_path", type=_path, help="part_model to write; with --merge: result")
     add("--world_size", type=int, default=2, help="number of parts; default 2")
     add("--merge", action="store_true", help="join the parts into one checkpoint")
-    add("--recut", action="store_true", help="replace what is at --output_path")
+    add("--recut", action="store_true", help="replace the cut (or joined checkpoint) there")
     add("--check", action="store_true", help="only say whether --output_path is a complete cut")
     add("--debug", action="store_true", help="show tracebacks")
     add("--print_config", type=Path, metavar="INI", help=argparse.SUPPRESS)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gptneox.cli import Settings, read_settings, refuse_unbuilt, setup_logging
 from gptneox.config import load_devices_by_hand
+from gptneox.files import prepare_streams
 
 CONFIG = Path(__file__).resolve().parent / "config.ini"
 
@@ -53,17 +54,20 @@ def main(argv: list[str]) -> int:
     debug = "--debug" in argv
     if argv[:1] == ["doctor"]:
         argv = ["--task", *argv]
+    status = 0
     try:
+        prepare_streams()
         settings = read_settings(argv, CONFIG)
+        setup_logging(settings)
     except (ValueError, OSError) as error:
         return _fail(error, 2, debug=debug)
-    setup_logging(settings)
     try:
         if settings.args.task == "doctor":
             from gptneox import doctor  # it looks at torch, which may be what is missing
 
-            return doctor.run(settings)
-        run(settings)
+            status = doctor.run(settings)
+        else:
+            run(settings)
         sys.stdout.flush()
     except NotBuiltYet as error:
         return _fail(error, 2, debug=debug)
@@ -75,7 +79,7 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status
 
 
 def _fail(error: BaseException, status: int, *, debug: bool) -> int:
@@ -83,6 +87,11 @@ def _fail(error: BaseException, status: int, *, debug: bool) -> int:
     if debug:
         logging.getLogger("gptneox").error("traceback", exc_info=error)
     text = " ".join(str(error).split()) or type(error).__name__
+    try:
+        sys.stdout.flush()
+    except OSError as output_error:  # Python would try again at its end, and say so at length
+        sys.stdout = None
+        text = f"standard output cannot be written: {output_error.strerror}"
     print(f"error: {text}", file=sys.stderr)
     if "torch.distributed" in sys.modules:
         from gptneox.parallel import report_failure

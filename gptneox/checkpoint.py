@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gptneox.config import ConfigError, ModelConfig, read_json
+from gptneox.files import is_unused
 from gptneox.layers import Linear
 from gptneox.model import GPTNeoX, Layer
 from gptneox.parallel import TensorParallelGroup
@@ -180,7 +181,8 @@ class Manifest:
 
     `cut_id` stands in the manifest and in every rank's file, so parts of two cuts cannot be mixed.
     `source` maps file names to {"size", "mtime_ns", "sha256"}; `tensors` maps names to
-    {"shape", "dtype"} of the uncut checkpoint; `config` is its config.json.
+    {"shape", "dtype"} of the uncut checkpoint; `config` is its config.json. `files` are all that
+    were written besides the manifest, as "0/config.json"; cuts of older versions do not list them.
     """
 
     cut_id: str
@@ -189,6 +191,7 @@ class Manifest:
     source: dict[str, dict[str, Any]]
     tensors: dict[str, dict[str, Any]]
     config: dict[str, Any]
+    files: list[str] = field(default_factory=list)
 
 
 def read_manifest(part_model: Path) -> Manifest:
@@ -201,13 +204,15 @@ def read_manifest(part_model: Path) -> Manifest:
     path = part_model / MANIFEST_NAME
     if not path.is_file():
         raise CheckpointError(
-            f"{part_model} has no {MANIFEST_NAME}, so it is no complete cut of this toolkit; "
-            "cut the model again with cut_model_util.py --recut"
+            f"{part_model} has no {MANIFEST_NAME}, so it is no complete cut of this toolkit; move "
+            "it away and cut the model again"
         )
     try:
-        manifest = Manifest(**read_json(path))
-    except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); cut the model again") from error
+        manifest = parse_manifest(path)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); move {part_model} away and cut the model again"
+        ) from error
     for rank in range(manifest.world_size):
         file = part_model / str(rank) / PART_FILE
         if not file.is_file():
@@ -223,6 +228,21 @@ def read_manifest(part_model: Path) -> Manifest:
     return manifest
 
 
+def parse_manifest(path: Path) -> Manifest:
+    """The manifest alone, whatever lies beside it.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        manifest = Manifest(**read_json(path))
+    except TypeError as error:
+        raise ConfigError(str(error)) from error
+    if not isinstance(manifest.world_size, int):
+        raise ConfigError(f"world_size is {manifest.world_size!r}, a number is expected")
+    return manifest
+
+
 def rank_directory(
     model_path: Path, group: TensorParallelGroup, *, prefer_parts: bool = False
 ) -> Path:
@@ -231,13 +251,13 @@ def rank_directory(
     Args:
         model_path: a checkpoint, a `part_model`, or one rank's folder of a `part_model`.
         group: this rank's place.
-        prefer_parts: take `model_path/part_model` where it exists and there are several ranks.
+        prefer_parts: take `model_path/part_model` where there is one, and several ranks.
 
     Raises:
         CheckpointError: see `read_manifest`; or the cut is for another number of ranks.
     """
     parts = model_path
-    if prefer_parts and group.world_size > 1 and (model_path / "part_model").is_dir():
+    if prefer_parts and group.world_size > 1 and not is_unused(model_path / "part_model"):
         parts = model_path / "part_model"
     elif not (model_path / MANIFEST_NAME).is_file():
         if not (model_path.parent / MANIFEST_NAME).is_file():

@@ -238,7 +238,11 @@ def refuse_unbuilt(settings: Settings) -> None:
 
 
 def setup_logging(settings: Settings) -> None:
-    """Log to stderr, and to rotating files where [model] log_dir says so."""
+    """Log to stderr, and to rotating files where [model] log_dir says so.
+
+    Raises:
+        ConfigError: no file can be written there.
+    """
     environment = settings.environment
     level = logging.DEBUG if settings.args.debug else environment.log_level
     style = f"%(asctime)s [%(levelname)s] rank {environment.rank}: %(message)s"
@@ -251,11 +255,17 @@ def setup_logging(settings: Settings) -> None:
     root.addHandler(console)
     if settings.model.log_dir:
         folder = Path(settings.model.log_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         name = f"device{environment.rank}_{environment.world_size}_{int(time.time())}.log"
-        file = logging.handlers.RotatingFileHandler(
-            folder / name, maxBytes=10 << 20, backupCount=10, encoding="utf-8"
-        )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = logging.handlers.RotatingFileHandler(
+                folder / name, maxBytes=10 << 20, backupCount=10, encoding="utf-8"
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"[model] log_dir {folder} cannot be written: {error.strerror}; name another "
+                "folder, or leave it empty to log to the terminal alone"
+            ) from error
         file.setFormatter(
             logging.Formatter(
                 "%(asctime)s [%(levelname)s] pid: %(process)d %(filename)s-%(lineno)d: %(message)s"

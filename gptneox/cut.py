@@ -6,13 +6,14 @@
       0/ 1/ …                  each complete in itself: config.json, model.safetensors, tokenizer,
                                modeling_gpt_neox_ascend.py
 
-A cut is written to `part_model.tmp` and renamed when it is sealed. Which tensor is cut along which
-dimension stands in `checkpoint.CUT_DIMENSIONS`.
+A cut is written into `part_model/.gptneox-unfinished` and moved up when all of it is there. Nothing
+is ever replaced but what a seal proves to be written here: the manifest of a cut, or the metadata
+of a joined checkpoint's model.safetensors. Which tensor is cut along which dimension stands in
+`checkpoint.CUT_DIMENSIONS`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -21,9 +22,9 @@ import shutil
 import struct
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,15 @@ from gptneox.checkpoint import (
     is_partial_bias,
     pad_rows,
     parameter_name,
+    parse_manifest,
     part_shape,
     rank_slice,
     read_manifest,
 )
 from gptneox.config import ModelConfig, read_json
+from gptneox.files import UNFINISHED, is_unused, lock
 from gptneox.parallel import check_divides
-from gptneox.weight_files import DTYPES, REMAP_BYTES, CheckpointError
+from gptneox.weight_files import DTYPES, REMAP_BYTES, CheckpointError, SafetensorsFile
 
 logger = logging.getLogger(__name__)
 
@@ -121,25 +124,25 @@ def cut_checkpoint(
         input_path: an uncut checkpoint directory; its files may be symlinks.
         output_path: the `part_model` to make.
         world_size: number of parts.
-        recut: replace what is at `output_path`.
+        recut: replace the cut that is at `output_path`.
 
     Raises:
         ValueError, FileNotFoundError: the checkpoint or world_size is wrong; nothing was written.
-        FileExistsError: there is something at `output_path`, and `recut` is not set.
+        FileExistsError: `output_path` holds a cut and `recut` is not set, or anything else.
         RuntimeError: not enough room on the disk, or another cut to this place is running.
     """
     config = ModelConfig.from_pretrained(input_path)
     check_divides(world_size, config.num_heads, config.intermediate_size)
-    if output_path.exists() and not recut:
-        raise FileExistsError(f"{output_path} exists; --recut replaces it")
     checkpoint = Checkpoint(input_path)
     if find_layout(checkpoint, config).num_parts > 1:
         raise CheckpointError(f"{input_path} is itself a part; give the uncut checkpoint")
+    target = _target(output_path, input_path, [f.path for f in checkpoint.files])
+    _check_free(target, MANIFEST_NAME, recut=recut)
     tensors = {n: (checkpoint.dtypes[n], s) for n, s in checkpoint.shapes.items()}
     checkpoint.close()
     parts = {n: (d, part_shape(_rule(n, config), s, world_size)) for n, (d, s) in tensors.items()}
-    with _temporary(output_path) as folder:
-        _check_space(folder, world_size * sum(_num_bytes(d, s) for d, s in parts.values()))
+    with _filling(target, MANIFEST_NAME, recut=recut) as folder:
+        _check_space(target, world_size * sum(_num_bytes(d, s) for d, s in parts.values()))
         manifest = Manifest(
             cut_id=uuid.uuid4().hex,
             world_size=world_size,
@@ -156,8 +159,8 @@ def cut_checkpoint(
             part_config = {**_own_config(manifest), "world_size": world_size, "auto_map": AUTO_MAP}
             _write_json(folder / str(rank) / "config.json", part_config)
             shutil.copyfile(MODELING_FILE, folder / str(rank) / MODELING_FILE.name)
+        manifest = replace(manifest, files=sorted(_names(folder)))
         _write_json(folder / MANIFEST_NAME, asdict(manifest))
-        _replace_directory(folder, output_path)
     return manifest
 
 
@@ -211,20 +214,28 @@ def merge_checkpoint(part_model: Path, output_path: Path, *, recut: bool = False
 
     Raises:
         CheckpointError: the cut is not complete; see `read_manifest`.
-        FileExistsError: there is something at `output_path`, and `recut` is not set.
+        FileExistsError: `output_path` holds a joined checkpoint and `recut` is not set, or
+            anything else.
     """
     manifest = read_manifest(part_model)
-    if output_path.exists() and not recut:
-        raise FileExistsError(f"{output_path} exists; --recut replaces it")
+    target = _target(output_path, part_model, [part_model / name for name in manifest.files])
+    if _contains(part_model, target):
+        raise ValueError(f"{output_path} lies in {part_model}, which is read; name another folder")
+    _check_free(target, PART_FILE, recut=recut)
     config = ModelConfig.from_dict(manifest.config)
     parts = [Checkpoint(part_model / str(rank)) for rank in range(manifest.world_size)]
     tensors = {
         name: (DTYPES[entry["dtype"]], tuple(entry["shape"]))
         for name, entry in manifest.tensors.items()
     }
-    with _temporary(output_path) as folder:
-        _check_space(folder, sum(_num_bytes(d, s) for d, s in tensors.values()))
-        writer = SafetensorsWriter(folder / PART_FILE, tensors, {"format": "pt"})
+    with _filling(target, PART_FILE, recut=recut) as folder:
+        _check_space(target, sum(_num_bytes(d, s) for d, s in tensors.values()))
+        _copy_side_files(part_model / "0", folder)
+        (folder / MODELING_FILE.name).unlink(missing_ok=True)
+        _write_json(folder / "config.json", _own_config(manifest))
+        names = json.dumps(sorted([*_names(folder), PART_FILE]))
+        metadata = {"format": "pt", "joined_from": manifest.cut_id, "files": names}
+        writer = SafetensorsWriter(folder / PART_FILE, tensors, metadata)
         num_mapped = 0
         for name, (_, shape) in tqdm(
             tensors.items(), desc="joining", unit="tensor", disable=not sys.stderr.isatty()
@@ -237,10 +248,6 @@ def merge_checkpoint(part_model: Path, output_path: Path, *, recut: bool = False
                     part.close()
                 num_mapped = 0
         writer.close()
-        _copy_side_files(part_model / "0", folder)
-        (folder / MODELING_FILE.name).unlink(missing_ok=True)
-        _write_json(folder / "config.json", _own_config(manifest))
-        _replace_directory(folder, output_path)
 
 
 def _join(parts: list[Checkpoint], name: str, shape: tuple[int, ...], dim: int | None) -> Tensor:
@@ -287,47 +294,188 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest.hexdigest()}
 
 
-# -- files ---------------------------------------------------------------------------------------
+# -- where the result goes -----------------------------------------------------------------------
+
+
+def why_not_replaceable(output_path: Path) -> str:
+    """Why no cut may be written to `output_path`, not even with --recut; empty when one may."""
+    try:
+        _check_free(Path(os.path.realpath(output_path)), MANIFEST_NAME, recut=True)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def _target(output_path: Path, input_path: Path, input_files: Iterable[Path]) -> Path:
+    """The folder that `output_path` names, links followed.
+
+    Raises:
+        ValueError: it is what is read, or contains it.
+    """
+    target = Path(os.path.realpath(output_path))
+    for path in (input_path, *input_files):
+        if _contains(target, path):
+            raise ValueError(
+                f"{output_path} is or contains {path}, which is read; name another folder"
+            )
+    return target
+
+
+def _contains(folder: Path, path: Path) -> bool:
+    """Whether `path`, links followed, is `folder` or lies in it."""
+    path = Path(os.path.realpath(path))
+    return folder.exists() and any(
+        parent.exists() and parent.samefile(folder) for parent in (path, *path.parents)
+    )
+
+
+def _check_free(target: Path, seal: str, *, recut: bool) -> None:
+    """Make sure that nothing is lost when `target` is filled.
+
+    Raises:
+        FileExistsError: there is a result like ours and `recut` is not set, or anything else.
+    """
+    if is_unused(target):
+        return
+    if not target.is_dir():
+        raise FileExistsError(f"{target} is a file; name a folder")
+    own = _own_files(target, seal)
+    unfinished = _interrupted_files(target)
+    if own is None and unfinished is None:
+        what = "cut" if seal == MANIFEST_NAME else "joined checkpoint"
+        raise FileExistsError(
+            f"{target} is not empty, and it is not a {what} that this toolkit wrote ({seal} would "
+            "prove it), so it is never replaced; name another folder, or move it away"
+        )
+    if others := sorted(_others(target, (own or set()) | (unfinished or set()))):
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise FileExistsError(
+            f"{target} also holds {', '.join(others[:3])}{more}, which this toolkit did not "
+            "write, so it is not replaced; move that away, or name another folder"
+        )
+    if own is not None and not recut:
+        raise FileExistsError(f"{target} exists; --recut replaces it")
+
+
+def _own_files(folder: Path, seal: str) -> set[str] | None:
+    """The files of the result in `folder`, as its seal lists them; None where no seal proves it."""
+    path = folder / seal
+    try:
+        if seal == MANIFEST_NAME:
+            manifest = parse_manifest(path)
+            files = manifest.files or _files_by_rule(folder, manifest.world_size)
+            return {MANIFEST_NAME, *files}
+        metadata = SafetensorsFile(path).metadata()
+        return set(json.loads(metadata["files"])) if "joined_from" in metadata else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _files_by_rule(folder: Path, world_size: int) -> set[str]:
+    """The files of a cut whose manifest does not list them yet."""
+    return {
+        f"{rank}/{path.name}"
+        for rank in range(world_size)
+        for path in (folder / str(rank)).glob("*")
+        if path.name == PART_FILE or path.suffix in _SIDE_SUFFIXES
+    }
+
+
+def _interrupted_files(folder: Path) -> set[str] | None:
+    """What a run listed before it began to move files, and could not finish; else None."""
+    try:
+        return set(json.loads((folder / UNFINISHED / "files.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def _names(folder: Path) -> set[str]:
+    """All files below `folder`."""
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def _others(folder: Path, own: set[str]) -> Iterator[str]:
+    """What lies in `folder` besides the files `own` and the folders that hold them."""
+    own_folders = {parent.as_posix() for name in own for parent in Path(name).parents}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        is_folder = path.is_dir() and not path.is_symlink()
+        known = name in own_folders if is_folder else name in own
+        if not known and Path(name).parts[0] != UNFINISHED:
+            yield name
 
 
 @contextmanager
-def _temporary(target: Path) -> Iterator[Path]:
-    """A fresh folder beside `target`, gone afterwards unless it was renamed.
+def _filling(target: Path, seal: str, *, recut: bool) -> Iterator[Path]:
+    """A fresh folder on the disk of `target`, whose content is moved there at the end.
 
     What an interrupted run left there is removed; a lock tells it from one that is still running.
+    A failure leaves `target` as it was.
     """
-    folder = target.with_name(f"{target.name}.tmp")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock_path = target.with_name(f".{target.name}.lock")
-    with lock_path.open("w") as lock:
+    is_new = not target.exists()
+    work = target / UNFINISHED
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(
+            f"{target} cannot be written: {error.strerror}; name another folder"
+        ) from error
+    lock_path = work / "lock"
+    with lock_path.open("a") as file:
+        # A lock on a file that another process has removed meanwhile keeps nobody out.
+        if not (lock(file) and os.fstat(file.fileno()).st_nlink):
+            raise RuntimeError(f"another process is writing {target}; wait for it")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RuntimeError(f"another process is writing {target}; wait for it") from error
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            lock_path.unlink(missing_ok=True)
+            _check_free(target, seal, recut=recut)  # again: another process may have finished
+            old = _own_files(target, seal) or _interrupted_files(target) or set()
+            new = _fresh(work / "new")
+            _fresh(work / "old")
+            yield new
+        except BaseException:
+            if _interrupted_files(target) is None:
+                shutil.rmtree(work, ignore_errors=True)
+                if is_new:
+                    with suppress(OSError):
+                        target.rmdir()
+            raise
+        _move_up(target, seal, old)
+        shutil.rmtree(work)
 
 
-def _replace_directory(folder: Path, target: Path) -> None:
-    """Put a finished folder in the place of an old one, which is removed only then."""
-    old = target.with_name(f"{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    folder.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+def _fresh(folder: Path) -> Path:
+    """An empty folder of our own."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    return folder
 
 
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
+def _move_up(target: Path, seal: str, old: set[str]) -> None:
+    """Put the new files in the place of the old ones: the old seal goes first, the new comes last.
+
+    Killed in the middle it leaves the list of both, by which the next run knows them.
+    """
+    work = target / UNFINISHED
+    new = work / "new"
+    _write_json(work / "files.json", sorted(old | _names(new)))
+    for source, goal, names in ((target, work / "old", old), (new, target, _names(new))):
+        tops = {Path(name).parts[0] for name in names} - {seal}
+        order = [seal, *sorted(tops)] if source is target else [*sorted(tops), seal]
+        for name in order:
+            if os.path.lexists(source / name):
+                (source / name).rename(goal / name)
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+_SIDE_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py")
+
+
+def _check_space(target: Path, needed: int) -> None:
+    free = shutil.disk_usage(target).free
     if needed > free:
         raise RuntimeError(
-            f"not enough room in {folder.parent}: {needed} bytes ({needed / 2**30:.2f} GiB) are "
+            f"not enough room in {target}: {needed} bytes ({needed / 2**30:.2f} GiB) are "
             f"needed, {free} ({free / 2**30:.2f} GiB) are free"
         )
 
@@ -335,13 +483,13 @@ def _check_space(folder: Path, needed: int) -> None:
 def _copy_side_files(source: Path, target: Path) -> None:
     """Everything a checkpoint has besides weights: tokenizer, generation config, notes."""
     for path in sorted(source.iterdir()):
-        small = path.suffix in (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py")
+        small = path.suffix in _SIDE_SUFFIXES
         skipped = path.name.endswith(".index.json") or path.name in ("config.json", MANIFEST_NAME)
         if small and not skipped and path.is_file():
             shutil.copyfile(path, target / path.name)
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def _write_json(path: Path, value: Mapping[str, Any] | list[str]) -> None:
     with path.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")

@@ -13,7 +13,7 @@ from gptneox.cli import Settings
 from gptneox.config import ConfigError
 from gptneox.engine.flash_engine import FlashEngine, FlashOutput
 from gptneox.engine.llm_engine import RequestOutput
-from gptneox.inference import Printer, start, write_output_file
+from gptneox.inference import Printer, check_results, start, write_output_file
 from gptneox.prompts import encode, make_prompts, read_texts
 
 WARM_UP_PROMPT = "Hamlet->Shakespeare\nOne Hundred Years of Solitude->"
@@ -29,6 +29,7 @@ def run(settings: Settings) -> None:
     """
     args = settings.args
     refuse_paged_only(settings)
+    check_results(settings)
     backend, group = start(settings)
     is_demo = not (args.input_texts or args.input_ids)
     texts = [] if is_demo else read_texts(settings, group)
@@ -48,7 +49,7 @@ def run(settings: Settings) -> None:
     options = generate_options(settings, engine, demo=False)
     size = settings.engine.max_batch_size
     outputs: list[FlashOutput] = []
-    printer = Printer(prompts, stream=False, out=out)
+    printer = Printer(prompts, stream=False, out=out, go_on=bool(args.output_file))
     for first in range(0, len(prompts), size):
         batch = [p.ids for p in prompts[first : first + size]]
         for i, done in enumerate(engine.generate(batch, **options), start=first):

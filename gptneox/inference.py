@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import fcntl
+import io
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from gptneox.cli import Settings
 from gptneox.engine.flash_engine import FlashOutput
 from gptneox.engine.llm_engine import EngineStats, LLMEngine, RequestOutput
 from gptneox.engine.sequence import SamplingParams
+from gptneox.files import check_writable, lock, write_file
 from gptneox.parallel import TensorParallelGroup, init_group
 from gptneox.prompts import Prompt, encode, make_prompts, read_texts
 from gptneox.terminal import Interrupts, LineEditor
@@ -67,6 +69,7 @@ def run(settings: Settings) -> None:
         ValueError, OSError, RuntimeError: with a message for the user.
     """
     environment = settings.environment
+    check_results(settings)
     backend, group = start(settings)
     texts = [] if settings.args.interactive else read_texts(settings, group)
     engine = load_engine(settings, backend, group)
@@ -78,16 +81,30 @@ def run(settings: Settings) -> None:
     if environment.benchmark_enabled:
         engine.generate([p.ids for p in prompts], [replace(q, max_new_tokens=2) for q in params])
     engine.reset_stats(keep_steps=environment.benchmark_enabled)
-    printer = Printer(prompts, settings.args.stream, sys.stdout if group.rank == 0 else None)
+    out = sys.stdout if group.rank == 0 else None
+    printer = Printer(prompts, settings.args.stream, out, go_on=bool(settings.args.output_file))
     outputs = answer(engine, prompts, params, printer)
     if group.rank > 0:
         return
-    if settings.args.output_file:
-        write_output_file(settings.args.output_file, prompts, outputs)
-    if environment.benchmark_enabled:
-        path = write_benchmark(environment.benchmark_path, engine, prompts, outputs)
-        logger.info("benchmark written to %s", path)
-    print_summary(engine)
+    with contextlib.ExitStack() as stack:  # each of them, whatever becomes of the others
+        stack.callback(print_summary, engine)
+        if environment.benchmark_enabled:
+            stack.callback(write_benchmark, environment.benchmark_path, engine, prompts, outputs)
+        if settings.args.output_file:
+            write_output_file(settings.args.output_file, prompts, outputs)
+
+
+def check_results(settings: Settings) -> None:
+    """Refuse files that cannot be written before anything is computed; rank 0 writes them.
+
+    Raises:
+        OSError: see `check_writable`.
+    """
+    environment = settings.environment
+    if environment.rank == 0 and settings.args.output_file:
+        check_writable(settings.args.output_file)
+    if environment.rank == 0 and environment.benchmark_enabled:
+        check_writable(_benchmark_file(environment.benchmark_path))
 
 
 def load_engine(settings: Settings, backend: Backend, group: TensorParallelGroup) -> LLMEngine:
@@ -127,9 +144,14 @@ def fit_output_length(settings: Settings, max_positions: int, prompt: Prompt) ->
 class Printer:
     """Writes answers in the order of the prompts, whole or while they grow."""
 
-    def __init__(self, prompts: Seq[Prompt], stream: bool, out: TextIO | None) -> None:
-        """`out` is None on ranks that print nothing."""
-        self.prompts, self.stream, self.out = prompts, stream, out
+    def __init__(
+        self, prompts: Seq[Prompt], stream: bool, out: TextIO | None, *, go_on: bool = False
+    ) -> None:
+        """`out` is None on ranks that print nothing; `go_on` without it when it cannot be written.
+
+        A file that takes the answers, too, must not be lost with the reader of `| head`.
+        """
+        self.prompts, self.stream, self.out, self.go_on = prompts, stream, out, go_on
         self._texts = [""] * len(prompts)
         self._finished: dict[int, RequestOutput] = {}
         self._current, self._num_shown = 0, -1  # -1: the question is not printed yet
@@ -143,8 +165,13 @@ class Printer:
             self._texts[index] += ("," if self._texts[index] and new else "") + new
         if output.finished:
             self._finished[index] = output
-        while self.out and self._current < len(self.prompts) and self._print_current():
-            self._current, self._num_shown = self._current + 1, -1
+        try:
+            while self.out and self._current < len(self.prompts) and self._print_current():
+                self._current, self._num_shown = self._current + 1, -1
+        except OSError:
+            if not self.go_on:
+                raise
+            self.out = None
 
     def _print_current(self) -> bool:
         """Print the answer whose turn it is as far as possible; True when it is complete."""
@@ -232,7 +259,11 @@ def _stream_answer(engine: LLMEngine, request_id: int, interrupts: Interrupts) -
 def write_output_file(
     path: Path, prompts: Seq[Prompt], outputs: Seq[RequestOutput | FlashOutput]
 ) -> None:
-    """JSON lines, complete or not there at all."""
+    """JSON lines, complete or not there at all.
+
+    Raises:
+        OSError: see `write_file`.
+    """
     lines = []
     for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         record = {
@@ -244,18 +275,7 @@ def write_output_file(
             "finish_reason": output.finish_reason,
         }
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    replace_file(path, "".join(lines))
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write through a temporary sibling, so that a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, "".join(lines))
 
 
 def benchmark_row(
@@ -283,26 +303,33 @@ def benchmark_row(
     return dict(zip(BENCHMARK_COLUMNS, values, strict=True))
 
 
+def _benchmark_file(path: str) -> Path:
+    return Path(path or "benchmark_result/benchmark.csv")
+
+
 def write_benchmark(
     path: str, engine: LLMEngine, prompts: Seq[Prompt], outputs: Seq[RequestOutput]
-) -> Path:
+) -> None:
     """Write ATB_LLM_BENCHMARK_FILEPATH anew, or add a row to ./benchmark_result/benchmark.csv.
 
     The default file is shared by all runs in a directory: rows are added under a lock, so that
     runs side by side lose nothing.
     """
     row = benchmark_row(engine.stats, engine.settings.max_batch_size, prompts, outputs)
-    target = Path(path or "benchmark_result/benchmark.csv")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("a+", encoding="utf-8", newline="") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if path:
-            file.truncate(0)
-        writer = csv.DictWriter(file, BENCHMARK_COLUMNS)
-        if file.seek(0, os.SEEK_END) == 0:
-            writer.writeheader()
-        writer.writerow(row)
-    return target
+    target, text = _benchmark_file(path), io.StringIO()
+    writer = csv.DictWriter(text, BENCHMARK_COLUMNS)
+    writer.writeheader()
+    header = text.getvalue()
+    writer.writerow(row)
+    if path or (target.exists() and not target.is_file()):
+        write_file(target, text.getvalue())
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("a", encoding="utf-8", newline="") as file:
+            lock(file, wait=True)
+            is_new = file.seek(0, os.SEEK_END) == 0
+            file.write(text.getvalue() if is_new else text.getvalue().removeprefix(header))
+    logger.info("benchmark written to %s", target)
 
 
 def print_summary(engine: LLMEngine) -> None:

@@ -49,6 +49,9 @@ print(" ".join(lacking))
 sys.exit(3 if lacking else 0)
 '
 
+# shellcheck source=scripts/lock.sh disable=SC1091
+source "$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")/lock.sh"
+
 env_say() {
   printf 'scripts/env.sh: %s\n' "$1" >&2
 }
@@ -96,10 +99,10 @@ env_note() {
   [[ ! -e $ENV_NOTE ]] || cat -- "$ENV_NOTE"
 }
 
-# env_make_venv NEED CHECKSUM: makes .venv, or brings the one that is there up to date. An
-# interrupted one is made anew: pip takes a package it was killed in the middle of for installed.
+# env_make_venv NEED CHECKSUM: makes .venv, or brings our own up to date. An interrupted one is made
+# anew: pip takes a package it was killed in the middle of for installed.
 env_make_venv() {
-  local need=$1 checksum=$2 base log="$ENV_VENV/pip.log" reason wanted=() clear=()
+  local need=$1 checksum=$2 base log="$ENV_VENV/pip.log" reason wanted=()
   mapfile -t wanted < <(
     env_requirements dependencies
     [[ $need == runtime ]] || env_requirements dev
@@ -109,8 +112,10 @@ env_make_venv() {
       ! "$ENV_VENV/bin/python" -m ensurepip >/dev/null 2>&1
   }; then
     base=$(env_base_python) || return 1
-    [[ ! -e $ENV_VENV ]] || clear=(--clear)
-    if ! reason=$("$base" -m venv "${clear[@]}" "$ENV_VENV" 2>&1); then
+    # The note stays, so that what is killed here is known for ours.
+    mkdir -p -- "$ENV_VENV" && printf 'incomplete\n' >"$ENV_NOTE" || return 1
+    find "$ENV_VENV/" -mindepth 1 ! -name "${ENV_NOTE##*/}" -delete || return 1
+    if ! reason=$("$base" -m venv "$ENV_VENV" 2>&1); then
       env_say "$base could not make .venv (${reason##*$'\n'}); install its venv module (Debian: \
 apt install python3-venv), or set PYTHON to an interpreter that has the packages"
       return 1
@@ -127,6 +132,17 @@ network or pip's index and start again, or set PYTHON to an interpreter that has
   printf '%s %s\n' "$need" "$checksum" >"$ENV_NOTE"
 }
 
+# env_check_owner: fails when .venv does not bear our note, and so is the user's: such a one is used
+# where it is complete, and never changed.
+env_check_owner() {
+  [[ -z $(env_note) && -e $ENV_VENV ]] || return 0
+  [[ -d $ENV_VENV && -z $(find "$ENV_VENV/" -mindepth 1 -print -quit) ]] && return 0
+  [[ -x $ENV_VENV/bin/python ]] || ENV_LACKING="a working interpreter"
+  env_say "$ENV_VENV was not made by this toolkit, so it is not changed, but it lacks $ENV_LACKING; \
+install that there (.venv/bin/python -m pip install …), move it away, or set PYTHON to another interpreter"
+  return 1
+}
+
 # env_use_venv NEED CHECKSUM REQUIREMENT…: sets PYTHON to a complete .venv. Two launchers started
 # at once take turns: the second finds the work done.
 env_use_venv() {
@@ -137,11 +153,12 @@ PYTHON to an interpreter that has the packages"
       return 1
     fi
     (
-      if command -v flock >/dev/null && ! flock -n 9; then
+      if ! lock_fd 9 "$ENV_ROOT"; then
         env_say "another launcher is setting up .venv; waiting for it"
         flock 9
       fi
       env_venv_is_ready "$@" && exit 0
+      env_check_owner || exit 1
       env_say "$ENV_REASON: setting up $ENV_VENV with pip."
       env_say "Once only, about a minute (longer on a slow network); progress in .venv/pip.log"
       env_make_venv "$1" "$2" || exit 1

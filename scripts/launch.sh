@@ -8,6 +8,9 @@
 
 LAUNCH_ROOT=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/..")
 
+# shellcheck source=scripts/lock.sh disable=SC1091
+source "$LAUNCH_ROOT/scripts/lock.sh"
+
 # die STATUS MESSAGE
 die() {
   printf '%s: %s\n' "${0##*/}" "$2" >&2
@@ -67,11 +70,10 @@ take_port() {
   if (: <"/dev/tcp/127.0.0.1/$1") 2>/dev/null; then
     return 1
   fi
-  # Without a lock folder of our own (or without flock) the look at the port has to do.
+  # Without a lock folder of our own (or without locks) the look at the port has to do.
   mkdir -m 700 -- "$locks" 2>/dev/null || [[ -d $locks && -O $locks && ! -L $locks ]] || return 0
-  command -v flock >/dev/null || return 0
   { exec {lock_fd}>>"$locks/port-$1"; } 2>/dev/null || return 0
-  flock -n "$lock_fd" && return 0
+  lock_fd "$lock_fd" "$locks" && return 0
   exec {lock_fd}>&-
   return 1
 }

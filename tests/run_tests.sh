@@ -2,7 +2,8 @@
 # Everything the continuous integration runs; it sets itself up.
 #
 # Usage, from any folder:
-#   bash tests/run_tests.sh                     linters, types, shell scripts, CPU kernels, tests
+#   bash tests/run_tests.sh                     linters, types, shell scripts, CPU kernels, tests, and
+#                                               whether all that left the tree as it was
 #   bash tests/run_tests.sh [pytest options]    pytest alone: bash tests/run_tests.sh -k scheduler
 #
 # Environment:
@@ -33,6 +34,13 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
 shellcheck=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/shellcheck
 mapfile -d '' -t shell_files < <(find . \( -name .git -o -name .venv \) -prune -o -name '*.sh' -print0)
 
+# Everything in the repository, empty folders too, but for what tools keep for themselves.
+tree() {
+  find . \( -name .git -o -name .venv -o -name __pycache__ -o -name '.*_cache' -o -name '.*_site' \
+    -o -name .hypothesis \) -prune -o -type d -printf '%p/\n' -o -printf '%p %s bytes, of %t\n' | sort
+}
+tree_before=$(tree)
+
 summary=()
 failed=0
 # stage NAME COMMAND…: runs it, and remembers how it went
@@ -53,6 +61,7 @@ stage "shellcheck" "$shellcheck" -S style -x .ci/run "${shell_files[@]}"
 # once, before all workers would wait for it
 stage "CPU kernels" "$PYTHON" -m gptneox.backends.cpu_build
 stage "pytest" "$PYTHON" -m pytest -n "$TEST_WORKERS" --dist worksteal
+stage "tree" diff <(printf '%s\n' "$tree_before") <(tree)
 
 printf '\n'
 printf '%s\n' "${summary[@]}"

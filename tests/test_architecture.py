@@ -23,7 +23,7 @@ COLUMNS = (
     {"model", "checkpoint", "cut"},
     {"layers", "quantization", "kv_cache", "weight_files"},
     {"backends", "parallel"},
-    {"config"},
+    {"config", "files"},
     {"file_faults"},
 )
 WITHOUT_TORCH = ("engine/sequence.py", "engine/block_manager.py", "engine/scheduler.py")

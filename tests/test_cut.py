@@ -7,6 +7,7 @@ query_key_value, dense_h_to_4h and embed_out, columns of dense and dense_4h_to_h
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +36,19 @@ from torch import Tensor
 import cut_model_util
 from gptneox.backends.base import Backend, Memory
 from gptneox.checkpoint import (
+    PART_FILE,
     CheckpointError,
     cut_dimension,
     full_shapes,
     load_model,
     part_shape,
+    rank_directory,
     rank_slice,
     read_manifest,
 )
 from gptneox.config import ConfigError, ModelConfig
 from gptneox.cut import cut_checkpoint, describe_mismatch, merge_checkpoint
+from gptneox.files import UNFINISHED
 from gptneox.layers import Linear
 from gptneox.model import GPTNeoX
 from gptneox.parallel import TensorParallelGroup
@@ -501,9 +506,290 @@ def test_command_line(source: Path, tmp_path: Path, capsys) -> None:
     assert "successfully joined" in capsys.readouterr().out
     assert cut_model_util.main(merge) == 1
     assert cut_model_util.main([*merge, "--recut"]) == 0
+    for empty in ("--input_path", "--output_path"):
+        with pytest.raises(SystemExit):
+            cut_model_util.main([*cut, "--recut", empty, ""])
+        assert f"argument {empty}: it is empty" in capsys.readouterr().err
     with pytest.raises(SystemExit) as usage:
         cut_model_util.main(["--input_path", str(source)])
     assert usage.value.code == 2
+
+
+# -- what is never replaced ----------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Everything below a folder: bytes of files, targets of links, names of folders."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        what = path.readlink() if path.is_symlink() else path.is_file() and path.read_bytes()
+        found[str(path.relative_to(folder))] = what
+    return found
+
+
+def a_foreign_manifest(path: Path) -> None:
+    (path / "manifest.json").write_text('{"name": "web app", "version": "1"}')
+    (path / "index.html").write_text("<p>")
+
+
+def the_tmp_of_somebody(path: Path) -> None:
+    path.rmdir()
+    for suffix in (".tmp", ".old"):
+        path.with_name(path.name + suffix).mkdir()
+        (path.with_name(path.name + suffix) / "thesis.tex").write_text("years of work")
+
+
+def notes_in_a_cut(path: Path) -> None:
+    cut_checkpoint(path.parent / "model", path, 2)
+    (path / "0" / "notes.txt").write_text("which beam width was best")
+
+
+def a_folder_in_a_cut(path: Path) -> None:
+    cut_checkpoint(path.parent / "model", path, 2)
+    (path / "lora").mkdir()
+
+
+def a_joined_checkpoint(path: Path) -> None:
+    cut_checkpoint(path.parent / "model", path.parent / "its parts", 2)
+    merge_checkpoint(path.parent / "its parts", path)
+
+
+def half_a_cut_of_another_tool(path: Path) -> None:
+    (path / "0").mkdir()
+    (path / "0" / "pytorch_model.bin").write_bytes(b"weights")
+
+
+def a_checkpoint(path: Path) -> None:
+    path.rmdir()
+    write(path, random_tensors(CONFIG, torch.float32), CONFIG)
+
+
+FOREIGN: dict[str, Callable[[Path], Any]] = {
+    "a file in it": lambda path: (path / "thesis.tex").write_text("years of work"),
+    "a hidden folder in it": lambda path: (path / ".git").mkdir(),
+    "an empty folder in it": lambda path: (path / "0").mkdir(),
+    "a link in it": lambda path: (path / "0").symlink_to(path.parent / "model"),
+    "a dangling link in it": lambda path: (path / "manifest.json").symlink_to("nowhere"),
+    "another checkpoint": a_checkpoint,
+    "another tool's cut": half_a_cut_of_another_tool,
+    "another manifest": a_foreign_manifest,
+    "a joined checkpoint": a_joined_checkpoint,
+    "notes in a part": notes_in_a_cut,
+    "a folder in a cut": a_folder_in_a_cut,
+    "a file": lambda path: (path.rmdir(), path.write_text("years of work")),
+}
+
+
+@pytest.mark.parametrize("recut", [False, True])
+@pytest.mark.parametrize("what", FOREIGN)
+def test_what_is_not_ours_is_never_replaced(
+    what: str, recut: bool, source: Path, tmp_path: Path, capsys
+) -> None:
+    """With --recut or without, nothing changes, and --recut is not recommended."""
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    FOREIGN[what](parts)
+    before = contents(tmp_path)
+    argv = ["--input_path", str(source), "--output_path", str(parts), *["--recut"] * recut]
+    assert cut_model_util.main(argv) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {parts} ")
+    assert "name a" in error
+    assert "--recut" not in error
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("recut", [False, True])
+@pytest.mark.parametrize("what", [*FOREIGN, "a cut"])
+def test_joining_replaces_nothing_but_its_own(
+    what: str, recut: bool, source: Path, tmp_path: Path
+) -> None:
+    joined, parts = tmp_path / "joined", tmp_path / "parts"
+    if what == "a cut":
+        cut_checkpoint(source, joined, 2)
+    elif what == "a joined checkpoint":
+        a_joined_checkpoint(joined)
+        (joined / "model.safetensors").unlink()
+        merge_again = load_file(source / sorted(p.name for p in source.glob("*.safetensors"))[0])
+        save_file(merge_again, joined / "model.safetensors")  # trained on, and saved by others
+    else:
+        joined.mkdir()
+        FOREIGN[what](joined)
+    cut_checkpoint(source, parts, 2)
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=r"never replaced|did not write|is a file"):
+        merge_checkpoint(parts, joined, recut=recut)
+    assert contents(tmp_path) == before
+
+
+def test_files_beside_a_joined_checkpoint_are_kept(source: Path, tmp_path: Path) -> None:
+    joined = tmp_path / "joined"
+    a_joined_checkpoint(joined)
+    (joined / "eval.csv").write_text("1")
+    with pytest.raises(FileExistsError, match=r"also holds eval\.csv, which .* move"):
+        merge_checkpoint(tmp_path / "its parts", joined, recut=True)
+    (joined / "eval.csv").unlink()
+    with pytest.raises(FileExistsError, match="exists; --recut replaces it"):
+        merge_checkpoint(tmp_path / "its parts", joined)
+    merge_checkpoint(tmp_path / "its parts", joined, recut=True)
+    # what is joined can be cut again, and is the same checkpoint
+    cut_checkpoint(joined, tmp_path / "again", 2)
+    again, first = (load_file(tmp_path / n / "1" / PART_FILE) for n in ("again", "its parts"))
+    assert_same_bits(again, first)
+
+
+def test_siblings_are_left_alone(source: Path, tmp_path: Path) -> None:
+    """parts.tmp and parts.old are somebody's folders, whatever earlier versions called so."""
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    the_tmp_of_somebody(parts)
+    before = contents(tmp_path)
+    cut_checkpoint(source, parts, 2)
+    cut_checkpoint(source, parts, 4, recut=True)
+    assert read_manifest(parts).world_size == 4
+    shutil.rmtree(parts)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("recut", [False, True])
+@pytest.mark.parametrize(
+    "output",
+    ["model", ".", "model/..", "link", "link to all", "model/../model/", "/", "joined files"],
+)
+def test_input_and_output_are_apart(
+    output: str, recut: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also through links, and where the weights alone are links into the output."""
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "link to all").symlink_to(tmp_path)
+    if output == "joined files":
+        target = tmp_path / output
+        target.mkdir()
+        for file in source.glob("*.safetensors"):
+            file.rename(target / file.name)
+            file.symlink_to(target / file.name)
+    monkeypatch.chdir(tmp_path)
+    before = contents(source)
+    with pytest.raises(ValueError, match=r"is or contains .*, which is read; name another folder"):
+        cut_checkpoint(source, Path(output), 2, recut=recut)
+    cut_checkpoint(source, source / "part_model", 2)
+    for parts in (source / "part_model", tmp_path / "link" / "part_model"):
+        if output != "joined files":
+            with pytest.raises(ValueError, match="is read"):
+                merge_checkpoint(parts, Path(output), recut=recut)
+        for inside in ("part_model", "part_model/0", "part_model/joined"):
+            with pytest.raises(ValueError, match="is read"):
+                merge_checkpoint(parts, source / inside, recut=recut)
+    shutil.rmtree(source / "part_model")
+    assert contents(source) == before
+
+
+@pytest.mark.parametrize("form", ["empty", "link", "link with a cut", "dangling link"])
+def test_an_empty_folder_is_used_and_a_link_written_through(
+    form: str, source: Path, tmp_path: Path
+) -> None:
+    parts, disk = source / "part_model", tmp_path / "big disk"
+    if form == "empty":
+        parts.mkdir(mode=0o750)
+    else:
+        parts.symlink_to(disk)
+    if form in ("link", "link with a cut"):
+        disk.mkdir(mode=0o750)
+    before = parts.stat() if parts.exists() else None
+    if form != "link with a cut":  # no parts, so the whole weights are run
+        assert rank_directory(source, TensorParallelGroup(0, 2), prefer_parts=True) == source
+    if form == "link with a cut":
+        cut_checkpoint(source, disk, 4)
+    manifest = cut_checkpoint(source, parts, 2, recut=form == "link with a cut")
+    assert read_manifest(parts) == manifest
+    assert sorted(p.name for p in parts.iterdir()) == ["0", "1", "manifest.json"]
+    assert parts.is_symlink() == (form != "empty")
+    assert rank_directory(source, TensorParallelGroup(1, 2), prefer_parts=True) == parts / "1"
+    if before:  # as a mounted disk, which cannot be renamed
+        assert parts.stat().st_ino == before.st_ino
+        assert parts.stat().st_mode == before.st_mode
+
+
+def test_a_cut_of_an_older_version_is_known(source: Path, tmp_path: Path) -> None:
+    """Its manifest does not list the files."""
+    parts = tmp_path / "parts"
+    cut_checkpoint(source, parts, 4)
+    manifest = json.loads((parts / "manifest.json").read_text(encoding="utf-8"))
+    assert "0/model.safetensors" in manifest.pop("files")
+    (parts / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert describe_mismatch(parts, source, 4) == ""
+    (parts / "0" / "plot.png").touch()
+    with pytest.raises(FileExistsError, match=r"also holds 0/plot\.png"):
+        cut_checkpoint(source, parts, 2, recut=True)
+    (parts / "0" / "plot.png").unlink()
+    cut_checkpoint(source, parts, 2, recut=True)
+    assert describe_mismatch(parts, source, 2) == ""
+
+
+@pytest.mark.parametrize("num_moved", range(8))
+def test_killed_while_files_are_moved(
+    num_moved: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next run knows what is ours by the list, also without --recut; notes stop it."""
+    parts = tmp_path / "parts"
+    cut_checkpoint(source, parts, 2)
+    rename, moved = Path.rename, []
+
+    def limited(self: Path, target: Path) -> Path:
+        if len(moved) == num_moved:
+            raise KeyboardInterrupt
+        moved.append(self)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", limited)
+    if num_moved < 6:  # three move out, three move in
+        with pytest.raises(KeyboardInterrupt):
+            cut_checkpoint(source, parts, 2, recut=True)
+        with pytest.raises(CheckpointError) if num_moved else nullcontext():
+            read_manifest(parts)
+        monkeypatch.undo()
+        (parts / "notes.txt").touch()
+        with pytest.raises(FileExistsError, match=r"also holds notes\.txt"):
+            cut_checkpoint(source, parts, 2, recut=True)
+        (parts / "notes.txt").unlink()
+    cut_checkpoint(source, parts, 2, recut=num_moved in (0, 6, 7))
+    assert describe_mismatch(parts, source, 2) == ""
+    assert sorted(p.name for p in parts.iterdir()) == ["0", "1", "manifest.json"]
+
+
+def test_ctrl_c_leaves_nothing(source: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copyfile", interrupt)
+    argv = ["--input_path", str(source), "--output_path", str(tmp_path / "parts")]
+    assert cut_model_util.main(argv) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert_nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize("output", ["file/parts", "loop"])
+def test_a_folder_that_cannot_be_made(output: str, source: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    argv = ["--input_path", str(source), "--output_path", str(tmp_path / output)]
+    assert cut_model_util.main(argv) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf"error: .*/{output} cannot be written: .*; name another folder\n", error)
+
+
+def test_without_file_locks_it_is_said_and_done(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    """A network file system without flock is not another process."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    cut_checkpoint(source, tmp_path / "parts", 2)
+    assert describe_mismatch(tmp_path / "parts", source, 2) == ""
+    assert [r.getMessage() for r in caplog.records if "no file locks" in r.getMessage()]
 
 
 # -- is it complete, and of this model -----------------------------------------------------------
@@ -563,7 +849,7 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], None], str]] = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_cut_is_refused(name: str, parts: Path, source: Path, tmp_path: Path, capsys):
-    """T3: by the loader, by --merge and by the launchers' check, and --recut repairs it."""
+    """T3: by the loader, by --merge and by the launchers' check; --recut repairs what it knows."""
     damage, named = DAMAGES[name]
     damage(parts, source)
     with pytest.raises(CheckpointError, match=re.escape(named)):
@@ -573,10 +859,15 @@ def test_a_damaged_cut_is_refused(name: str, parts: Path, source: Path, tmp_path
         merge_checkpoint(parts, tmp_path / "joined")
     assert not (tmp_path / "joined").exists()
     arguments = ["--input_path", str(source), "--output_path", str(parts), "--world_size", "2"]
-    assert cut_model_util.main([*arguments, "--check"]) == 3
-    assert named in capsys.readouterr().out
-    assert cut_model_util.main([*arguments, "--recut"]) == 0
-    assert describe_mismatch(parts, source, 2) == ""
+    is_known = "manifest" not in name
+    assert cut_model_util.main([*arguments, "--check"]) == (3 if is_known else 1)
+    assert (named if is_known else "never replaced") in capsys.readouterr().out
+    before = contents(parts)
+    assert cut_model_util.main([*arguments, "--recut"]) == (0 if is_known else 1)
+    if is_known:
+        assert describe_mismatch(parts, source, 2) == ""
+    else:
+        assert contents(parts) == before
 
 
 def test_a_cut_of_another_model_is_noticed(parts: Path, source: Path) -> None:
@@ -634,7 +925,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_a_killed_cut_is_never_taken_for_complete(stage: str, tmp_path: Path) -> None:
     """T2: SIGKILL, then again; the second result is that of a cut that was left alone."""
     source, _ = write_large(tmp_path / "model", num_layers=4)
-    parts, temporary = tmp_path / "parts", tmp_path / "parts.tmp"
+    parts = tmp_path / "parts"
+    temporary = parts / UNFINISHED / "new"
     wanted = temporary if stage == "hashing" else temporary / "1" / "model.safetensors"
     process = ranks.start_process(cut_checkpoint, source, parts, 2)
     end = time.monotonic() + 60
@@ -646,10 +938,10 @@ def test_a_killed_cut_is_never_taken_for_complete(stage: str, tmp_path: Path) ->
     process.join()
     assert process.exitcode < 0, "it finished before it could be killed"
     assert temporary.exists(), "the kill came too late to test anything"
-    assert not parts.exists()
-    assert "no complete cut" in describe_mismatch(temporary, source, 2)
-    with pytest.raises(CheckpointError, match="no complete cut"):
-        merge_checkpoint(temporary, tmp_path / "joined")
+    for folder in (parts, temporary):
+        assert "no complete cut" in describe_mismatch(folder, source, 2)
+        with pytest.raises(CheckpointError, match="no complete cut"):
+            merge_checkpoint(folder, tmp_path / "joined")
 
     cut_checkpoint(source, parts, 2)
     cut_checkpoint(source, tmp_path / "left alone", 2)
@@ -659,9 +951,9 @@ def test_a_killed_cut_is_never_taken_for_complete(stage: str, tmp_path: Path) ->
 
 def test_two_cuts_at_once(source: Path, tmp_path: Path) -> None:
     """The second steps back and leaves the first one's files alone."""
-    half = tmp_path / "parts.tmp" / "0" / "half"
+    half = tmp_path / "parts" / UNFINISHED / "new" / "0" / "half"
     half.mkdir(parents=True)
-    with (tmp_path / ".parts.lock").open("w") as lock:
+    with (tmp_path / "parts" / UNFINISHED / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(RuntimeError, match=r"another process is writing .*parts; wait"):
             cut_checkpoint(source, tmp_path / "parts", 2)

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from test_scripts import REPO, STUB_STATUS, clean_environment, recording_stub, write_program
 
+from gptneox.files import UNFINISHED
+
 SCRIPT = REPO / "cut_model_and_run.sh"
 CUT = "The gpt-neox-20b part model is not exists, Now begin to cut ..."
 RUN = f"{'*' * 22}The gpt-neox-20b part model exists, Now begin to run ...{'*' * 22}"
@@ -66,7 +68,9 @@ def python_stub(folder: Path) -> Path:
         "if [[ ${1-} == */cut_model_util.py ]]; then\n"
         '  printf "%s\\0" "${@:2}" "" >>"$CUTS"\n'
         '  printf "%s" "${CUT_SAYS-}"\n'
-        '  if [[ ${CUT_STATUS-0} == 0 && " $* " != *" --check "* ]]; then mkdir -p "$5"; fi\n'
+        '  if [[ ${CUT_STATUS-0} == 0 && " $* " != *" --check "* ]]; then\n'
+        '    mkdir -p "$5" && touch "$5/manifest.json"\n'
+        "  fi\n"
         '  exit "${CUT_STATUS-0}"\n'
         "fi\n"
         f'exec {shlex.quote(str(recorder))} "$@"',
@@ -143,6 +147,7 @@ def cut_arguments(model: Path, *more: str, world_size: int = 2, parts: Path | No
 
 def with_parts(model: Path) -> Path:
     (model / "part_model").mkdir()
+    (model / "part_model" / "manifest.json").touch()
     return model
 
 
@@ -204,6 +209,28 @@ def test_a_cut_that_does_not_fit_is_never_run(
     silent = start(*task, CUT_STATUS="1")
     assert (silent.program, silent.status) == ("", 1)
     assert f"{model}/part_model cannot be checked" in silent.err
+    foreign = start(*task, CUT_STATUS="1", CUT_SAYS="it is somebody's folder")
+    assert foreign.err == "cut_model_and_run.sh: it is somebody's folder\n"
+
+
+@pytest.mark.parametrize("left", ["an empty folder", "an interrupted cut", "an empty disk"])
+def test_where_nothing_is_yet_a_cut_is_made(
+    left: str, start: Callable[..., Run], model: Path, tmp_path: Path
+) -> None:
+    parts = model / "part_model"
+    if left == "an empty disk":
+        (tmp_path / "-a disk").mkdir()
+        parts.symlink_to(tmp_path / "-a disk")
+    else:
+        parts.mkdir()
+    if left == "an interrupted cut":
+        (parts / UNFINISHED / "new" / "0").mkdir(parents=True)
+    call = start("inference")
+    assert call.cuts == [cut_arguments(model)]
+    assert call.out.splitlines() == [CUT, RUN]
+    assert call.option("--model_path") == str(model)
+    (parts / "notes.txt").touch()
+    assert start("inference").cuts == [cut_arguments(model, "--check")]
 
 
 def test_recut(start: Callable[..., Run], model: Path) -> None:
@@ -388,7 +415,8 @@ def test_config_ini_says_what_and_how_many(start: Callable[..., Run], checkout: 
 def test_without_config_ini_the_embedded_checkpoint(
     start: Callable[..., Run], checkout: Path
 ) -> None:
-    call = start(script=checkout / "cut_model_and_run.sh", input_dir=None)
+    # a cut that fails leaves nothing beside the weights of the repository
+    call = start(script=checkout / "cut_model_and_run.sh", input_dir=None, CUT_STATUS="5")
     embedded = REPO / "weights" / "neox-mini"
     if embedded.is_dir():
         assert call.cuts == [cut_arguments(embedded, parts=embedded / "part_model")] or (

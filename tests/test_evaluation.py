@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -553,7 +556,7 @@ def test_stale_cache_is_refused(
         run(work, other, **change)
     reason = str(caught.value).split("different are: ")[1]
     assert field in reason.replace("data,", "data ,").replace(";", " ").split()
-    assert "delete" in reason
+    assert reason.endswith("test_result away, or set another work_dir")
     assert "work_dir" in reason
     assert {name: (folder / name).read_bytes() for name in RESULTS} == before
 
@@ -581,6 +584,35 @@ def test_one_run_at_a_time(work: Path, model: Path) -> None:
         run(work, model)
     books.close()
     run(work, model)
+
+
+@pytest.mark.parametrize("name", ["cache0.csv", "cache0.json", "result_0_subject_acc.json"])
+def test_results_that_cannot_be_written_are_found_first(
+    name: str, work: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (work / "test_result" / name).mkdir(parents=True)
+    with caplog.at_level("INFO"), pytest.raises(OSError, match=rf"{name} cannot be written: .*"):
+        run(work, model)
+    assert "loaded" not in caplog.text
+
+
+def test_the_accuracy_is_shown_when_the_writing_fails(
+    work: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a disk that has become full meanwhile; the answers are kept for another try."""
+    write = precision.write_file
+
+    def full(path: Path, content: str) -> None:
+        if path.name.startswith("result_"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, content)
+
+    monkeypatch.setattr(precision, "write_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(work, model)
+    assert re.search(r"^total +2 +12 +0\.1667$", capsys.readouterr().out, re.MULTILINE)
+    monkeypatch.undo()
+    assert result(run(work, model))["Avg"] == pytest.approx(2 / 12)
 
 
 @pytest.mark.parametrize("attention", ["paged", "flash"])

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -35,7 +37,8 @@ from transformers import GPTNeoXForCausalLM
 
 from gptneox.config import EngineSection
 from gptneox.engine.llm_engine import EngineStats, RequestOutput, StepStats
-from gptneox.inference import BENCHMARK_COLUMNS, replace_file, write_benchmark
+from gptneox.evaluation import report
+from gptneox.inference import BENCHMARK_COLUMNS, write_benchmark
 from gptneox.prompts import Prompt
 
 # What the model says: after each letter the next one, then end-of-text.
@@ -255,28 +258,109 @@ def test_prompts_that_look_like_paths(
     cli(*paged(chain, "--input_texts", texts[3])).assert_failed(1, "5002 tokens", "2048")
 
 
-def test_output_file_is_whole_or_not_there(tmp_path: Path) -> None:
-    """Readers see the old content or the new one, never a part."""
-    path, stop, seen = tmp_path / "out.jsonl", threading.Event(), set()
-    path.write_text("0" * 300_000)
+@pytest.mark.parametrize("path", ["paged", "flash"])
+def test_an_output_file_that_cannot_be_written_is_found_first(
+    path: str, cli: Callable[..., Result], chain: Path, tmp_path: Path
+) -> None:
+    """Before the weights are read, and with nothing left behind."""
+    (tmp_path / "folder").mkdir()
+    argv = ("--attention", path, "--model_path", str(chain), "--input_texts", "1")
+    for name, reason in (("folder", "folder"), ("/proc/out", "cannot be written")):
+        result = cli(*argv, "--output_file", name)
+        result.assert_failed(1, name, reason, "name another one")
+        assert "loaded" not in result.err
+    assert names(tmp_path) == ["folder"]
 
-    def read() -> None:
-        while not stop.is_set():
-            text = path.read_text()
-            seen.add((len(text), text[:1] == text[-1:]))
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    for i in range(40):
-        replace_file(path, str(i % 10) * 300_000)
-    stop.set()
-    reader.join()
-    assert seen == {(300_000, True)}
-    assert names(tmp_path) == ["out.jsonl"]
-    with pytest.raises(UnicodeEncodeError):
-        replace_file(path, "\ud800")
-    assert path.read_text()[:1] == "9"
-    assert names(tmp_path) == ["out.jsonl"]
+@pytest.mark.parametrize("path", ["paged", "flash"])
+def test_a_terminal_that_cannot_encode_an_answer(
+    path: str, cli: Callable[..., Result], chain: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """It is shown with escapes; the other answers and the file are complete."""
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    texts = ("--input_texts", "!", "日1", "--max_output_length", "6", "--output_file", "out.jsonl")
+    cli("--attention", path, "--model_path", str(chain), *texts)
+    shown = screen.buffer.getvalue().decode("ascii")
+    assert r"\U0001f44d." in shown
+    assert r"Question[1]: \u65e51" in shown
+    assert "Answer[1]: 234567" in shown
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [record["text"] for record in records] == ["👍.", "234567"]
+
+
+@pytest.mark.parametrize("with_file", [True, False])
+@pytest.mark.parametrize("path", ["paged", "flash"])
+def test_the_reader_of_the_output_has_gone(
+    path: str, with_file: bool, cli: Callable[..., Result], chain: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """As in `| head -1`: no traceback; a file still gets every answer."""
+
+    reading, writing = os.pipe()
+    os.close(reading)
+    broken = os.fdopen(writing, "w")
+    monkeypatch.setattr(sys, "stdout", broken)
+    argv = ("--input_texts", "1", "2", *("--output_file", "out.jsonl") * with_file)
+    result = cli("--attention", path, "--model_path", str(chain), *argv)
+    with contextlib.suppress(BrokenPipeError):
+        broken.close()
+    assert result.status == 1
+    assert "Traceback" not in result.err
+    if with_file:
+        records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        assert [record["text"] for record in records] == ["23456789", "3456789"]
+    assert names(tmp_path) == ["out.jsonl"] * with_file
+
+
+def test_a_full_disk_behind_the_output(chain: Path, tmp_path: Path) -> None:
+    """One line and status 1; not Python's own words at its end, and 120."""
+    argv = [sys.executable, MAIN, "--task", "compare", "--against", "a.csv", "--with", "b.csv"]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for name in ("a.csv", "b.csv"):
+        row = "1,8,4,1.0,1.0,1.0,0,0\n"
+        (tmp_path / name).write_text(",".join(report.COLUMNS) + f"\n{row}")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            argv, cwd=tmp_path, env=env, stdout=full, stderr=-1, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == "error: standard output cannot be written: No space left on device\n"
+
+
+def test_a_closed_output_is_refused_before_the_work(
+    cli: Callable[..., Result], chain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # what Python makes of `>&-`
+    result = cli(*paged(chain, "--input_texts", "1"))
+    result.assert_failed(2, "standard output is closed; send it to a file or to /dev/null")
+    assert "loaded" not in result.err
+
+
+def test_a_log_folder_that_cannot_be_made(
+    cli: Callable[..., Result], chain: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "log.ini").write_text("[model]\nlog_dir = file/logs\n")
+    result = cli(*paged(chain, "--config", "log.ini", "--input_texts", "1"))
+    result.assert_failed(2, "log_dir file/logs", "Not a directory", "name another folder")
+
+
+@pytest.mark.parametrize("path", ["", "new.csv", "/proc/rows.csv", "folder"])
+def test_where_a_benchmark_goes(
+    path: str, cli: Callable[..., Result], chain: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """A file of the user's is replaced whole, the default one takes a row of each run."""
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setenv("ATB_LLM_BENCHMARK_ENABLE", "1")
+    monkeypatch.setenv("ATB_LLM_BENCHMARK_FILEPATH", path)
+    argv = paged(chain, "--input_texts", "1", "--max_output_length", "2")
+    if path.startswith("/") or path == "folder":
+        cli(*argv).assert_failed(1, path, "cannot be written")
+        return
+    for count in (1, 2):
+        assert cli(*argv).status == 0
+        found = rows(tmp_path / (path or "benchmark_result/benchmark.csv"))
+        assert len(found) == (1 if path else count)
 
 
 # -- what is refused -----------------------------------------------------------------------------

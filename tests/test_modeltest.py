@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import importlib.util
 import json
 import logging
@@ -551,6 +552,28 @@ def test_answers_of_single_prompts_on_a_log(task: Callable[..., Run]) -> None:
     assert (row["Question"], row["Out_seq"]) == ("the cat", "4")
     assert f"Answer[0]: {row['Answer']}" in done.out
     assert len(list((done.outputs / "logs").glob("precision_single_*.log"))) == 1
+
+
+def test_outputs_that_cannot_be_written_are_found_first(task: Callable[..., Run]) -> None:
+    done = task(f"pa_fp16 performance [[16,4]] 1 {MODEL} W 1", MODELTEST_OUTPUT_DIR="/proc/out")
+    assert (done.status, done.out) == (1, "")
+    assert "result file /proc/out/results" in done.err
+    assert "loaded" not in done.err
+
+
+def test_speeds_are_shown_when_the_writing_fails(
+    task: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk that has become full meanwhile."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("gptneox.evaluation.modeltest.write_file", full)
+    done = task(f"pa_fp16 performance [[16,4]] 1 {MODEL} W 1")
+    assert done.status == 1
+    assert "mean next tok/s" in done.out
+    assert "result.csv: [Errno 28] No space left on device" in done.err
 
 
 def test_main_alone_cannot_have_two_chips(task: Callable[..., Run]) -> None:

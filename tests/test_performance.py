@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import csv
+import errno
 import functools
 import importlib.util
 import json
 import logging
 import os
+import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -350,7 +353,7 @@ def test_normal_mode_writes_its_files(
     argv = ("--task", "performance", "--model_path", checkpoint, "--attention", path)
     done = cli(*argv, case_pair="[[16,8],[32,4]]", batch_size=2, model_name="tiny")
     assert done.status == 0, done.err
-    device = select("cpu").describe().replace(" ", "_").replace("/", "_")
+    device = re.sub(r"[^\w.-]+", "_", select("cpu").describe())
     file = tmp_path / f"performance_test_npu_tiny_{device}_bs2.csv"
     assert file.read_text().splitlines()[0] == HEADER == ",".join(COLUMNS)
     rows = rows_of(file)
@@ -529,6 +532,102 @@ def test_results_are_read_back(
     (tmp_path / "b.json").write_text(json.dumps(broken))
     with pytest.raises(ConfigError, match=r"b\.json.*next_ms"):
         read_result(tmp_path / "b.json")
+
+
+# -- where the results go ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measure(cli: Callable[..., Result], checkpoint: Path) -> Callable[..., Result]:
+    """--task performance with one short case; keywords are keys of [performance]."""
+    argv = ("--task", "performance", "--model_path", checkpoint, "--attention", "paged")
+    return functools.partial(cli, *argv, case_pair="[[8,2]]")
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.suffix not in (".png", ".ini"))
+
+
+def test_a_name_of_a_model_is_no_path(measure: Callable[..., Result], tmp_path: Path) -> None:
+    done = measure(model_name="EleutherAI/pythia (R)")
+    assert done.status == 0, done.err
+    assert len(files_of(tmp_path)) == 2
+    for name in files_of(tmp_path):
+        assert re.fullmatch(
+            r"performance_test_npu_EleutherAI_pythia_R_[\w.-]+_bs1\.(csv|json)", name
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.csv", "a.json"),
+        ("A.CSV", "A.json"),
+        ("sub/out", "sub/out.json"),
+        ("pythia-2.8b", "pythia-2.8b.json"),  # .8b is no suffix: pythia-2.7b keeps its own
+        ("out.json", "out.json.json"),
+    ],
+)
+def test_the_json_lies_beside_the_csv(
+    name: str, data: str, measure: Callable[..., Result], tmp_path: Path
+) -> None:
+    done = measure(save_file_name=name)
+    assert done.status == 0, done.err
+    assert rows_of(tmp_path / name)[0]["batch_size"] == "1"
+    assert json.loads((tmp_path / data).read_text())["format"] == report.FORMAT
+    assert read_result(tmp_path / data)["cases"]
+    assert measure(save_file_name=name).status == 0, "its own files are replaced"
+
+
+def test_a_json_that_is_no_result_is_kept(measure: Callable[..., Result], tmp_path: Path) -> None:
+    """save_file_name config.csv in a model's folder must not cost the model its config.json."""
+    for content in ('{"model_type": "gpt_neox"}', "[1]", "not JSON"):
+        (tmp_path / "config.json").write_text(content)
+        done = measure(save_file_name="config.csv")
+        assert (done.status, done.out) == (1, "")
+        assert "would replace config.json, which is no result" in done.err
+        assert "loaded" not in done.err
+        assert (tmp_path / "config.json").read_text() == content
+        assert files_of(tmp_path) == ["config.json"]
+
+
+def test_a_pipe_takes_the_csv_alone(measure: Callable[..., Result], tmp_path: Path) -> None:
+    path, seen = tmp_path / "pipe", []
+    os.mkfifo(path)
+    reader = threading.Thread(target=lambda: seen.append(path.read_text()))
+    reader.start()
+    done = measure(save_file_name="pipe")
+    reader.join()
+    assert done.status == 0, done.err
+    assert seen[0].splitlines()[0] == HEADER
+    assert done.out.splitlines()[-1] == "files: pipe"
+    assert files_of(tmp_path) == ["pipe"]
+
+
+@pytest.mark.parametrize("name", ["/proc/x.csv", ".", "test.ini/x.csv"])
+def test_a_result_that_cannot_be_written_is_found_first(
+    name: str, measure: Callable[..., Result], tmp_path: Path
+) -> None:
+    done = measure(save_file_name=name)
+    assert (done.status, done.out) == (1, "")
+    assert f"result file {name} cannot be written" in done.err
+    assert "loaded" not in done.err
+    assert files_of(tmp_path) == []
+
+
+def test_what_was_measured_is_shown_when_the_writing_fails(
+    measure: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk that has become full meanwhile."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(report, "write_file", full)
+    done = measure(save_file_name="a.csv")
+    assert done.status == 1
+    assert "decode tok/s" in done.out
+    assert "No space left on device" in done.err
 
 
 # -- plots ---------------------------------------------------------------------------------------

@@ -440,6 +440,7 @@ class Checkout:
         (root / "scripts").mkdir(parents=True)
         for name in ["scripts/env.sh", "constraints.txt", "pyproject.toml"]:
             shutil.copy(REPO / name, root / name)
+        shutil.copy(REPO / "scripts" / "lock.sh", root / "scripts")
         self.real = shlex.quote(sys.executable)
         venv, made = shlex.quote(str(root / ".venv")), shlex.quote(str(root / "made"))
         write_program(
@@ -513,7 +514,6 @@ def test_an_environment_is_made_once(checkout: Checkout, there_is: str) -> None:
         left_over.touch()
         checkout.note.write_text("incomplete\n")
     if there_is == "a broken one":
-        checkout.note.unlink()
         (checkout.root / ".venv" / "bin" / "python").unlink()
     done = checkout.source()
     assert done.returncode == 0, done.stderr
@@ -526,6 +526,82 @@ def test_an_environment_is_made_once(checkout: Checkout, there_is: str) -> None:
 
     assert checkout.source().stderr == ""
     assert len(checkout.pip_calls.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("there_is", ["an unfinished one", "a broken one", "files", "a file"])
+def test_an_environment_of_the_user_is_never_changed(checkout: Checkout, there_is: str) -> None:
+    """Neither emptied nor filled: their versions are theirs."""
+    venv = checkout.root / ".venv"
+    if there_is == "a file":
+        checkout.set_made()
+        venv.write_text("see ~/envs\n")
+    else:
+        checkout.add_venv(options="-S")
+        (venv / "notes.txt").write_text("mine")
+        if there_is != "an unfinished one":
+            (venv / "bin" / "python").unlink()
+        if there_is == "files":
+            (venv / "bin").rmdir()
+    before = sorted(venv.rglob("*"))
+    done = checkout.source()
+    assert (done.stdout, done.returncode) == ("", 1)
+    lacking = r"torch>=\S+ .*" if there_is == "an unfinished one" else "a working interpreter"
+    assert re.search(rf"\.venv was not made by .* it lacks {lacking}; install", done.stderr)
+    assert done.stderr.count("\n") == 1
+    assert not checkout.pip_calls.read_text()
+    assert sorted(venv.rglob("*")) == before
+    assert not checkout.note.exists()
+
+
+def test_an_empty_folder_becomes_the_environment(checkout: Checkout) -> None:
+    checkout.set_made()
+    (checkout.root / ".venv").mkdir()
+    assert checkout.source().returncode == 0
+    assert checkout.note.exists()
+
+
+def test_an_environment_that_was_killed_while_it_was_made_is_ours(checkout: Checkout) -> None:
+    """Before pip came to it."""
+    checkout.set_made()
+    python = checkout.root / "bin" / "python3"
+    script = python.read_text()
+    python.write_text(script.replace("rm -rf", "exit 137; rm -rf"))
+    assert checkout.source().returncode == 1
+    (checkout.root / ".venv" / "half").touch()
+    python.write_text(script.replace("rm -rf", "[[ ! -e $4/half ]] || exit 9; rm -rf"))
+    assert checkout.source().returncode == 0
+
+
+# --- locks
+
+
+@pytest.fixture
+def without_locks(tmp_path: Path) -> str:
+    """A PATH whose flock fails as on a network file system without locks."""
+    folder = tmp_path / "no locks"
+    write_program(folder / "flock", 'echo "flock: $2: Function not implemented" >&2; exit 71')
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def test_without_locks_an_environment_is_made(checkout: Checkout, without_locks: str) -> None:
+    """Not waited for in vain: there is no other launcher."""
+    checkout.set_made()
+    path = f"{checkout.root / 'bin'}:{without_locks}"
+    done = checkout.source(PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no file locks in") == 1
+    assert f"{checkout.root} (Function not implemented)" in done.stderr
+    assert "waiting" not in done.stderr
+
+
+def test_without_locks_the_first_port_is_taken(
+    launch, weights: Path, stubs: Path, without_locks: str
+) -> None:
+    call = launch(weights, TP_WORLD_SIZE="2", PATH=f"{stubs}:{without_locks}")
+    assert call.status == STUB_STATUS
+    assert call.stderr.count("no file locks in") == 1
+    assert 20014 <= int(option(call, "--master_port")) <= 20050
+    assert "no file locks" not in launch(weights, TP_WORLD_SIZE="2").stderr
 
 
 def note_of_today(checkout: Checkout) -> str:
@@ -614,3 +690,36 @@ def test_every_requirement_is_pinned() -> None:
         assert f"\n{exact.lower().replace('-', '_')}\n" in pins
     for name in ["torch", "transformers", "safetensors", "sentencepiece", "hypothesis"]:
         assert f"\n{name}==" in pins
+
+
+# --- run_tests.sh
+
+
+@pytest.mark.parametrize("left", ["", "weights/mini/part_model/", "notes.txt", "config.ini"])
+def test_what_the_tests_leave_is_a_failure(left: str, tmp_path: Path) -> None:
+    """Also an empty folder and a changed file, whatever git ignores."""
+    root = tmp_path / "a checkout"
+    shutil.copytree(REPO / "scripts", root / "scripts")
+    (root / "tests").mkdir()
+    for name in ("tests/run_tests.sh", "constraints.txt", "pyproject.toml", "config.ini"):
+        shutil.copy(REPO / name, root / name)
+    (root / "gptneox").symlink_to(REPO / "gptneox")
+    leave = f"mkdir -p {left}" if left.endswith("/") else f"echo >>{left or '/dev/null'}"
+    write_program(tmp_path / "bin" / "shellcheck", "")
+    python = write_program(
+        tmp_path / "bin" / "python",
+        'if [[ ${2-} == *get_path* ]]; then dirname "$0"; exit; fi\n'
+        f'if [[ $1 == -c ]]; then exec {shlex.quote(sys.executable)} "$@"; fi\n'
+        f"if [[ $2 == pytest ]]; then mkdir .pytest_cache; {leave}; fi",
+    )
+    done = subprocess.run(
+        ["bash", root / "tests" / "run_tests.sh"],
+        env=clean_environment() | {"PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == (1 if left else 0), done.stdout + done.stderr
+    verdict = next(line for line in done.stdout.splitlines() if line.startswith("tree "))
+    assert ("FAILED" in verdict) == bool(left)
+    assert f"> ./{left}" in done.stdout or not left

@@ -18,6 +18,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # this toolkit itself
 from benchmark import arguments, engines
 from benchmark.errors import UsageError, WorkerError
 
+from gptneox.files import prepare_streams
+
 REQUIRED = ("torch", "transformers", "safetensors")
 
 
@@ -46,6 +48,7 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         ValueError, OSError, RuntimeError: with a message for the user.
     """
+    prepare_streams()
     args = arguments.parse(argv)
     if missing := [name for name in REQUIRED if importlib.util.find_spec(name) is None]:
         raise UsageError(

@@ -14,6 +14,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -47,6 +48,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # this toolkit itself
+
+from gptneox.files import check_writable
+
 VOCABULARY = 1024
 POSITIONS = 2048
 END_ID = 0
@@ -55,6 +60,15 @@ YES_NO_QUESTIONS = 2000
 SHORT_ROW, LONG_ROW, LAST_ROW = 256, 512, 1024
 LAST_PHASE = 0.6
 WARM_UP = 50
+# What a checkpoint of this tool consists of
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 DECAY = 0.4  # share of the training, at its end, over which the rate falls
 
 DEMO_PROMPTS = (
@@ -420,8 +434,26 @@ def save(model: GPTNeoXForCausalLM, tokenizer: Tokenizer, output: Path) -> None:
     )
     _merge(output / "special_tokens_map.json", bos_token=END, eos_token=END, unk_token=END)
 
-    for path in output.glob("*.*"):
-        path.chmod(0o644)
+    for name in FILES:
+        if (output / name).exists():
+            (output / name).chmod(0o644)
+
+
+def check_output(output: Path, model: GPTNeoXForCausalLM) -> None:
+    """Refuse, before the training, a directory that cannot be written or holds another model.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: its config.json is of another model.
+    """
+    for name in FILES:
+        check_writable(output / name)
+    path = output / "config.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    expected = model.config.to_dict()
+    same = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
+    if found and any(found.get(key) != expected[key] for key in same):
+        raise ValueError(f"{output} holds another model, which would be overwritten; name another")
 
 
 def _merge(path: Path, **values: object) -> None:
@@ -594,6 +626,10 @@ def main() -> None:
             arguments.begin,
             arguments.end,
         )
+        try:
+            check_output(arguments.output, model)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
         train(model, tokenizer, plan, arguments.output)
         evaluation.write_files(arguments.output / "eval")
         print(json.dumps(evaluate(arguments.output), indent=2))

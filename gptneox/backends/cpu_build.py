@@ -8,7 +8,6 @@ another torch, Python, processor or source compiles its own. A failed attempt is
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -26,6 +25,7 @@ from typing import IO
 
 import torch
 
+from gptneox import files
 from gptneox.config import ConfigError, Environment
 
 logger = logging.getLogger(__name__)
@@ -153,11 +153,9 @@ def _compiler(environment: Environment) -> str:
 
 
 def _wait_for(lock: IO[str]) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not files.lock(lock):
         logger.info("another process is compiling the CPU kernels; waiting for it")
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        files.lock(lock, wait=True)
 
 
 def _compile(library: Path, compiler: str, flags: list[str]) -> None:

@@ -36,7 +36,8 @@ from gptneox.evaluation.report import counted, csv_text, say, table
 from gptneox.evaluation.runner import load_runner
 from gptneox.evaluation.scoring import Result, evaluate
 from gptneox.evaluation.timing import Stopwatch, Timing, max_over_ranks, random_prompts
-from gptneox.inference import replace_file, start
+from gptneox.files import check_writable, write_file
+from gptneox.inference import start
 from gptneox.parallel import TensorParallelGroup
 from gptneox.prompts import encode
 
@@ -192,7 +193,7 @@ class ModelTest:
     failures: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Say which dtype computes, and remember how the results are called."""
+        """Say which dtype computes, remember how the results are called, and try their folder."""
         path = rank_directory(
             self.settings.model_path, self.group, prefer_parts=self.plan.attention == "flash"
         )
@@ -201,6 +202,8 @@ class ModelTest:
         self.compute_dtype = str(dtype).removeprefix("torch.")
         self.notes = [notice] if notice else []
         self.paged_or_flash = "fa" if self.plan.attention == "flash" else "pa"
+        if self.group.rank == 0:
+            check_writable(self.folder("results") / "result.csv")
 
     # -- files -----------------------------------------------------------------------------------
 
@@ -228,13 +231,18 @@ class ModelTest:
         """A table in both forms, and beside it what it was measured with; on rank 0."""
         if self.group.rank > 0:
             return
-        folder = self.folder("results")
-        text = csv_text(columns, rows)
-        replace_file(folder / f"{name}_result.csv", text)
-        replace_file(folder / f"{name}_formatted_result.csv", formatted(columns, rows))
-        replace_file(folder / f"{name}_result.txt", self.origin())
-        for form in ("result.csv", "formatted_result.csv", "result.txt"):
-            path = folder / f"{name}_{form}"
+        texts = {
+            "result.csv": csv_text(columns, rows),
+            "formatted_result.csv": formatted(columns, rows),
+            "result.txt": self.origin(),
+        }
+        for form, text in texts.items():
+            path = self.folder("results") / f"{name}_{form}"
+            try:
+                write_file(path, text)
+            except OSError as error:  # what was measured is shown all the same
+                self.fail(str(path), error)
+                continue
             if not quiet and path not in self.files:
                 self.files.append(path)
 

@@ -36,6 +36,7 @@ from gptneox.evaluation.timing import (
     prefill_flops,
     random_prompts,
 )
+from gptneox.files import safe_name
 from gptneox.inference import start
 from gptneox.parallel import TensorParallelGroup
 
@@ -75,6 +76,9 @@ def run(settings: Settings) -> None:
     if section.perf_mode == "detail" and not split:
         logger.warning("perf_mode is detail, but TIMEIT is not 1: the times of a token stay 0")
     backend, group = start(settings)
+    target = Path(section.save_file_name or csv_name(settings, backend))
+    if group.rank == 0:
+        report.check_result_files(target)
     stopwatch = load(settings, backend, group, cases, section.batch_size)
     is_first = group.rank == 0
     warm_up(stopwatch, section.batch_size, cases)
@@ -107,19 +111,19 @@ def run(settings: Settings) -> None:
             "a run of one token took longer than the whole case, so the machine was disturbed: "
             "measure again, or raise [performance] repeat"
         )
-    target = Path(section.save_file_name or csv_name(settings, backend))
-    files = report.write_result(target, result)
     report.say(report.result_table(result))
     for note in result["notes"]:
         report.say(f"note: {note}")
+    files = report.write_result(target, result)
     report.say("files: " + ", ".join(str(path) for path in files))
 
 
 def csv_name(settings: Settings, backend: Backend) -> str:
     """Name of the result file, in the current directory."""
     section = settings.performance
-    device = backend.describe().translate(str.maketrans(" /\\", "___"))
-    return f"performance_test_npu_{section.model_name}_{device}_bs{section.batch_size}.csv"
+    return safe_name(
+        f"performance_test_npu_{section.model_name}_{backend.describe()}_bs{section.batch_size}.csv"
+    )
 
 
 def check_cases(settings: Settings, cases: Seq[Case]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 
 from gptneox.config import read_text
 from gptneox.evaluation.report import title
+from gptneox.files import write_file
 
 Case = Mapping[str, Any]
 _MARKERS = "osD^vP*X"
@@ -45,9 +47,9 @@ def write_plots(data: Path, result: Mapping[str, Any]) -> list[Path]:
             figure = Figure(figsize=(11, 5.2), dpi=110, layout="constrained")
             draw(figure)
             path = data.with_name(f"{data.stem}_{name}.png")
-            temporary = path.with_name(f".{path.name}.tmp.png")
-            figure.savefig(temporary)
-            temporary.replace(path)
+            picture = io.BytesIO()
+            figure.savefig(picture, format="png")
+            write_file(path, picture.getvalue())
             files.append(path)
     return files
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from gptneox.evaluation.datasets import Dataset, read_boolq, read_ceval, read_mm
 from gptneox.evaluation.runner import Runner, content_hash, load_runner, model_files
 from gptneox.evaluation.scoring import NO_ANSWER, Question, QuestionFailed, Result, evaluate
 from gptneox.evaluation.subjects import HARD_SUBJECTS
+from gptneox.files import check_writable, lock, write_file
 from gptneox.inference import start
 
 logger = logging.getLogger(__name__)
@@ -224,20 +224,21 @@ class Books:
 
         Raises:
             RuntimeError: another run writes into it now.
+            OSError: a result could not be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        for name in (CACHE_NAME, LOG_NAME, FINGERPRINT_NAME, CLASSES_NAME, SUBJECTS_NAME):
+            check_writable(folder / name)
         self.folder, self.dataset, self.protocol = folder, dataset, protocol
         self.cache_path = folder / CACHE_NAME
         self._fingerprint = fingerprint
         self.predictions: list[str] = []
         self._cache = self.cache_path.open("a+", encoding="utf-8", newline="")
-        try:
-            fcntl.flock(self._cache, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not lock(self._cache):
             self._cache.close()
             raise RuntimeError(
                 f"another run writes into {folder} now; wait for it, or set another work_dir"
-            ) from error
+            )
         self._log = (folder / LOG_NAME).open("a", encoding="utf-8", errors="backslashreplace")
         self.num_shortened = 0
 
@@ -298,7 +299,7 @@ class Books:
 
     @property
     def _remedy(self) -> str:
-        return f"delete {self.folder}, or set another work_dir"
+        return f"move {self.folder} away, or set another work_dir"
 
     def _check_fingerprint(self) -> None:
         path = self.folder / FINGERPRINT_NAME
@@ -407,10 +408,7 @@ class Books:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is always either the old or the new one."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 # -- what comes out ------------------------------------------------------------------------------
@@ -433,7 +431,7 @@ def accuracy(scores: Seq[Score]) -> float | None:
 
 
 def report(books: Books, num_too_long: int) -> None:
-    """Write both result files, and print the table and where they are."""
+    """Print the table and where the result files are, and write both of them."""
     scores = books.scores()
     protocol = {**books.protocol, "questions_too_long": num_too_long}
     classes: dict[str, Any] = {
@@ -442,9 +440,6 @@ def report(books: Books, num_too_long: int) -> None:
     }
     classes["Avg"] = accuracy(scores)
     classes["Avg(Hard)"] = accuracy([s for s in scores if s.subject in HARD_SUBJECTS])
-    _write_json(books.folder / CLASSES_NAME, {**classes, "protocol": protocol})
-    subjects: dict[str, Any] = {s.subject: accuracy([s]) for s in scores}
-    _write_json(books.folder / SUBJECTS_NAME, {**subjects, "protocol": protocol})
     books.log(f"[+] Avg acc: {classes['Avg']}")
     if books.num_shortened:
         logger.warning("%d prompts hold fewer examples, to fit", books.num_shortened)
@@ -453,6 +448,9 @@ def report(books: Books, num_too_long: int) -> None:
         books.log(f"[!] {text}")
         logger.warning("%s; they count as wrong", text)
     print_table(scores, protocol, books.folder, sys.stdout)
+    _write_json(books.folder / CLASSES_NAME, {**classes, "protocol": protocol})
+    subjects: dict[str, Any] = {s.subject: accuracy([s]) for s in scores}
+    _write_json(books.folder / SUBJECTS_NAME, {**subjects, "protocol": protocol})
 
 
 def print_table(scores: Seq[Score], protocol: dict[str, Any], folder: Path, out: TextIO) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from gptneox.cli import Settings
 from gptneox.config import ConfigError, read_text
-from gptneox.inference import replace_file
+from gptneox.files import check_writable, is_regular, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -160,8 +160,36 @@ def csv_text(columns: Seq[str], rows: Iterable[Mapping[str, Any]]) -> str:
     return buffer.getvalue()
 
 
+def check_result_files(path: Path) -> None:
+    """Refuse before the measuring what `write_result` could not write, or should not.
+
+    Raises:
+        OSError: see `check_writable`.
+        ConfigError: another file has the name that the JSON would have.
+    """
+    check_writable(path)
+    if not is_regular(path):
+        return
+    data = json_path(path)
+    check_writable(data)
+    try:
+        if data.is_file():
+            _parse_json(data.read_text(encoding="utf-8"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"the JSON beside {path} would replace {data}, which is no result of --task "
+            "performance; choose another [performance] save_file_name"
+        ) from error
+
+
+def json_path(path: Path) -> Path:
+    """The JSON beside a CSV, also beside one that is not called so."""
+    is_csv = path.suffix.lower() == ".csv"
+    return path.with_suffix(".json") if is_csv else path.with_name(f"{path.name}.json")
+
+
 def write_result(path: Path, result: Mapping[str, Any]) -> list[Path]:
-    """CSV, JSON and plots; returns the files. Each is whole or not there."""
+    """CSV, JSON and plots; returns the files. A device or a pipe takes the CSV alone."""
     rows = [
         {
             column: case[key] if isinstance(case[key], int) else f"{case[key]:.6f}"
@@ -169,9 +197,11 @@ def write_result(path: Path, result: Mapping[str, Any]) -> list[Path]:
         }
         for case in result["cases"]
     ]
-    replace_file(path, csv_text(list(COLUMNS), rows))
-    data = path.with_suffix(".json")
-    replace_file(data, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_file(path, csv_text(list(COLUMNS), rows))
+    if not is_regular(path):
+        return [path]
+    data = json_path(path)
+    write_file(data, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     files = [path, data]
     if importlib.util.find_spec("matplotlib") is None:
         say("no plots: matplotlib is not installed; pip install .[plot] adds it")
@@ -199,8 +229,8 @@ def read_result(path: Path) -> dict[str, Any]:
         path = max(found, key=lambda p: (p.stat().st_mtime_ns, p.suffix == ".json"))
     if not path.exists():
         raise FileNotFoundError(f"no performance result {path}; give a CSV, a JSON or a directory")
-    if path.suffix == ".csv" and path.with_suffix(".json").is_file():
-        path = path.with_suffix(".json")
+    if path.suffix != ".json" and json_path(path).is_file():
+        path = json_path(path)
     try:
         text = read_text(path)
         is_json = path.suffix == ".json" or text.lstrip().startswith("{")

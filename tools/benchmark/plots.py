@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmark.results import label, median_run, title
+from gptneox.files import write_file
 
 _RC = {
     "font.size": 10,
@@ -35,13 +37,13 @@ def write_plot(data: Path, result: Result) -> list[Path]:
     if result.get("curve") in ("batch", "context", "prompt"):
         draw = _curve
     path = data.with_suffix(".png")
-    temporary = path.with_name(f".{path.name}")
+    picture = io.BytesIO()
     with mpl.rc_context(_RC):
         figure = Figure(figsize=(11, 5.2), dpi=110, layout="constrained")
         figure.suptitle(title(dict(result)), fontsize=11)
         draw(figure, result)
-        figure.savefig(temporary, format="png")
-    temporary.replace(path)
+        figure.savefig(picture, format="png")
+    write_file(path, picture.getvalue())
     return [path]
 
 

@@ -18,6 +18,7 @@ from benchmark.errors import UsageError
 from benchmark.models import Model
 from benchmark.process import ROOT
 from gptneox.evaluation.report import counted, number, share, table
+from gptneox.files import write_file
 
 FORMAT = "gptneox benchmark 1"
 Result = dict[str, Any]
@@ -91,11 +92,7 @@ def revision() -> str:
 
 def write(result: Result, path: Path) -> None:
     """The JSON file, whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    text = json.dumps(result, indent=1, ensure_ascii=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_file(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 def read(path: Path) -> Result:
@@ -327,9 +324,7 @@ def write_docs(document: Path, sources: Sequence[Path]) -> None:
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     body = "\n\n".join(_section(result) for result in found)
-    temporary = document.with_name(f".{document.name}.{os.getpid()}")
-    temporary.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}", encoding="utf-8")
-    temporary.replace(document)
+    write_file(document, f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")
 
 
 def _section(result: Result) -> str:

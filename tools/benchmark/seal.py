@@ -8,7 +8,6 @@ was made by somebody else and is never touched.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -16,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from gptneox import files
 
 SEAL = "seal.json"
 MARK = ".unfinished"
@@ -100,9 +101,7 @@ def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """One builder at a time; the lock file stays, because removing it would race."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not files.lock(lock):
             say(f"another process is building {folder}; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            files.lock(lock, wait=True)
         yield

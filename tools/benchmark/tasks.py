@@ -24,6 +24,7 @@ from benchmark.session import (
     contestants,
 )
 from gptneox.evaluation.performance import cache_bytes
+from gptneox.files import check_writable, safe_name
 
 REQUEST_SEED = 2
 QUEUE_SIZES = (1000, 10000)
@@ -36,6 +37,7 @@ def measure(args: Namespace, command: Sequence[str], say: Say) -> int:
     Raises:
         ValueError, OSError, RuntimeError: with a message for the user.
     """
+    check_writable(args.output_dir / "result.json")
     model = open_model(args.model, args.dtype, args.cache, say)
     options = Options(args.device, args.dtype, args.threads, args.cache, args.timeout)
     cases = _cases(args, model.config.max_position_embeddings)
@@ -71,7 +73,8 @@ def measure(args: Namespace, command: Sequence[str], say: Say) -> int:
 
 def _file_name(args: Namespace, model_name: str) -> str:
     what = "overhead" if args.overhead else args.curve or "speed"
-    return f"{model_name}-{args.dtype}-{what}-{datetime.now().astimezone():%Y%m%d-%H%M%S}.json"
+    start = f"{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+    return safe_name(f"{model_name}-{args.dtype}-{what}-{start}.json")
 
 
 def _cases(args: Namespace, max_positions: int) -> list[Case]:
