@@ -762,6 +762,6 @@ def _outer_threads(text: str) -> int:
 def load_devices_by_hand() -> None:
     """Keep `import torch` from importing device packages, whose failure would end the program.
 
-    Each backend imports its own and can say what is missing.
+    Each device imports its own and can say what is missing.
     """
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")

@@ -28,7 +28,7 @@ from gptneox.flash_inference import (
     num_new_tokens,
     refuse_paged_only,
 )
-from gptneox.inference import fit_output_length
+from gptneox.inference import check_results, fit_output_length
 from gptneox.model import GPTNeoX
 from gptneox.parallel import TensorParallelGroup
 from gptneox.prompts import make_prompts, read_texts
@@ -121,7 +121,8 @@ def checkpoint(settings: Settings, device: Device, ranks: Ranks) -> list[Finding
         refuse_unbuilt(settings)
         if is_flash:
             refuse_paged_only(settings)
-    except ValueError as error:
+        check_results(settings)
+    except (ValueError, OSError) as error:
         findings.append(_failure("settings", error))
     try:
         opened, model = _open(settings, device, ranks, prefer_parts=is_flash)

@@ -105,8 +105,6 @@ def check_text(text: str, what: str) -> str:
 def _content(word: str, what: str, world_size: int) -> str:
     """What a word stands for: the content of a file or a pipe of this name, else itself."""
     if word in STDIN_NAMES:
-        if sys.stdin is None:
-            raise ConfigError(f"{what} is to come from standard input, which is closed")
         logger.info("%s is read from standard input (Ctrl-D on a terminal ends it)", what)
         return _decoded(sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1), f"{what}, standard input,")
     path = find_file(word, what, world_size)

@@ -226,6 +226,7 @@ BROKEN = {
     "stop id beyond the rows": (None, ("--stop_token_ids", "999"), "999"),
     "empty prompt": (None, ("--input_texts", "1", ""), "prompt 1 is empty"),
     "folder as a prompt": (None, ("--input_texts", "."), "is a folder"),
+    "folder for the answers": (None, ("--output_file", "."), "folder"),
 }  # fmt: skip
 
 

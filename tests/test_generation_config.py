@@ -316,7 +316,7 @@ def test_a_file_without_end_of_text_is_pointed_out(copy: Path) -> None:
 
 
 BROKEN = [
-    ("", "not valid JSON"),
+    ("", "is empty"),
     ("[]", "a JSON object is expected"),
     ('{"eos_token_id": "0"}', "eos_token_id is '0'"),
     ('{"eos_token_id": 0.0}', "eos_token_id is 0.0"),

@@ -646,3 +646,26 @@ def test_nan_in_a_scored_prompt_is_not_returned(nan_checkpoint: Path, device: De
     params = SamplingParams(max_new_tokens=0, prompt_logprobs=0)
     with pytest.raises(NonFiniteLogits, match=r"logits of request 1 are not finite"):
         engine.generate([[5, 6, 8], [4, 7, 5], [8, 9]], params)
+
+
+def test_two_models_on_one_device(tmp_path: Path, device: Device) -> None:
+    """Of different shapes, taking turns step by step: each answers as alone."""
+    names = ("gpt-neox-20b", "relu-serial", "pythia-1b")
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    alone, engines = [], []
+    for name in names:
+        config = twins.FAMILY[name]
+        twins.write_checkpoint(tmp_path / name, config, sharpness=2.0)
+        prompts = twins.prompts([20, 3, 40], config["vocab_size"], seed=5)
+        engine = twins.load_engine(tmp_path / name, device, num_blocks=9)
+        alone.append([o.token_ids for o in engine.generate(prompts, params)])
+        engines.append((twins.load_engine(tmp_path / name, device, num_blocks=9), prompts))
+    for engine, prompts in engines:
+        for prompt in prompts:
+            engine.add_request(prompt, params)
+    answers: list[dict[int, list[int]]] = [{} for _ in engines]
+    while any(engine.scheduler.has_work for engine, _ in engines):
+        for (engine, _), found in zip(engines, answers, strict=True):
+            if engine.scheduler.has_work:
+                found |= {o.request_id: o.token_ids for o in engine.step() if o.finished}
+    assert [[found[i] for i in sorted(found)] for found in answers] == alone

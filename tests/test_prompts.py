@@ -66,9 +66,6 @@ def test_standard_input_that_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         texts_of("-")
     with pytest.raises(ConfigError, match="twice"):
         texts_of("-", "a", "/dev/stdin")
-    monkeypatch.setattr(sys, "stdin", None)
-    with pytest.raises(ConfigError, match=r"prompt 0 .*closed"):
-        texts_of("-")
 
 
 def test_pipes(tmp_path: Path, pipe: str) -> None:

@@ -82,15 +82,16 @@ class FlashEngine:
         )
         for notice in opened.notices:
             logger.warning(notice)
+        config = opened.config
         model = GPTNeoXForCausalLM.from_pretrained(
             str(opened.path),
             # What `generate` looks at; config.json's further keys are no business of a run.
             config=GPTNeoXConfig(
-                vocab_size=opened.config.vocab_size,
-                hidden_size=opened.config.hidden_size,
-                num_hidden_layers=opened.config.num_layers,
-                num_attention_heads=opened.config.num_heads,
-                max_position_embeddings=opened.config.positions(max_position_embeddings),
+                vocab_size=config.vocab_size,
+                hidden_size=config.hidden_size,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                max_position_embeddings=config.positions(max_position_embeddings),
             ),
             dtype=opened.dtype,
             device_map=device.name,
@@ -98,7 +99,7 @@ class FlashEngine:
             generation_config=GenerationConfig(),  # type: ignore[no-untyped-call]
             max_position_embeddings=max_position_embeddings,
         )
-        return cls(model, opened.config, opened.tokenizer, opened.rules)
+        return cls(model, config, opened.tokenizer, opened.rules)
 
     @property
     def max_positions(self) -> int:

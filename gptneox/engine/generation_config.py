@@ -116,13 +116,15 @@ class GenerationRules:
 NO_RULES = GenerationRules()
 
 
-def notices(rules: GenerationRules, *, with_text: bool) -> tuple[str, ...]:
-    """What is not obeyed, for the user; `with_text`: there is a tokenizer, so stop strings are."""
-    if not rules.stop_strings or with_text:
+def describe_unserved(rules: GenerationRules, *, with_text: bool) -> tuple[str, ...]:
+    """What is not obeyed; `with_text`: there is a tokenizer, so stop strings are."""
+    if with_text or not rules.stop_strings:
         return rules.notices
     stop = list(rules.stop_strings)
-    unheard = f"stop_strings {stop} of the checkpoint: not obeyed without a tokenizer"
-    return (*rules.notices, unheard)
+    return (
+        *rules.notices,
+        f"stop_strings {stop} of the checkpoint: not obeyed without a tokenizer",
+    )
 
 
 def read_generation_config(model_path: Path, vocab_size: int) -> GenerationRules:

@@ -13,7 +13,11 @@ from gptneox.backends.device import Device
 from gptneox.checkpoint import check_memory, check_weights, rank_directory
 from gptneox.config import ModelConfig
 from gptneox.engine.detokenizer import load_tokenizer
-from gptneox.engine.generation_config import GenerationRules, notices, read_generation_config
+from gptneox.engine.generation_config import (
+    GenerationRules,
+    describe_unserved,
+    read_generation_config,
+)
 from gptneox.model import GPTNeoX
 from gptneox.parallel import TensorParallelGroup
 
@@ -44,7 +48,7 @@ def open_checkpoint(
 
     Args:
         model_path: a checkpoint directory, or a cut one.
-        backend: the device, after `setup`.
+        device: after `setup`.
         group: this rank's place; nothing is sent.
         dtype: "auto" as config.json says, or a dtype.
         with_tokenizer: False: ids in, ids out.
@@ -62,9 +66,10 @@ def open_checkpoint(
         tokenizer = load_tokenizer(path, config.vocab_size, trust_remote_code=trust_remote_code)
     rules = read_generation_config(path, config.vocab_size)
     torch_dtype, notice = device.resolve_dtype(config.dtype, dtype)
-    said = notices(rules, with_text=with_tokenizer)
-    said += (notice,) if notice else ()
-    return Opened(path, config, tokenizer, rules, torch_dtype, said)
+    notices = describe_unserved(rules, with_text=with_tokenizer)
+    if notice:
+        notices = (*notices, notice)
+    return Opened(path, config, tokenizer, rules, torch_dtype, notices)
 
 
 def check_loading(
