@@ -469,7 +469,7 @@ def test_a_config_among_the_options_is_read(
     [
         (("--max_output_lenght", "3"), "--max_output_lenght"),
         (("--model_path", ""), "it is empty; name one"),
-        (("--config", "nowhere.ini"), "no settings file nowhere.ini"),
+        (("--config", "nowhere.ini"), "nowhere.ini does not exist"),
     ],
 )
 def test_wrong_options_are_found_before_the_cut(
