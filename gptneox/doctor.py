@@ -150,7 +150,7 @@ def checkpoint(settings: Settings, device: Device, ranks: Ranks) -> list[Finding
         findings += prompts(settings, opened, model.num_positions, blocks)
     except RuntimeError as error:
         findings.append(_failure("memory", RuntimeError(f"{text}; {error}")))
-    return findings + device.operators().describe_operators(
+    return findings + device.operators(engine.graphs).describe_operators(
         config.head_dim, config.rotary_dim, engine.block_size
     )
 
