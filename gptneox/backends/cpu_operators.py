@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from gptneox.backends.operators import Operators, PackedLinear, dense_visibility
+from gptneox.backends.operators import Operators, PackedLinear, fused_attention
 from gptneox.backends.step import ForwardBatch, LayerCache, PagedStep, RotaryTables, Step
 
 if TYPE_CHECKING:
@@ -77,34 +76,10 @@ class CpuOperators(Operators):
 
     def causal_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Torch's fused kernel: scores and sums in fp32 for every dtype, no score matrix kept."""
-        s, length = q.shape[0], k.shape[0]
-        mask = None
-        if 1 < s < length:
-            mask = torch.ones(s, length, dtype=torch.bool).tril(length - s)
-        out = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            k.transpose(0, 1)[None],
-            v.transpose(0, 1)[None],
-            attn_mask=mask,
-            is_causal=s == length and s > 1,
-            scale=scale,
-        )
-        return out[0].transpose(0, 1)
+        return fused_attention(q[None], k[None], v[None], None, scale)[0]
 
     def dense_attention(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
     ) -> Tensor:
         """As `causal_attention`, for a padded batch."""
-        s, length = q.shape[1], k.shape[1]
-        mask = None
-        if key_mask is not None or 1 < s < length:
-            mask = dense_visibility(s, length, key_mask, q.device)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None and s > 1,
-            scale=scale,
-        )
-        return out.transpose(1, 2)
+        return fused_attention(q, k, v, key_mask, scale)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gptneox.backends.cuda_graphs import DecodeGraphs
@@ -21,7 +20,7 @@ from gptneox.backends.operators import (
     Operators,
     PackedLayer,
     PackedLinear,
-    dense_visibility,
+    fused_attention,
 )
 from gptneox.backends.step import ForwardBatch, LayerCache, PagedStep, RotaryTables, Step
 
@@ -302,19 +301,7 @@ class CudaOperators(Operators):
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
     ) -> Tensor:
         """Torch's fused kernels: scores and sums in fp32 for every dtype."""
-        s, length = q.shape[1], k.shape[1]
-        mask = None
-        if key_mask is not None or 1 < s < length:
-            mask = dense_visibility(s, length, key_mask, q.device)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None and s > 1,
-            scale=scale,
-        )
-        return out.transpose(1, 2)
+        return fused_attention(q, k, v, key_mask, scale)
 
     # -- graphs ----------------------------------------------------------------------------------
 

@@ -316,3 +316,22 @@ def dense_visibility(
         return causal[None, None]
     itself = causal.triu(offset)
     return (causal & key_mask[:, None, None, :]) | itself
+
+
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
+) -> Tensor:
+    """`Operators.dense_attention` by torch's fused kernels, which keep no matrix of scores."""
+    s, length = q.shape[1], k.shape[1]
+    mask = None
+    if key_mask is not None or 1 < s < length:
+        mask = dense_visibility(s, length, key_mask, q.device)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None and s > 1,
+        scale=scale,
+    )
+    return out.transpose(1, 2)
