@@ -44,14 +44,12 @@ class CpuPagedStep(PagedStep):
 class CpuOperators(Operators):
     """Any CPU that torch runs on."""
 
-    def __init__(self, device: CpuDevice, graphs: str = "auto") -> None:
-        super().__init__(device, graphs)
-        self.has_onednn, self.fast_bf16 = device.has_onednn, device.fast_bf16
+    device: CpuDevice
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         """In oneDNN's blocked layout, where it has fast products of the dtype."""
-        fast = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and self.fast_bf16)
-        if not (self.has_onednn and fast):
+        is_fast = {torch.float32: True, torch.bfloat16: self.device.fast_bf16}
+        if not (self.device.has_onednn and is_fast.get(weight.dtype)):
             return super().pack_linear(weight, bias)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         return PackedLinear(packed, bias, weight.shape[1], weight.shape[0])

@@ -96,6 +96,7 @@ class Step:
 
     # The step computes all layers in one call (`run`), on a rank that holds them whole.
     runs_all_layers: ClassVar[bool] = False
+    batch: ForwardBatch | PaddedBatch
 
     def __init__(
         self,
@@ -114,7 +115,8 @@ class Step:
             tables: what to rotate queries and keys by.
             scale: factor of the attention scores.
         """
-        self.ops, self.layers, self.tables, self.scale = ops, layers, tables, scale
+        self.ops, self.batch, self.layers = ops, batch, layers
+        self.tables, self.scale = tables, scale
         self.input_ids, self.positions = batch.input_ids, batch.positions  # [T]
 
     def attend(self, layer_id: int, qkv: Tensor) -> Tensor:
@@ -144,16 +146,7 @@ class Step:
 class PagedStep(Step):
     """A step over blocks of P tokens, K and V [N, P, H, D]."""
 
-    def __init__(
-        self,
-        ops: Operators,
-        batch: ForwardBatch,
-        layers: Sequence[LayerCache],
-        tables: RotaryTables,
-        scale: float,
-    ) -> None:
-        super().__init__(ops, batch, layers, tables, scale)
-        self.batch = batch
+    batch: ForwardBatch
 
     def attend(self, layer_id: int, qkv: Tensor) -> Tensor:
         """See `Step`."""
@@ -213,16 +206,7 @@ class PagedStep(Step):
 class PaddedStep(Step):
     """A step over contiguous stores, K and V [B, capacity, H, D]."""
 
-    def __init__(
-        self,
-        ops: Operators,
-        batch: PaddedBatch,
-        layers: Sequence[LayerCache],
-        tables: RotaryTables,
-        scale: float,
-    ) -> None:
-        super().__init__(ops, batch, layers, tables, scale)
-        self.batch = batch
+    batch: PaddedBatch
 
     def attend(self, layer_id: int, qkv: Tensor) -> Tensor:
         """See `Step`."""
