@@ -27,8 +27,8 @@ def main(argv: list[str]) -> int:  # no valid syntax? Python >= 3.10 is wanted
         return _print_config(Path(argv[1]), argv[2:])
     args = _parse(argv)
     interpreter.require([__file__, *argv])
-    from gptneox.cut import cut_checkpoint, merge_checkpoint  # imports torch
     from gptneox.files import prepare_streams
+    from gptneox.weights.cut import cut_checkpoint, merge_checkpoint  # imports torch
 
     try:
         prepare_streams()
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:  # no valid syntax? Python >= 3.10 is wanted
 
 
 def _check(output_path: Path, input_path: Path, world_size: int) -> int:
-    from gptneox.cut import describe_mismatch, why_not_replaceable
+    from gptneox.weights.cut import describe_mismatch, why_not_replaceable
 
     reason = describe_mismatch(output_path, input_path, world_size)
     if not reason:
@@ -68,7 +68,7 @@ def _print_config(path: Path, options: list[str]) -> int:
     The third line says where the checkpoint's path is from: flag, config.ini or default.
     """
     from gptneox.cli import make_parser, read_model_section
-    from gptneox.config import EMBEDDED_CHECKPOINT, parse_device_ids
+    from gptneox.config.settings import EMBEDDED_CHECKPOINT, parse_device_ids
 
     try:
         model, sources, _ = read_model_section(make_parser().parse_args(options), path)

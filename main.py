@@ -18,7 +18,7 @@ if __name__ == "__main__":
     interpreter.require(sys.argv, packages=False)
 
 from gptneox.cli import Settings, read_settings, refuse_unbuilt, setup_logging
-from gptneox.config import load_devices_by_hand
+from gptneox.config.environment import load_devices_by_hand
 from gptneox.files import prepare_streams
 
 CONFIG = Path(__file__).resolve().parent / "config.ini"
@@ -39,15 +39,15 @@ def run(settings: Settings) -> None:  # no valid syntax? Python >= 3.10 is wante
     refuse_unbuilt(settings)
     # torch and the tokenizer load only now
     if task == "performance":
-        from gptneox.evaluation import performance as task_module
+        from gptneox.tasks import performance as task_module
     elif task == "modeltest":
-        from gptneox.evaluation import modeltest as task_module  # type: ignore[no-redef]
+        from gptneox.tasks import modeltest as task_module  # type: ignore[no-redef]
     elif task == "precision":
-        from gptneox.evaluation import precision as task_module  # type: ignore[no-redef]
+        from gptneox.tasks import precision as task_module  # type: ignore[no-redef]
     elif settings.attention == "paged":
-        from gptneox import inference as task_module  # type: ignore[no-redef]
+        from gptneox.tasks import inference as task_module  # type: ignore[no-redef]
     else:
-        from gptneox import flash_inference as task_module  # type: ignore[no-redef]
+        from gptneox.tasks import flash_inference as task_module  # type: ignore[no-redef]
     from gptneox.parallel import leave_group
 
     task_module.run(settings)
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     interpreter.require(command)
     try:
         if settings.args.task == "doctor":
-            from gptneox import doctor  # it looks at torch, which may be what is missing
+            from gptneox.tasks import doctor  # it looks at torch, which may be what is missing
 
             status = doctor.run(settings)
         else:

@@ -21,12 +21,15 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 try:
-    from gptneox.backends import select
-    from gptneox.checkpoint import load_model, rank_directory
-    from gptneox.config import ConfigError, Environment, ModelConfig, read_json
+    from gptneox.config.environment import Environment
+    from gptneox.config.errors import ConfigError
+    from gptneox.config.files import read_json
+    from gptneox.config.model import ModelConfig
+    from gptneox.devices import select
     from gptneox.kv_cache import ContiguousKVCache
     from gptneox.model import GPTNeoX
     from gptneox.parallel import TensorParallelGroup, init_group
+    from gptneox.weights.load import load_model, rank_directory
 except ImportError as error:
     raise ImportError(
         "this checkpoint runs through the GPT-NeoX toolkit's package `gptneox`, which cannot be "
@@ -140,7 +143,7 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             kwargs: Hugging Face's hub options are accepted and unused; others are refused.
 
         Raises:
-            ValueError, FileNotFoundError, RuntimeError: see `gptneox.checkpoint.load_model`.
+            ValueError, FileNotFoundError, RuntimeError: see `gptneox.weights.load.load_model`.
         """
         if unknown := sorted(k for k in kwargs if k not in _IGNORED_KEYWORDS and k[0] != "_"):
             raise ValueError(f"from_pretrained does not take {', '.join(unknown)}")

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from gptneox import __version__
-from gptneox.config import (
+from gptneox.config.environment import Environment
+from gptneox.config.errors import ConfigError
+from gptneox.config.settings import (
     EMBEDDED_CHECKPOINT,
-    ConfigError,
     EngineSection,
-    Environment,
     ModelSection,
     PerformanceSection,
     PrecisionSection,

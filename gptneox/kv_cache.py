@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gptneox.backends.operators import Operators
-from gptneox.backends.step import ForwardBatch, LayerCache, PaddedBatch, RotaryTables, Step
+from gptneox.devices.operators import Operators
+from gptneox.devices.step import ForwardBatch, LayerCache, PaddedBatch, RotaryTables, Step
 
 
 class PagedKVCache:

@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from gptneox.backends.operators import Operators, PackedLinear, check_shape
-from gptneox.backends.step import RotaryTables
-from gptneox.config import ModelConfig
+from gptneox.config.model import ModelConfig
+from gptneox.devices.operators import Operators, PackedLinear, check_shape
+from gptneox.devices.step import RotaryTables
 from gptneox.parallel import TensorParallelGroup
 
 

@@ -12,10 +12,10 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from gptneox.backends.device import Device
-from gptneox.backends.operators import LayerWeights, Operators, PackedLayer
-from gptneox.backends.step import RotaryTables, Step
-from gptneox.config import ModelConfig
+from gptneox.config.model import ModelConfig
+from gptneox.devices.device import Device
+from gptneox.devices.operators import LayerWeights, Operators, PackedLayer
+from gptneox.devices.step import RotaryTables, Step
 from gptneox.layers import Embedding, LayerNorm, Linear, VocabParallelHead, rotary_tables
 from gptneox.parallel import TensorParallelGroup, check_divides
 

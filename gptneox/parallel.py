@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from gptneox.config import ConfigError, Environment
+from gptneox.config.environment import Environment
+from gptneox.config.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from gptneox.cli import DEFAULT_PROMPT, Settings
-from gptneox.config import ConfigError, decode_text
+from gptneox.config.errors import ConfigError
+from gptneox.config.files import decode_text
 from gptneox.parallel import TensorParallelGroup
 
 logger = logging.getLogger(__name__)

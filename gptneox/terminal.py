@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gptneox.config import USER_FOLDER
+from gptneox.config.environment import USER_FOLDER
 
 logger = logging.getLogger(__name__)
 

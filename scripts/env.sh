@@ -142,7 +142,7 @@ PYTHON to an interpreter that has the packages"
       fi
       # Now rather than in the middle of the first run. It says itself what it does, and what is
       # lost without it: no reason to stop.
-      (cd -- "$ENV_ROOT" && .venv/bin/python -m gptneox.backends.cpu_build) >&2 || true
+      (cd -- "$ENV_ROOT" && .venv/bin/python -m gptneox.devices.cpu.build) >&2 || true
     ) 9>"$ENV_ROOT/.venv.lock" || return 1
   fi
   PYTHON=$ENV_VENV/bin/python

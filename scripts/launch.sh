@@ -193,7 +193,7 @@ set_threads() {
   OMP_NUM_THREADS=$("$PYTHON" -c '
 import sys
 sys.path.insert(0, sys.argv[1])
-from gptneox.backends.binding import threads_per_rank
+from gptneox.devices.binding import threads_per_rank
 print(threads_per_rank(int(sys.argv[2])))' "$LAUNCH_ROOT" "$NUM_PROCESSES")
   export OMP_NUM_THREADS
 }

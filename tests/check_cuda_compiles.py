@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gptneox.backends import cuda_kernels
+from gptneox.devices.cuda import kernels as cuda_kernels
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 MAX_SHARED_BYTES = 99 << 10  # compute capability 8.6 and 8.9 have the least

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from test_backends import BASE, assert_near, make_batch, make_cache, randn
 from triton.runtime import interpreter
 
-from gptneox.backends import cuda, cuda_kernels
-from gptneox.backends.cuda_graphs import DecodeGraphs
-from gptneox.backends.cuda_operators import TritonStep
-from gptneox.backends.device import Memory
-from gptneox.backends.step import RotaryTables
+from gptneox.devices.cuda import device as cuda
+from gptneox.devices.cuda import kernels as cuda_kernels
+from gptneox.devices.cuda.graphs import DecodeGraphs
+from gptneox.devices.cuda.operators import TritonStep
+from gptneox.devices.device import Memory
+from gptneox.devices.step import RotaryTables
 from gptneox.engine.sequence import SamplingParams
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

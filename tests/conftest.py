@@ -13,10 +13,10 @@ import torch
 import transformers
 import twins
 
-from gptneox.backends import BACKENDS, create
-from gptneox.backends.cpu import CpuDevice
-from gptneox.backends.device import Device
-from gptneox.backends.operators import Operators
+from gptneox.devices import DEVICES, create
+from gptneox.devices.cpu.device import CpuDevice
+from gptneox.devices.device import Device
+from gptneox.devices.operators import Operators
 
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)
@@ -53,7 +53,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(params=[*sorted(BACKENDS), "cpu-plain"])
+@pytest.fixture(params=[*sorted(DEVICES), "cpu-plain"])
 def device(request: pytest.FixtureRequest) -> Device:
     """Every device that can be used on this machine; a CPU also without its kernels."""
     name, _, form = request.param.partition("-")

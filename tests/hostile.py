@@ -29,10 +29,10 @@ from tokenizers import (
     trainers,
 )
 
-from gptneox.checkpoint import full_shapes
-from gptneox.config import ModelConfig
+from gptneox.config.model import ModelConfig
 from gptneox.engine.block_manager import BlockManager
 from gptneox.engine.sequence import Sequence
+from gptneox.weights.load import full_shapes
 
 REPO = Path(__file__).resolve().parents[1]
 MAIN = REPO / "main.py"

@@ -31,10 +31,10 @@ from hostile import clean_environ
 from torch import Tensor
 
 import modeling_gpt_neox_ascend  # noqa: F401  # slow to import: once, before the ranks are forked
-from gptneox.backends import select
-from gptneox.config import EngineSection
-from gptneox.engine.flash_engine import FlashEngine
-from gptneox.engine.llm_engine import LLMEngine
+from gptneox.config.settings import EngineSection
+from gptneox.devices import select
+from gptneox.engine.generate import GenerateEngine
+from gptneox.engine.paged import PagedEngine
 from gptneox.engine.scheduler import Scheduled
 from gptneox.engine.sequence import SamplingParams, Sequence
 from gptneox.parallel import TensorParallelGroup, init_group
@@ -57,7 +57,7 @@ def free_port() -> int:
 def start_process(function: Callable[..., None], *args: Any) -> multiprocessing.process.BaseProcess:
     """Run a function of a test module in a process of its own."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ranks", "gptneox.cut"])
+    context.set_forkserver_preload(["ranks", "gptneox.weights.cut"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     try:
@@ -198,7 +198,7 @@ def paged(
     group: TensorParallelGroup, path: Path, prompts: Seq[list[int]], num_new: int, **settings: Any
 ) -> Answers:
     """Greedy answers and logits on the paged path."""
-    engine = LLMEngine.from_pretrained(
+    engine = PagedEngine.from_pretrained(
         path,
         EngineSection(**{"max_batch_size": len(prompts), **settings}),
         select("cpu"),
@@ -226,7 +226,7 @@ def _answers(group: TensorParallelGroup, new_ids: list[list[int]], steps: list[S
 
 
 @torch.inference_mode()
-def _paged_steps(engine: LLMEngine, token_ids: list[int]) -> Steps:
+def _paged_steps(engine: PagedEngine, token_ids: list[int]) -> Steps:
     seq = Sequence.create(0, token_ids, SamplingParams())
     engine.block_manager.start(seq, [])
     group, steps = engine.model.group, []
@@ -241,7 +241,7 @@ def _paged_steps(engine: LLMEngine, token_ids: list[int]) -> Steps:
 
 def flash(group: TensorParallelGroup, path: Path, prompts: Seq[list[int]], num_new: int) -> Answers:
     """Greedy answers of the left-padded batch, and logits of each prompt alone."""
-    engine = FlashEngine.from_pretrained(
+    engine = GenerateEngine.from_pretrained(
         path, select("cpu"), group, dtype="float32", with_tokenizer=False
     )
     outputs = engine.generate(prompts, ignore_eos=True, max_new_tokens=num_new, do_sample=False)
@@ -250,7 +250,7 @@ def flash(group: TensorParallelGroup, path: Path, prompts: Seq[list[int]], num_n
     return _answers(group, new_ids, steps)
 
 
-def _flash_steps(engine: FlashEngine, prompt: list[int], token_id: int) -> Steps:
+def _flash_steps(engine: GenerateEngine, prompt: list[int], token_id: int) -> Steps:
     group = engine.model.model.group  # the adapter makes its own
     cache, steps = None, []
     for token_ids in (prompt, [token_id]):

@@ -63,7 +63,7 @@ stage "ruff format" "$PYTHON" -m ruff format --check .
 stage "mypy" "$PYTHON" -m mypy
 stage "shellcheck" "$shellcheck" -S style -x .ci/run "${shell_files[@]}"
 # once, before all workers would wait for it
-stage "CPU kernels" "$PYTHON" -m gptneox.backends.cpu_build
+stage "CPU kernels" "$PYTHON" -m gptneox.devices.cpu.build
 stage "pytest" "$PYTHON" -m pytest -n "$TEST_WORKERS" --dist worksteal
 stage "tree" diff <(printf '%s\n' "$tree_before") <(tree)
 

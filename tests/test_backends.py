@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptneox.backends import BACKENDS, select
-from gptneox.backends.device import Device
-from gptneox.backends.operators import Operators, check_shape
-from gptneox.backends.step import (
+from gptneox.config.model import ACTIVATIONS
+from gptneox.devices import DEVICES, select
+from gptneox.devices.device import Device
+from gptneox.devices.operators import Operators, check_shape
+from gptneox.devices.step import (
     ForwardBatch,
     PaddedBatch,
     PaddedStep,
@@ -26,7 +27,6 @@ from gptneox.backends.step import (
     RotaryTables,
     Step,
 )
-from gptneox.config import ACTIVATIONS
 from gptneox.kv_cache import PagedKVCache
 
 BASE = Operators(Device())
@@ -370,7 +370,7 @@ def test_device_facts(device: Device) -> None:
     assert 0 < memory.free <= memory.total
     assert memory.peak > 0
     assert device.describe()
-    assert device.name in BACKENDS
+    assert device.name in DEVICES
     assert device.measure_bandwidth(1 << 20) > 1e7  # 0.01 GB/s
     assert device.measure_matmul(torch.float32) > 1e7
 
@@ -393,7 +393,7 @@ def test_another_dtype_than_the_file_is_said(file_dtype: str, device: Device) ->
 
 
 def test_select_auto_takes_the_first_usable_device() -> None:
-    usable = [name for name in BACKENDS if select_or_reason(name)[0]]
+    usable = [name for name in DEVICES if select_or_reason(name)[0]]
     assert select().name == select("auto").name == usable[0]
 
 

@@ -29,7 +29,7 @@ from benchmark.session import Contestant, Options, Session, prompts
 from benchmark.workers.tensors import Tensors, query_key_value
 from benchmark.workers.worker import SteppingWorker
 
-from gptneox.config import ModelConfig
+from gptneox.config.model import ModelConfig
 from gptneox.evaluation.timing import decode_bytes, prefill_flops
 
 TINY = models.Shape(2, 32, 2, vocab_size=96, max_position_embeddings=128)

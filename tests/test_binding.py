@@ -8,8 +8,8 @@ import os
 import pytest
 import torch
 
-from gptneox.backends import binding
-from gptneox.backends.cpu import CpuDevice
+from gptneox.devices import binding
+from gptneox.devices.cpu.device import CpuDevice
 
 CHIPS_A2 = """\
         NPU ID                         Chip ID                        Chip Logic ID                  Chip Name

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gptneox.backends import binding, cgroup, cpu
+from gptneox.devices import binding, cgroup
+from gptneox.devices.cpu import device as cpu
 
 GIB = 1 << 30
 NO_LIMIT = 9223372036854771712  # what version 1 says

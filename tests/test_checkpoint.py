@@ -25,11 +25,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXForCausalLM
 
-from gptneox.backends.device import Device, Memory
-from gptneox.checkpoint import Checkpoint, CheckpointError, full_shapes, load_model
-from gptneox.config import ModelConfig
+from gptneox.config.model import ModelConfig
+from gptneox.devices.device import Device, Memory
 from gptneox.layers import Linear
 from gptneox.model import GPTNeoX
+from gptneox.weights.load import Checkpoint, CheckpointError, full_shapes, load_model
 
 NAME = "model.safetensors"
 SMALL = twins.FAMILY["relu-serial"] | {"num_hidden_layers": 1}
@@ -683,9 +683,9 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 import torch, transformers, tokenizers
-from gptneox.backends.cpu import CpuDevice
-from gptneox.checkpoint import load_model
-from gptneox.config import ModelConfig
+from gptneox.devices.cpu.device import CpuDevice
+from gptneox.weights.load import load_model
+from gptneox.config.model import ModelConfig
 from gptneox.model import GPTNeoX
 torch.set_num_threads(1)
 def mib(field):

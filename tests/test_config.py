@@ -17,21 +17,20 @@ from hostile import REPO
 from transformers import GPTNeoXConfig
 
 from gptneox.cli import Settings, make_parser, read_settings
-from gptneox.config import (
+from gptneox.config.environment import Environment
+from gptneox.config.errors import ConfigError
+from gptneox.config.files import read_json, read_text
+from gptneox.config.model import ModelConfig
+from gptneox.config.settings import (
     EMBEDDED_CHECKPOINT,
     SECTIONS,
-    ConfigError,
     EngineSection,
-    Environment,
-    ModelConfig,
     ModelSection,
     PerformanceSection,
     PrecisionSection,
     layer,
     parse_device_ids,
     read_ini,
-    read_json,
-    read_text,
 )
 
 BASE: dict[str, Any] = {

@@ -33,14 +33,16 @@ from test_backends import BASE, DTYPES, assert_near, make_batch, make_cache, ran
 from test_model import paged_logits, random_ids, rms
 from torch import Tensor
 
-from gptneox.backends import cpu_build, create
-from gptneox.backends.cpu import CpuDevice
-from gptneox.backends.cpu_compiled import ACTIVATION_IDS, CompiledCpuDevice, CompiledCpuOperators
-from gptneox.backends.cpu_operators import CpuOperators
-from gptneox.backends.device import Finding
-from gptneox.backends.operators import LayerWeights
-from gptneox.backends.step import ForwardBatch, LayerCache, PagedStep, RotaryTables, Step
-from gptneox.config import ConfigError, Environment
+from gptneox.config.environment import Environment
+from gptneox.config.errors import ConfigError
+from gptneox.devices import create
+from gptneox.devices.cpu import build as cpu_build
+from gptneox.devices.cpu.compiled import ACTIVATION_IDS, CompiledCpuDevice, CompiledCpuOperators
+from gptneox.devices.cpu.device import CpuDevice
+from gptneox.devices.cpu.operators import CpuOperators
+from gptneox.devices.device import Finding
+from gptneox.devices.operators import LayerWeights
+from gptneox.devices.step import ForwardBatch, LayerCache, PagedStep, RotaryTables, Step
 from gptneox.kv_cache import ContiguousKVCache
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -27,11 +27,12 @@ from hypothesis import strategies as st
 from ranks import free_port
 from test_backends import BASE, assert_near, batch_on, make_batch, make_cache, randn
 
-from gptneox.backends import create, cuda_operators, select
-from gptneox.backends.cuda_graphs import SIZES, DecodeGraphs
-from gptneox.backends.device import Memory
-from gptneox.backends.step import ForwardBatch, RotaryTables
-from gptneox.engine.llm_engine import LLMEngine
+from gptneox.devices import create, select
+from gptneox.devices.cuda import operators as cuda_operators
+from gptneox.devices.cuda.graphs import SIZES, DecodeGraphs
+from gptneox.devices.device import Memory
+from gptneox.devices.step import ForwardBatch, RotaryTables
+from gptneox.engine.paged import PagedEngine
 from gptneox.engine.sequence import SamplingParams
 
 # Never in the main environment, where a CUDA build of torch wants exactly its own release. That one
@@ -393,7 +394,7 @@ def test_random_shapes(card, decodes, prompts, block_size, heads, head_dim, shar
         assert_near(ours, theirs)
 
 
-def greedy(engine: LLMEngine, prompts: list[list[int]], num: int) -> list[list[int]]:
+def greedy(engine: PagedEngine, prompts: list[list[int]], num: int) -> list[list[int]]:
     params = SamplingParams(max_new_tokens=num, ignore_eos=True)
     return [o.token_ids for o in engine.generate(prompts, params)]
 

@@ -34,8 +34,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import cut_model_util
-from gptneox.backends.device import Device, Memory
-from gptneox.checkpoint import (
+from gptneox.config.errors import ConfigError
+from gptneox.config.model import ModelConfig
+from gptneox.devices.device import Device, Memory
+from gptneox.files import UNFINISHED
+from gptneox.layers import Linear
+from gptneox.model import GPTNeoX
+from gptneox.parallel import TensorParallelGroup
+from gptneox.weights.cut import cut_checkpoint, describe_mismatch, merge_checkpoint
+from gptneox.weights.load import (
     PART_FILE,
     CheckpointError,
     cut_dimension,
@@ -46,12 +53,6 @@ from gptneox.checkpoint import (
     rank_slice,
     read_manifest,
 )
-from gptneox.config import ConfigError, ModelConfig
-from gptneox.cut import cut_checkpoint, describe_mismatch, merge_checkpoint
-from gptneox.files import UNFINISHED
-from gptneox.layers import Linear
-from gptneox.model import GPTNeoX
-from gptneox.parallel import TensorParallelGroup
 
 ROWS = ("query_key_value", "dense_h_to_4h", "embed_out", "lm_head")
 COLUMNS = ("dense", "dense_4h_to_h")
@@ -1027,7 +1028,7 @@ def test_a_disk_that_is_too_small(tmp_path: Path, capsys) -> None:
 MEASURE = """
 import sys
 from pathlib import Path
-from gptneox.cut import cut_checkpoint, merge_checkpoint
+from gptneox.weights.cut import cut_checkpoint, merge_checkpoint
 
 def status(key):
     with open("/proc/self/status") as file:

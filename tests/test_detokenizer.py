@@ -21,7 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from transformers import AutoTokenizer, GPTNeoXTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-from gptneox.config import ConfigError
+from gptneox.config.errors import ConfigError
 from gptneox.engine.detokenizer import Detokenizer, decode, extend, load_tokenizer
 
 VOCAB_SIZE = 336  # rows of the embedding; the tokenizers are smaller

@@ -21,9 +21,9 @@ import torch
 from hostile import REPO, clean_environ, write_chain_checkpoint
 from safetensors.torch import load_file, save_file
 
-from gptneox import doctor
-from gptneox.backends import npu_setup
-from gptneox.cut import cut_checkpoint
+from gptneox.devices.npu import setup as npu_setup
+from gptneox.tasks import doctor
+from gptneox.weights.cut import cut_checkpoint
 
 # torch's reporter of failing ranks wants a real stderr, which a test in this process has not.
 pytestmark = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")

@@ -23,9 +23,9 @@ from questions import NUM_BOOLQ, NUM_VAL, SUBJECTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptneox.cli import read_settings
-from gptneox.config import EMBEDDED_CHECKPOINT, ConfigError
-from gptneox.cut import cut_checkpoint
-from gptneox.evaluation import datasets, precision
+from gptneox.config.errors import ConfigError
+from gptneox.config.settings import EMBEDDED_CHECKPOINT
+from gptneox.evaluation import datasets
 from gptneox.evaluation.runner import Runner, load_runner
 from gptneox.evaluation.scoring import (
     GenerationScorer,
@@ -40,8 +40,10 @@ from gptneox.evaluation.scoring import (
     same_number,
 )
 from gptneox.evaluation.subjects import CEVAL_SUBJECTS, MMLU_SUBJECTS
-from gptneox.inference import start
 from gptneox.parallel import TensorParallelGroup
+from gptneox.session import start
+from gptneox.tasks import precision
+from gptneox.weights.cut import cut_checkpoint
 
 RESULTS = ("cache0.csv", "cache0.json", "result_0_classes_acc.json", "result_0_subject_acc.json")
 

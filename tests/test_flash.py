@@ -21,11 +21,11 @@ from hostile import EOS_ID, byte_level_tokenizer, clean_environ, write_chain_che
 from safetensors.torch import load_file, save_file
 
 import main
-from gptneox.backends import select
-from gptneox.engine.flash_engine import FlashEngine
+from gptneox.devices import select
+from gptneox.engine.generate import GenerateEngine
 from gptneox.engine.sequence import InvalidParameter
-from gptneox.flash_inference import DEMO_PROMPTS, WARM_UP_PROMPT
 from gptneox.parallel import TensorParallelGroup
+from gptneox.tasks.flash_inference import DEMO_PROMPTS, WARM_UP_PROMPT
 
 FLASH = ("--task", "inference", "--auto_attention", "flash", "--device", "cpu")
 # "?" and "s" and ">" end the prompts of the demonstrations: a loop of three, and an end.
@@ -45,8 +45,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(chain: Path) -> FlashEngine:
-    return FlashEngine.from_pretrained(chain, select("cpu"), TensorParallelGroup())
+def engine(chain: Path) -> GenerateEngine:
+    return GenerateEngine.from_pretrained(chain, select("cpu"), TensorParallelGroup())
 
 
 @pytest.fixture
@@ -382,7 +382,7 @@ def test_half_a_set_of_variables_of_torchrun(
 # -- the engine ------------------------------------------------------------------------------------
 
 
-def test_requests_are_checked_before_anything_runs(engine: FlashEngine) -> None:
+def test_requests_are_checked_before_anything_runs(engine: GenerateEngine) -> None:
     for prompts, named in (
         ([[1], []], "at least one token"),
         ([[1], [-1]], r"-1.*0 to 335"),
@@ -395,7 +395,7 @@ def test_requests_are_checked_before_anything_runs(engine: FlashEngine) -> None:
     assert len(last.token_ids) == 4
 
 
-def test_padding_ids_and_the_end_of_text_are_tokens_like_others(engine: FlashEngine) -> None:
+def test_padding_ids_and_the_end_of_text_are_tokens_like_others(engine: GenerateEngine) -> None:
     """The batch is padded with id 0, which is also end-of-text here."""
     first = byte_level_tokenizer().encode("1").ids
     prompts = [[0, 0, *first], [335, *first], first, [0] * 30 + first]
@@ -405,7 +405,7 @@ def test_padding_ids_and_the_end_of_text_are_tokens_like_others(engine: FlashEng
     assert [output.full_text for output in outputs] == ["123456789"] * 4
 
 
-def test_next_logits(engine: FlashEngine) -> None:
+def test_next_logits(engine: GenerateEngine) -> None:
     """One padded batch, each row as alone."""
     prompts = twins.prompts((3, 1, 20), 336)
     logits = engine.next_logits(prompts)
@@ -414,7 +414,7 @@ def test_next_logits(engine: FlashEngine) -> None:
         torch.testing.assert_close(row, engine.next_logits([prompt])[0], rtol=0, atol=1e-4)
 
 
-def test_options_of_transformers_reach_it(engine: FlashEngine) -> None:
+def test_options_of_transformers_reach_it(engine: GenerateEngine) -> None:
     ids: Any = byte_level_tokenizer().encode("1").ids
     banned = [[byte_level_tokenizer().encode("4").ids[0]]]
     [plain] = engine.generate([ids], max_new_tokens=6)

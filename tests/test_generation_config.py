@@ -16,14 +16,15 @@ from hostile import byte_level_tokenizer, write_chain_checkpoint
 from transformers import GPTNeoXForCausalLM
 
 import modeling_gpt_neox_ascend
-from gptneox.backends import select
-from gptneox.config import ConfigError, EngineSection
-from gptneox.cut import cut_checkpoint
-from gptneox.engine.flash_engine import FlashEngine
+from gptneox.config.errors import ConfigError
+from gptneox.config.settings import EngineSection
+from gptneox.devices import select
+from gptneox.engine.generate import GenerateEngine
 from gptneox.engine.generation_config import NO_RULES, GenerationRules, read_generation_config
-from gptneox.engine.llm_engine import LLMEngine
+from gptneox.engine.paged import PagedEngine
 from gptneox.engine.sequence import SamplingParams
 from gptneox.parallel import TensorParallelGroup
+from gptneox.weights.cut import cut_checkpoint
 
 CONFIG = twins.FAMILY["pythia-14m"] | {"torch_dtype": "float32"}
 VOCAB = CONFIG["vocab_size"]
@@ -78,7 +79,7 @@ def stock(path: Path, **options: Any) -> list[list[int]]:
 
 def paged(path: Path, **params: Any) -> list[list[int]]:
     section = EngineSection(max_batch_size=2, num_blocks=12, block_size=16)
-    engine = LLMEngine.from_pretrained(
+    engine = PagedEngine.from_pretrained(
         path, section, select("cpu"), dtype="float32", with_tokenizer=False
     )
     asked = SamplingParams(max_new_tokens=NUM_NEW, **params)
@@ -87,7 +88,7 @@ def paged(path: Path, **params: Any) -> list[list[int]]:
 
 def flash(path: Path, **options: Any) -> list[list[int]]:
     """All prompts in one padded batch."""
-    engine = FlashEngine.from_pretrained(
+    engine = GenerateEngine.from_pretrained(
         path, select("cpu"), TensorParallelGroup(), dtype="float32", with_tokenizer=False
     )
     outputs = engine.generate(PROMPTS, max_new_tokens=NUM_NEW, do_sample=False, **options)
@@ -215,8 +216,8 @@ def test_the_tokenizer_is_asked_last(stated: bool, tmp_path: Path) -> None:
         write(path, generation={"bos_token_id": 0})
     section, backend = EngineSection(num_blocks=4), select("cpu")
     engines = (
-        LLMEngine.from_pretrained(path, section, backend),
-        FlashEngine.from_pretrained(path, backend, TensorParallelGroup()),
+        PagedEngine.from_pretrained(path, section, backend),
+        GenerateEngine.from_pretrained(path, backend, TensorParallelGroup()),
     )
     for engine in engines:
         assert engine.eos_token_ids == (() if stated else (end,))
@@ -241,8 +242,8 @@ def test_stop_strings_of_the_file_and_of_the_flags(tmp_path: Path) -> None:
     write(path, generation={"eos_token_id": 0, "stop_strings": ["78"]})
     first = byte_level_tokenizer().encode("1").ids
     section, backend = EngineSection(num_blocks=4), select("cpu")
-    engine = LLMEngine.from_pretrained(path, section, backend)
-    flash_engine = FlashEngine.from_pretrained(path, backend, TensorParallelGroup())
+    engine = PagedEngine.from_pretrained(path, section, backend)
+    flash_engine = GenerateEngine.from_pretrained(path, backend, TensorParallelGroup())
     for stop, text in ((), "23456"), (("45",), "23"):
         [one] = engine.generate([first], SamplingParams(max_new_tokens=9, stop=stop))
         [other] = flash_engine.generate([first], max_new_tokens=9, stop=stop)

@@ -35,11 +35,11 @@ from hostile import (
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXForCausalLM
 
-from gptneox.config import EngineSection
-from gptneox.engine.llm_engine import EngineStats, RequestOutput, StepStats
+from gptneox.config.settings import EngineSection
+from gptneox.engine.paged import EngineStats, RequestOutput, StepStats
 from gptneox.evaluation import report
-from gptneox.inference import BENCHMARK_COLUMNS, write_benchmark
 from gptneox.prompts import Prompt
+from gptneox.tasks.inference import BENCHMARK_COLUMNS, write_benchmark
 
 # What the model says: after each letter the next one, then end-of-text.
 CHAINS = ("123456789", "abca", "!👍.", "z~y", "{\0}")

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
-from gptneox.backends.device import Device
-from gptneox.engine.llm_engine import LLMEngine, RequestOutput
+from gptneox.devices.device import Device
+from gptneox.engine.paged import PagedEngine, RequestOutput
 from gptneox.engine.sampler import NonFiniteLogits
 from gptneox.engine.sequence import InvalidParameter, SamplingParams, TokenLogprobs
 
@@ -105,7 +105,7 @@ def long_new_ids(reference: Reference) -> list[list[int]]:
     return outputs
 
 
-def engine_of(reference: Reference, device: Device, **settings: Any) -> LLMEngine:
+def engine_of(reference: Reference, device: Device, **settings: Any) -> PagedEngine:
     return twins.load_engine(reference.path, device, **({"max_batch_size": 32} | settings))
 
 
@@ -115,7 +115,7 @@ def assert_tokens(outputs: Seq[RequestOutput], expected: Seq[list[int]]) -> None
         assert output.token_ids == new_ids, f"prompt {i}"
 
 
-def assert_all_blocks_free(engine: LLMEngine) -> None:
+def assert_all_blocks_free(engine: PagedEngine) -> None:
     assert not engine.has_work
     assert not engine._requests, "a finished request is remembered for ever"
     engine.block_manager.check([])

@@ -11,7 +11,7 @@ import torch
 import twins
 from transformers import GPTNeoXForCausalLM
 
-from gptneox.config import ConfigError
+from gptneox.config.errors import ConfigError
 from gptneox.engine.sequence import MAX_STOP_STRINGS, SamplingParams
 from gptneox.evaluation.lm_eval_options import _NEUTRAL, read_options
 

@@ -26,10 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
-from gptneox.backends.device import Device, Memory
-from gptneox.backends.operators import Operators
-from gptneox.config import EngineSection, ModelConfig
-from gptneox.engine.llm_engine import LLMEngine
+from gptneox.config.model import ModelConfig
+from gptneox.config.settings import EngineSection
+from gptneox.devices.device import Device, Memory
+from gptneox.devices.operators import Operators
+from gptneox.engine.paged import PagedEngine
 from gptneox.engine.scheduler import Scheduled
 from gptneox.engine.sequence import SamplingParams, Sequence
 from gptneox.layers import rotary_tables
@@ -71,7 +72,7 @@ VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @torch.inference_mode()
-def paged_logits(engine: LLMEngine, token_ids: list[int], num_prefill: int) -> Tensor:
+def paged_logits(engine: PagedEngine, token_ids: list[int], num_prefill: int) -> Tensor:
     """Logits [len(token_ids), V] fp32 of one prefill and then one step per token."""
     seq = Sequence.create(0, token_ids, SamplingParams())
     engine.block_manager.start(seq, [])
@@ -328,7 +329,7 @@ def test_folded_layers_on_two_ranks(name: str, tmp_path: Path) -> None:
 
     def logits(rank: int) -> Tensor:
         group = Threads(rank, slots, barrier)
-        engine = LLMEngine.from_pretrained(
+        engine = PagedEngine.from_pretrained(
             tmp_path,
             EngineSection(num_blocks=2),
             Specification(True),

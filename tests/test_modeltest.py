@@ -23,9 +23,9 @@ import torch
 import twins
 from hostile import MAIN, REPO, clean_environ, write_tokenizer
 
-from gptneox.evaluation import modeltest_plan
-from gptneox.evaluation.modeltest import PERFORMANCE_COLUMNS, formatted, with_averages
-from gptneox.evaluation.modeltest_plan import CASES, LM_EVAL_TASKS, MODES, Hosts, parse
+from gptneox.tasks import modeltest_plan
+from gptneox.tasks.modeltest import PERFORMANCE_COLUMNS, formatted, with_averages
+from gptneox.tasks.modeltest_plan import CASES, LM_EVAL_TASKS, MODES, Hosts, parse
 
 RUN = REPO / "tests" / "modeltest" / "run.sh"
 BOOLQ = [
@@ -213,7 +213,7 @@ def test_wrong_input(
 
 def test_the_parser_is_light() -> None:
     code = (
-        "import sys, gptneox.evaluation.modeltest_plan\n"
+        "import sys, gptneox.tasks.modeltest_plan\n"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True, timeout=60)
@@ -251,7 +251,7 @@ def test_averages_are_over_what_ran_and_in_the_last_row() -> None:
 
 STUB = """#!/usr/bin/env bash
 for word in "$@"; do
-  if [[ $word == -c || $word == gptneox.evaluation.modeltest_plan ]]; then exec {python} "$@"; fi
+  if [[ $word == -c || $word == gptneox.tasks.modeltest_plan ]]; then exec {python} "$@"; fi
 done
 exec {python} -c 'import json, os, sys
 json.dump({{"program": sys.argv[1], "argv": sys.argv[2:], "env": dict(os.environ)}},
@@ -569,7 +569,7 @@ def test_speeds_are_shown_when_the_writing_fails(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("gptneox.evaluation.modeltest.write_file", full)
+    monkeypatch.setattr("gptneox.tasks.modeltest.write_file", full)
     done = task(f"pa_fp16 performance [[16,4]] 1 {MODEL} W 1")
     assert done.status == 1
     assert "mean next tok/s" in done.out

@@ -33,15 +33,17 @@ from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
 from gptneox import parallel
-from gptneox.backends import select
-from gptneox.checkpoint import CheckpointError, rank_directory
-from gptneox.config import ConfigError, EngineSection, ModelConfig
-from gptneox.cut import cut_checkpoint
-from gptneox.engine.flash_engine import FlashEngine
-from gptneox.engine.llm_engine import LLMEngine
+from gptneox.config.errors import ConfigError
+from gptneox.config.model import ModelConfig
+from gptneox.config.settings import EngineSection
+from gptneox.devices import select
+from gptneox.engine.generate import GenerateEngine
+from gptneox.engine.paged import PagedEngine
 from gptneox.engine.sequence import SamplingParams
 from gptneox.model import GPTNeoX
 from gptneox.parallel import TensorParallelGroup, check_divides, report_failure
+from gptneox.weights.cut import cut_checkpoint
+from gptneox.weights.load import CheckpointError, rank_directory
 
 LIMIT = 2e-5  # of the largest logit
 NUM_NEW = 64
@@ -256,7 +258,7 @@ def test_long_prompts(length: int, num_new: int, teams: Teams, tmp_path: Path) -
 def scarce(group: TensorParallelGroup, path: Path, prompts: list[list[int]]) -> tuple[Any, int]:
     """Greedy tokens, prompts in chunks, too few blocks for all; and how often they ran out."""
     section = EngineSection(block_size=16, num_blocks=22, max_batch_size=8, max_prefill_tokens=40)
-    engine = LLMEngine.from_pretrained(
+    engine = PagedEngine.from_pretrained(
         path, section, select("cpu"), dtype="float32", group=group, with_tokenizer=False
     )
     params = SamplingParams(max_new_tokens=NUM_NEW, ignore_eos=True)
@@ -277,12 +279,12 @@ def test_scheduler_stays_in_step(reference_of, teams: Teams) -> None:
 def sampled(group: TensorParallelGroup, path: Path, prompts: list[list[int]]) -> tuple[Any, Any]:
     """Tokens drawn at temperature 1 on both paths."""
     section = EngineSection(max_batch_size=len(prompts))
-    engine = LLMEngine.from_pretrained(
+    engine = PagedEngine.from_pretrained(
         path, section, select("cpu"), dtype="float32", group=group, with_tokenizer=False
     )
     params = SamplingParams(max_new_tokens=24, temperature=1.0, seed=5, ignore_eos=True)
     paged = [output.token_ids for output in engine.generate(prompts, params)]
-    flash_engine = FlashEngine.from_pretrained(
+    flash_engine = GenerateEngine.from_pretrained(
         path, select("cpu"), group, dtype="float32", with_tokenizer=False
     )
     torch.manual_seed(1)
@@ -304,7 +306,7 @@ def num_threads(group: TensorParallelGroup, path: Path) -> int:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "3"
     try:
-        FlashEngine.from_pretrained(path, select("cpu"), group, with_tokenizer=False)
+        GenerateEngine.from_pretrained(path, select("cpu"), group, with_tokenizer=False)
         return torch.get_num_threads()
     finally:
         os.environ["OMP_NUM_THREADS"] = "1"
@@ -345,7 +347,7 @@ def test_too_many_ranks_are_refused_before_weights_are_read(world_size: int, tmp
     with pytest.raises(ConfigError, match=named):
         GPTNeoX(config, select("cpu"), group)
     with pytest.raises(ConfigError, match=named):
-        LLMEngine.from_pretrained(
+        PagedEngine.from_pretrained(
             tmp_path, EngineSection(), select("cpu"), group=group, with_tokenizer=False
         )
 
@@ -368,9 +370,9 @@ def test_parts_of_another_number_of_ranks(parts_of_4: Path, world_size: int) -> 
         with pytest.raises(CheckpointError, match=named):
             rank_directory(path, group)
         with pytest.raises(CheckpointError, match=named):
-            FlashEngine.from_pretrained(path, select("cpu"), group, with_tokenizer=False)
+            GenerateEngine.from_pretrained(path, select("cpu"), group, with_tokenizer=False)
         with pytest.raises(CheckpointError, match=named):
-            LLMEngine.from_pretrained(
+            PagedEngine.from_pretrained(
                 path, EngineSection(), select("cpu"), group=group, with_tokenizer=False
             )
     if world_size > 1:
@@ -394,7 +396,7 @@ def test_where_a_rank_finds_its_weights(parts_of_4: Path) -> None:
 def load_flash(group: TensorParallelGroup, path: Path) -> str:
     """Where the flash path loads from, or why it does not."""
     try:
-        FlashEngine.from_pretrained(path, select("cpu"), group, with_tokenizer=False)
+        GenerateEngine.from_pretrained(path, select("cpu"), group, with_tokenizer=False)
     except ValueError as error:
         return str(error)
     return ""
@@ -412,9 +414,9 @@ def test_a_part_is_not_a_model_of_its_own(parts_of_4: Path, tmp_path: Path) -> N
     lone = tmp_path / "lone"
     lone.symlink_to(parts_of_4 / "part_model" / "0")
     with pytest.raises(CheckpointError, match=r"one part of 4, but 1 ranks run"):
-        LLMEngine.from_pretrained(lone, EngineSection(), select("cpu"), with_tokenizer=False)
+        PagedEngine.from_pretrained(lone, EngineSection(), select("cpu"), with_tokenizer=False)
     with pytest.raises(CheckpointError, match=r"one part of 4, but 1 ranks run"):
-        FlashEngine.from_pretrained(lone, select("cpu"), ALONE, with_tokenizer=False)
+        GenerateEngine.from_pretrained(lone, select("cpu"), ALONE, with_tokenizer=False)
 
 
 def fail_on_rank_1(group: TensorParallelGroup) -> None:

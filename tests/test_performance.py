@@ -23,12 +23,13 @@ import torch
 import twins
 from hostile import MAIN, clean_environ, write_tokenizer
 
-from gptneox.backends import create, select
-from gptneox.backends.device import Device
-from gptneox.config import ConfigError, ModelConfig, PerformanceSection
-from gptneox.engine.flash_engine import FlashEngine
+from gptneox.config.errors import ConfigError
+from gptneox.config.model import ModelConfig
+from gptneox.config.settings import PerformanceSection
+from gptneox.devices import create, select
+from gptneox.devices.device import Device
+from gptneox.engine.generate import GenerateEngine
 from gptneox.evaluation import report
-from gptneox.evaluation.performance import Limits, detail_times, measure_case
 from gptneox.evaluation.report import COLUMNS, comparison, percentile, read_result, summarize
 from gptneox.evaluation.timing import (
     FlashStopwatch,
@@ -43,6 +44,7 @@ from gptneox.evaluation.timing import (
     random_prompts,
 )
 from gptneox.parallel import TensorParallelGroup
+from gptneox.tasks.performance import Limits, detail_times, measure_case
 
 HEADER = (
     "batch_size,input_seq_len(Encoding),output_seq_len(Decoding),ResponseTime(s),"
@@ -106,7 +108,7 @@ def stopwatch_of(path: str, checkpoint: Path, **settings: Any) -> Stopwatch:
         settings = {"enable_prefix_caching": False, "max_batch_size": 2} | settings
         return PagedStopwatch(twins.load_engine(checkpoint, select("cpu"), **settings))
     group = TensorParallelGroup()
-    engine = FlashEngine.from_pretrained(
+    engine = GenerateEngine.from_pretrained(
         checkpoint, select("cpu"), group, dtype="float32", with_tokenizer=False
     )
     return FlashStopwatch(engine)

@@ -20,7 +20,7 @@ from hostile import REPO, clean_environ, write_chain_checkpoint
 from ranks import Teams
 
 from gptneox.cli import read_settings
-from gptneox.config import ConfigError
+from gptneox.config.errors import ConfigError
 from gptneox.parallel import TensorParallelGroup
 from gptneox.prompts import find_file, read_texts
 

@@ -34,11 +34,11 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from gptneox.backends import select
-from gptneox.cut import AUTO_MAP, cut_checkpoint
-from gptneox.engine.flash_engine import FlashEngine
+from gptneox.devices import select
+from gptneox.engine.generate import GenerateEngine
 from gptneox.engine.sequence import SamplingParams
 from gptneox.parallel import TensorParallelGroup
+from gptneox.weights.cut import AUTO_MAP, cut_checkpoint
 
 LIMIT = 2e-5  # of the largest value
 CONFIG = twins.FAMILY["pythia-14m"] | {"eos_token_id": 303}
@@ -533,7 +533,7 @@ def test_paged_equals_flash_equals_hf(name: str, tmp_path: Path) -> None:
     engine = twins.load_engine(tmp_path, select("cpu"), max_batch_size=4)
     paged = engine.generate(rows, SamplingParams(max_new_tokens=24, ignore_eos=True))
     assert [output.token_ids for output in paged] == expected
-    flash = FlashEngine.from_pretrained(
+    flash = GenerateEngine.from_pretrained(
         tmp_path, select("cpu"), TensorParallelGroup(), dtype="float32", with_tokenizer=False
     )
     outputs = flash.generate(rows, max_new_tokens=24, do_sample=False, ignore_eos=True)

@@ -20,7 +20,7 @@ import pytest
 import ranks
 
 from gptneox import interpreter
-from gptneox.backends.binding import threads_per_rank
+from gptneox.devices.binding import threads_per_rank
 
 REPO = Path(__file__).resolve().parents[1]
 PAGED = ["--task", "inference", "--auto_attention", "paged"]
@@ -669,7 +669,7 @@ def test_an_environment_is_made_once(checkout: Checkout, there_is: str) -> None:
     assert "ruff" not in checkout.pip_calls.read_text()
     assert not left_over.exists()
     # compiled ahead of the first run, which goes on without
-    assert f"{checkout.root} runs gptneox.backends.cpu_build\n" in done.stderr
+    assert f"{checkout.root} runs gptneox.devices.cpu.build\n" in done.stderr
 
     assert checkout.source().stderr == ""
     assert len(checkout.pip_calls.read_text().splitlines()) == 1

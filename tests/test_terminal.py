@@ -18,7 +18,8 @@ from hostile import REPO, Terminal, clean_environ
 # Shows every line as Python writes it, until the input ends.
 ECHO = (
     f"import sys; sys.path.insert(0, {str(REPO)!r}); import logging; "
-    "from gptneox.config import Environment; from gptneox.terminal import Interrupts, LineEditor; "
+    "from gptneox.config.environment import Environment; "
+    "from gptneox.terminal import Interrupts, LineEditor; "
     "logging.basicConfig(level='INFO', stream=sys.stdout); "
     "editor = LineEditor(Environment.read().state_home); print('READY')\n"
     "with Interrupts() as interrupts:\n"

@@ -19,10 +19,10 @@ from hostile import REPO, clean_environ, copy_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXForCausalLM
 
-from gptneox.checkpoint import Checkpoint, CheckpointError, check_weights
-from gptneox.config import ModelConfig
-from gptneox.cut import cut_checkpoint, merge_checkpoint
-from gptneox.weight_files import SafetensorsFile, _UnmappedSafetensors
+from gptneox.config.model import ModelConfig
+from gptneox.weights.cut import cut_checkpoint, merge_checkpoint
+from gptneox.weights.files import SafetensorsFile, _UnmappedSafetensors
+from gptneox.weights.load import Checkpoint, CheckpointError, check_weights
 
 NAME, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -478,7 +478,7 @@ import sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from gptneox.checkpoint import Checkpoint
+from gptneox.weights.load import Checkpoint
 from gptneox import weight_files
 weight_files.REMAP_BYTES = 1000
 for path in map(Path, sys.argv[1:]):

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from gptneox.backends.device import Device
-from gptneox.config import EngineSection
-from gptneox.engine.llm_engine import LLMEngine
+from gptneox.config.settings import EngineSection
+from gptneox.devices.device import Device
+from gptneox.engine.paged import PagedEngine
 
 
 def _old(head_dim: int, num_heads: int, vocab_size: int, **keys: Any) -> dict[str, Any]:
@@ -213,7 +213,9 @@ def prompts(lengths: Seq[int], vocab_size: int, seed: int = 0) -> list[list[int]
 
 def load_engine(
     directory: Path, device: Device, dtype: str = "float32", **settings: Any
-) -> LLMEngine:
+) -> PagedEngine:
     """The paged engine over a checkpoint without a tokenizer; `settings` as in [engine]."""
     section = EngineSection(**settings)
-    return LLMEngine.from_pretrained(directory, section, device, dtype=dtype, with_tokenizer=False)
+    return PagedEngine.from_pretrained(
+        directory, section, device, dtype=dtype, with_tokenizer=False
+    )

@@ -12,7 +12,8 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
-from gptneox.config import ConfigError, read_json
+from gptneox.config.errors import ConfigError
+from gptneox.config.files import read_json
 from gptneox.engine.sentencepiece_tokenizer import (
     MODEL_NAMES,
     SentencePieceTokenizer,

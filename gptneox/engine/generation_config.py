@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptneox.config import ConfigError, read_json
-from gptneox.config import token_ids as read_token_ids
+from gptneox.config.errors import ConfigError
+from gptneox.config.files import read_json
+from gptneox.config.model import token_ids as read_token_ids
 
 # How tokens are chosen: the flags' business. `repetition_penalty` counts by itself, the others
 # where the file says do_sample. Source: transformers GenerationConfig, for all names here.

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from gptneox.backends.device import Device
-from gptneox.checkpoint import check_memory, check_weights, rank_directory
-from gptneox.config import ModelConfig
+from gptneox.config.model import ModelConfig
+from gptneox.devices.device import Device
 from gptneox.engine.detokenizer import load_tokenizer
 from gptneox.engine.generation_config import (
     GenerationRules,
@@ -20,6 +19,7 @@ from gptneox.engine.generation_config import (
 )
 from gptneox.model import GPTNeoX
 from gptneox.parallel import TensorParallelGroup
+from gptneox.weights.load import check_memory, check_weights, rank_directory
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from gptneox.backends.device import Device
-from gptneox.backends.operators import Operators
+from gptneox.devices.device import Device
+from gptneox.devices.operators import Operators
 from gptneox.engine.sequence import SamplingParams, Sequence, TokenLogprobs
 
 

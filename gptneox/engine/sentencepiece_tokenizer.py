@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gptneox.config import ConfigError, read_json
+from gptneox.config.errors import ConfigError
+from gptneox.config.files import read_json
 
 MODEL_NAMES = ("tokenizer.model", "spiece.model")
 # Merged behind a serialized model: its normalizer_spec.add_dummy_prefix becomes false.

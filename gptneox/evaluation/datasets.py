@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gptneox.config import ConfigError, read_text
+from gptneox.config.errors import ConfigError
+from gptneox.config.files import read_text
 from gptneox.evaluation.scoring import (
     LETTERS,
     GenerationScorer,

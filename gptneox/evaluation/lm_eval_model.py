@@ -32,11 +32,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from gptneox.cli import read_settings
-from gptneox.config import EMBEDDED_CHECKPOINT, ConfigError, ModelConfig
-from gptneox.engine.llm_engine import RequestOutput
+from gptneox.config.errors import ConfigError
+from gptneox.config.model import ModelConfig
+from gptneox.config.settings import EMBEDDED_CHECKPOINT
+from gptneox.engine.paged import RequestOutput
 from gptneox.engine.sequence import SamplingParams
 from gptneox.evaluation.lm_eval_options import MAX_GEN_TOKS, read_options
-from gptneox.inference import load_engine, start
+from gptneox.session import load_engine, start
 
 AUTO_BATCH_SIZE = 16
 

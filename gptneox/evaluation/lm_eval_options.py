@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gptneox.config import ConfigError
+from gptneox.config.errors import ConfigError
 from gptneox.engine.sequence import MAX_STOP_STRINGS, SamplingParams
 
 MAX_GEN_TOKS = 256  # where a task does not say, as the Hugging Face backend

@@ -15,7 +15,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gptneox.config import read_text
+from gptneox.config.files import read_text
 from gptneox.evaluation.report import title
 from gptneox.files import write_file
 

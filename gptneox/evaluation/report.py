@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from gptneox.cli import Settings
-from gptneox.config import ConfigError, read_text
+from gptneox.config.errors import ConfigError
+from gptneox.config.files import read_text
 from gptneox.files import check_writable, is_regular, write_file
 
 logger = logging.getLogger(__name__)

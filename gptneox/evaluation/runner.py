@@ -12,14 +12,14 @@ from typing import Any, Protocol
 
 import torch
 
-from gptneox.backends.device import Device
 from gptneox.cli import Settings
-from gptneox.engine.flash_engine import FlashEngine
-from gptneox.engine.llm_engine import LLMEngine
+from gptneox.devices.device import Device
+from gptneox.engine.generate import GenerateEngine
+from gptneox.engine.paged import PagedEngine
 from gptneox.engine.sampler import check_finite
 from gptneox.engine.sequence import SamplingParams
-from gptneox.inference import load_engine
 from gptneox.parallel import TensorParallelGroup
+from gptneox.session import load_engine
 
 _NUM_BLOCKS, _BLOCK_BYTES = 64, 1 << 20  # what is read of each large weight file
 
@@ -67,7 +67,7 @@ class Runner(Protocol):
 class PagedRunner:
     """The paged engine; a batch is what runs at once."""
 
-    def __init__(self, engine: LLMEngine) -> None:
+    def __init__(self, engine: PagedEngine) -> None:
         self.engine = engine
         self.tokenizer, self.max_positions = engine.tokenizer, engine.max_positions
         self.group, self.device = engine.model.group, engine.model.device
@@ -94,7 +94,7 @@ class PagedRunner:
 class FlashRunner:
     """The flash engine; a call is one padded batch."""
 
-    def __init__(self, engine: FlashEngine) -> None:
+    def __init__(self, engine: GenerateEngine) -> None:
         self.engine = engine
         self.tokenizer, self.max_positions = engine.tokenizer, engine.max_positions
         model = engine.model.model
@@ -121,10 +121,10 @@ def load_runner(
     """Load the model on the path that `settings` choose.
 
     Raises:
-        ValueError, OSError, RuntimeError: see `LLMEngine` and `FlashEngine`.
+        ValueError, OSError, RuntimeError: see `PagedEngine` and `GenerateEngine`.
     """
     if settings.attention == "flash":
-        engine = FlashEngine.from_pretrained(
+        engine = GenerateEngine.from_pretrained(
             settings.model_path,
             device,
             group,

@@ -9,7 +9,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from gptneox.config import ConfigError
+from gptneox.config.errors import ConfigError
 from gptneox.evaluation.runner import Runner
 
 NO_ANSWER = "-1"

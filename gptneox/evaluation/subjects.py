@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptneox.config import ConfigError, read_json
+from gptneox.config.errors import ConfigError
+from gptneox.config.files import read_json
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from gptneox.backends.device import Device
-from gptneox.config import ModelConfig
+from gptneox.config.model import ModelConfig
+from gptneox.devices.device import Device
 from gptneox.engine.detokenizer import decode
-from gptneox.engine.flash_engine import FlashEngine
-from gptneox.engine.llm_engine import LLMEngine
+from gptneox.engine.generate import GenerateEngine
+from gptneox.engine.paged import PagedEngine
 from gptneox.engine.sequence import SamplingParams
 from gptneox.parallel import TensorParallelGroup
 
@@ -125,7 +125,7 @@ class PagedStopwatch:
 
     path = "paged"
 
-    def __init__(self, engine: LLMEngine) -> None:
+    def __init__(self, engine: PagedEngine) -> None:
         self.engine, self.tokenizer = engine, engine.tokenizer
         self.config, self.dtype = engine.model.config, engine.dtype
         self.device, self.group = engine.model.device, engine.model.group
@@ -213,7 +213,7 @@ class FlashStopwatch:
 
     path = "flash"
 
-    def __init__(self, engine: FlashEngine) -> None:
+    def __init__(self, engine: GenerateEngine) -> None:
         self.engine, self.tokenizer = engine, engine.tokenizer
         model = engine.model.model
         self.config, self.device, self.group = engine.config, model.device, model.group

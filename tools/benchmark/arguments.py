@@ -14,7 +14,7 @@ from typing import NoReturn
 from benchmark.engines import ENGINES, OURS, PEERS
 from benchmark.errors import UsageError
 from benchmark.models import SHAPES
-from gptneox.config import DTYPES
+from gptneox.config.model import DTYPES
 
 DEVICES = ("auto", "cpu", "cuda", "npu")
 CURVES = {

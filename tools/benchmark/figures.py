@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from benchmark.arguments import Case
-from gptneox.config import ModelConfig
+from gptneox.config.model import ModelConfig
 from gptneox.evaluation.report import percentile
 from gptneox.evaluation.timing import decode_bytes, prefill_flops
 

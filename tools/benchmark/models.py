@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmark import seal
 from benchmark.errors import UsageError
-from gptneox.config import ModelConfig
+from gptneox.config.model import ModelConfig
 
 SEED = 0
 # Of vectors and of the embedding. Matrices have 1 / sqrt(inputs): activations keep their size
@@ -151,8 +151,8 @@ def _write_weights(target: Path, config: ModelConfig, dtype_name: str) -> None:
     """
     import torch
 
-    from gptneox.checkpoint import full_shapes
-    from gptneox.cut import SafetensorsWriter
+    from gptneox.weights.cut import SafetensorsWriter
+    from gptneox.weights.load import full_shapes
 
     dtype = getattr(torch, dtype_name)
     torch.set_num_threads(1)

@@ -23,8 +23,8 @@ from benchmark.session import (
     Session,
     contestants,
 )
-from gptneox.evaluation.performance import cache_bytes
 from gptneox.files import check_writable, safe_name
+from gptneox.tasks.performance import cache_bytes
 
 REQUEST_SEED = 2
 QUEUE_SIZES = (1000, 10000)

@@ -9,8 +9,8 @@ import pytest
 import torch
 import twins
 
-from gptneox.backends.npu import NpuDevice
-from gptneox.backends.npu_steps import NpuPagedStep
+from gptneox.devices.npu.device import NpuDevice
+from gptneox.devices.npu.steps import NpuPagedStep
 from gptneox.engine.sequence import SamplingParams
 
 NUM_NEW = 16
@@ -91,7 +91,7 @@ def test_a_step_is_one_launch(a2, make_engine, trace):
 
 
 def test_batches_beyond_the_largest_graph_run_as_they_are(a2, make_engine, monkeypatch):
-    monkeypatch.setattr("gptneox.backends.npu_graphs.SIZES", (1, 2))
+    monkeypatch.setattr("gptneox.devices.npu.graphs.SIZES", (1, 2))
     expected = answers(make_engine("off", **SETTINGS))
     engine = make_engine("on", **SETTINGS)
     assert answers(engine) == expected

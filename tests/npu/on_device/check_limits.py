@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gptneox.backends.npu_attention import DuoAtbAttention
+from gptneox.devices.npu.attention import DuoAtbAttention
 
 emulator = pytest.importorskip("emulator.operators", reason="a real device has its own limits")
 HEADS, D, BLOCK = 2, 96, 128

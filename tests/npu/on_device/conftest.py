@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptneox.backends import select
-from gptneox.backends.npu import NpuDevice
+from gptneox.devices import select
+from gptneox.devices.npu.device import NpuDevice
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from ctranslate2.specs import common_spec, transformer_spec
 
 from benchmark.workers.tensors import Tensors, layers, query_key_value
 from benchmark.workers.worker import Answer, Load, Worker, serve
-from gptneox.config import ModelConfig
+from gptneox.config.model import ModelConfig
 
 _ACTIVATIONS = {
     "gelu_erf": common_spec.Activation.GELU,

@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmark.workers.tensors import Array, Tensors, layers, query_key_value
 from benchmark.workers.worker import Answer, Load, Worker, serve
-from gptneox.config import ModelConfig
+from gptneox.config.model import ModelConfig
 
 _FILE = "model.gguf"
 _QUANTIZATION = {

@@ -7,10 +7,10 @@ import logging
 from collections.abc import Sequence
 
 from benchmark.workers.worker import Answer, Load, SteppingWorker, serve
-from gptneox.backends import select
-from gptneox.backends.device import Device
-from gptneox.config import EngineSection
-from gptneox.engine.llm_engine import LLMEngine
+from gptneox.config.settings import EngineSection
+from gptneox.devices import select
+from gptneox.devices.device import Device
+from gptneox.engine.paged import PagedEngine
 from gptneox.engine.sequence import SamplingParams
 
 
@@ -19,13 +19,13 @@ class Ours(SteppingWorker):
 
     packages = ("torch",)
     device: Device
-    engine: LLMEngine
+    engine: PagedEngine
 
     def load(self, load: Load) -> Answer:
         """See `Worker`."""
         self.device = select(load.device)
         self.device.setup(0, num_threads=load.threads)
-        self.engine = LLMEngine.from_pretrained(
+        self.engine = PagedEngine.from_pretrained(
             load.model,
             engine_section(load),
             self.device,

@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmark.workers.ours import Ours
 from benchmark.workers.worker import Answer, Load, serve
-from gptneox.config import EngineSection, ModelConfig
+from gptneox.config.model import ModelConfig
+from gptneox.config.settings import EngineSection
 from gptneox.engine.detokenizer import Detokenizer
-from gptneox.engine.llm_engine import LLMEngine
+from gptneox.engine.paged import PagedEngine
 from gptneox.engine.scheduler import Scheduled, Scheduler
 from gptneox.engine.sequence import SamplingParams
 from gptneox.model import GPTNeoX
@@ -92,7 +93,7 @@ class Overhead(Ours):
     def queue_once(self, count: int) -> dict[str, float]:
         """Prompts of 16 to 128 tokens, answers of 4 to 16, 32 at once; in processor time."""
         section = EngineSection(max_batch_size=32, max_prefill_tokens=2048, num_blocks=128)
-        engine = LLMEngine(GPTNeoX(_FAKE, self.device), section, self.engine.dtype)
+        engine = PagedEngine(GPTNeoX(_FAKE, self.device), section, self.engine.dtype)
 
         def pretend(scheduled: list[Scheduled]) -> list[int]:
             return [1 for item in scheduled if item.samples]
@@ -115,7 +116,7 @@ class Overhead(Ours):
 
 
 @contextmanager
-def _stopwatches(engine: LLMEngine) -> Iterator[dict[str, float]]:
+def _stopwatches(engine: PagedEngine) -> Iterator[dict[str, float]]:
     """Seconds that parts of a step take add up in what is yielded."""
     taken = dict.fromkeys(("schedule", "detokenize"), 0.0)
 

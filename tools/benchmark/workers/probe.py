@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 
 from benchmark.workers.worker import Answer, Worker, serve
-from gptneox.backends import select
-from gptneox.backends.device import Device
+from gptneox.devices import select
+from gptneox.devices.device import Device
 
 
 class Probe(Worker):

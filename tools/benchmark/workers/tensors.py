@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gptneox.config import ModelConfig
+from gptneox.config.model import ModelConfig
 
 Array = npt.NDArray[Any]
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}

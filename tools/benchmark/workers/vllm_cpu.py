@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmark.workers.worker import Answer, Load, SteppingWorker, serve
-from gptneox.config import ModelConfig
+from gptneox.config.model import ModelConfig
 
 
 class Vllm(SteppingWorker):

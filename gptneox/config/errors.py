@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is raised where a setting is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting is wrong; the message names the key, what was found and what is accepted."""
+
+
+def one_of(section: str, key: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raise ConfigError unless `value` of a key is one of those allowed."""
+    if value not in allowed:
+        choices = ", ".join(str(a) for a in allowed)
+        raise ConfigError(f"[{section}] {key} is {value!r}; use one of {choices}")

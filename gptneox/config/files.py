@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JSON and text files as users' programs write them."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from gptneox.config.errors import ConfigError
+from gptneox.file_faults import explain, explain_place
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON object; errors name the file.
+
+    A byte order mark at the start, as editors on Windows write it, is passed over.
+
+    Raises:
+        FileNotFoundError: the file or its directory does not exist.
+        OSError: there is something of this name that is no readable file.
+        ConfigError: the content is not a JSON object.
+    """
+    if reason := explain_place(path):
+        raise OSError(f"{path} {reason}")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no {path.name} in {path.parent}: the path {_without_json(path)}; give the directory "
+            "of a GPT-NeoX checkpoint"
+        )
+    try:
+        data = path.read_bytes()
+        raw = json.loads(data.decode(json.detect_encoding(data)))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too deep, too long numbers
+        reason = explain(path) or f"is not valid JSON: {error}; download it again"
+        raise ConfigError(f"{path} {reason}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds {type(raw).__name__}; a JSON object is expected")
+    return raw
+
+
+def _without_json(path: Path) -> str:
+    """What the directory is in which a JSON file was expected."""
+    if path.parent.is_file():
+        return "exists, but is not a directory"
+    if not path.parent.exists():
+        return "does not exist"
+    if snapshots := sorted(path.parent.glob(f"snapshots/*/{path.name}")):
+        return f"is a folder of the hub's cache, which has it in {snapshots[-1].parent}"
+    return "holds none"
+
+
+# The marks that Windows programs put before a text; UTF-32's begins with UTF-16's.
+_BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def read_text(path: Path, *, newline: str | None = None) -> str:
+    """A text file of the user's in UTF-8, without the byte-order mark that it may begin with.
+
+    Args:
+        path: anything that can be opened and read to its end; a pipe, too.
+        newline: as of `open`: None makes every line end a line feed, "" keeps them.
+
+    Raises:
+        ConfigError: it is in another encoding, which is named where it can be told.
+        OSError: it cannot be read.
+    """
+    return decode_text(path.read_bytes(), str(path), newline=newline)
+
+
+def decode_text(data: bytes, origin: str, *, newline: str | None = None) -> str:
+    """`read_text` of bytes that were read before; `origin` is named in errors."""
+    name = next((n for mark, n in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "")
+    head = data[:4096]
+    if len(data) % 2 == 0 and max(head[::2].count(0), head[1::2].count(0)) > len(head) / 5:
+        name = name or "UTF-16"  # mostly of Latin letters: every second byte is zero
+    if name:
+        raise ConfigError(
+            f"{origin} is {name}; UTF-8 is expected: save it as UTF-8, or convert it with "
+            f"iconv -f {name} -t UTF-8"
+        )
+    try:
+        text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{origin} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8, or "
+            "convert it with iconv -f ENCODING -t UTF-8 (such as LATIN1, GB18030 or SHIFT_JIS)"
+        ) from error
+    return io.StringIO(text, newline=newline).getvalue()

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CPU binding: a rank runs on its share of the cores of the NUMA node that its device hangs on;
+where the cores are the device, on its share of them, one thread per physical core.
+
+The kernel's sysfs is asked first; where it does not say (an old container), npu-smi, lspci and
+lscpu are. Whatever stays unknown leaves the process unbound.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from gptneox.devices import cgroup
+
+logger = logging.getLogger(__name__)
+
+SYSFS = Path("/sys")
+HUAWEI, ACCELERATOR_CLASS = "0x19e5", "0x1200"
+Runner = Callable[..., str]
+
+
+def run_tool(*command: str) -> str:
+    """Output of a program; empty when it is missing, fails or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def parse_cpu_list(text: str) -> list[int]:
+    """`0-3,64-67,70` as numbers; what is no such list gives none."""
+    cpus: list[int] = []
+    for item in text.strip().split(","):
+        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", item)
+        if not found:
+            return []
+        cpus += range(int(found[1]), int(found[2] or found[1]) + 1)
+    return cpus
+
+
+def parse_address(text: str) -> str:
+    """`C1:00.0` or `0000:C1:00.0` in the form of sysfs; empty when it is neither."""
+    found = re.search(r"\b(?:([0-9a-f]{4}):)?([0-9a-f]{2}:[0-9a-f]{2}\.[0-7])\b", text, re.I)
+    return f"{found[1] or '0000'}:{found[2]}".lower() if found else ""
+
+
+def parse_chips(text: str) -> list[tuple[int, int]]:
+    """(NPU ID, chip ID) in the order of the logic ids, from `npu-smi info -m`.
+
+    The management controller of a card is listed too, with "-" for its logic id.
+    """
+    rows = re.findall(r"^\s*(\d+)\s+(\d+)\s+(\d+)\s+\S", text, re.M)
+    return [(int(npu), int(chip)) for npu, chip, _ in sorted(rows, key=lambda r: int(r[2]))]
+
+
+def parse_bus(text: str) -> str:
+    """PCI address from `npu-smi info -t board -i NPU -c CHIP`."""
+    found = re.search(r"PCIe Bus Info\s*:\s*(\S+)", text)
+    return parse_address(found[1]) if found else ""
+
+
+def accelerator_addresses(sysfs: Path) -> list[str]:
+    """PCI addresses of this maker's accelerators, in order."""
+    found = []
+    for device in sorted(sysfs.glob("bus/pci/devices/*")):
+        is_ours = _read(device / "vendor") == HUAWEI
+        if is_ours and _read(device / "class").startswith(ACCELERATOR_CLASS):
+            found.append(device.name.lower())
+    return found
+
+
+def npu_addresses(sysfs: Path = SYSFS, run: Runner = run_tool) -> list[str]:
+    """PCI address of every NPU, in the order of the device numbers; empty when unknown.
+
+    A card with two chips has one PCI address for both, so sysfs decides only where its number of
+    accelerators is that of the device nodes.
+    """
+    addresses = accelerator_addresses(sysfs)
+    num_nodes = len(list(sysfs.glob("class/devdrv-cdev/davinci[0-9]*")))
+    if addresses and num_nodes == len(addresses):
+        return addresses
+    chips = parse_chips(run("npu-smi", "info", "-m"))
+    found = [
+        parse_bus(run("npu-smi", "info", "-t", "board", "-i", str(npu), "-c", str(chip)))
+        for npu, chip in chips
+    ]
+    return found if all(found) else []
+
+
+def numa_node(address: str, sysfs: Path = SYSFS, run: Runner = run_tool) -> int | None:
+    """The NUMA node of a PCI device; None when the machine does not say (-1)."""
+    text = _read(sysfs / "bus/pci/devices" / address / "numa_node")
+    if not text:
+        found = re.search(r"NUMA node:\s*(-?\d+)", run("lspci", "-s", address, "-vvv"))
+        text = found[1] if found else ""
+    return int(text) if text.isdigit() else None
+
+
+def node_cpus(node: int, sysfs: Path = SYSFS, run: Runner = run_tool) -> list[int]:
+    """The cores of a NUMA node."""
+    text = _read(sysfs / f"devices/system/node/node{node}/cpulist")
+    if not text:
+        found = re.search(rf"NUMA node{node} CPU\(s\):\s*(\S+)", run("lscpu"))
+        text = found[1] if found else ""
+    return parse_cpu_list(text)
+
+
+def choose_cores(
+    addresses: Sequence[str],
+    index: int,
+    cores_per_device: int = 0,
+    *,
+    sysfs: Path = SYSFS,
+    run: Runner = run_tool,
+) -> list[int]:
+    """Cores for device `index`; empty: leave the process as it is.
+
+    Devices on one node share its cores evenly, in the order of their numbers.
+
+    Args:
+        addresses: PCI address of each visible device.
+        index: which of them is this process's.
+        cores_per_device: CPU_BINDING_NUM; 0 means the whole share.
+        sysfs: where the kernel's files are.
+        run: runs a program and returns its output.
+    """
+    if not 0 <= index < len(addresses):
+        return []
+    nodes = [numa_node(address, sysfs, run) if address else None for address in addresses]
+    node = nodes[index]
+    if node is None:
+        return []
+    cpus = node_cpus(node, sysfs, run)
+    share = len(cpus) // nodes.count(node)
+    place = nodes[:index].count(node) * share
+    return cpus[place : place + min(share, cores_per_device or share)]
+
+
+def physical_cores(usable: Iterable[int], sysfs: Path = SYSFS) -> list[list[int]]:
+    """The usable logical processors of each physical core, in order.
+
+    Where the kernel does not say which belong together, each is a core of its own.
+    """
+    cores: dict[int, list[int]] = {}
+    for cpu in sorted(usable):
+        topology = sysfs / f"devices/system/cpu/cpu{cpu}/topology"
+        siblings = parse_cpu_list(_read(topology / "thread_siblings_list")) or [cpu]
+        cores.setdefault(min(siblings), []).append(cpu)
+    return list(cores.values())
+
+
+def share_cores(
+    index: int, num_ranks: int, usable: Iterable[int], sysfs: Path = SYSFS
+) -> list[int]:
+    """Rank `index`'s even share of the physical cores, one logical processor of each.
+
+    Empty where there are more ranks than cores: they take turns then, as the system sees fit.
+    """
+    cores = [siblings[0] for siblings in physical_cores(usable, sysfs)]
+    share = len(cores) // num_ranks
+    return cores[index * share : (index + 1) * share]
+
+
+def usable_cpus() -> list[int]:
+    """The logical processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def threads_per_rank(num_ranks: int, sysfs: Path = SYSFS, proc: Path = cgroup.PROC) -> int:
+    """One thread for each physical core of a rank's even share.
+
+    No more than the control groups leave processor time for: a thread that is held back there
+    keeps all the others waiting.
+    """
+    cores = len(physical_cores(usable_cpus(), sysfs))
+    quota = cgroup.cpu_quota(proc)
+    if quota is not None:
+        cores = min(cores, int(quota))
+    return max(1, cores // num_ranks)
+
+
+def bind(cores: Sequence[int]) -> None:
+    """Bind this process to `cores`, as far as it may use them; none leaves it as it is.
+
+    Where the system refuses, as some sandboxes do, a run is slower and nothing else.
+    """
+    usable = sorted(set(cores) & set(usable_cpus()))
+    if not usable or not hasattr(os, "sched_setaffinity"):
+        return
+    try:
+        os.sched_setaffinity(0, usable)
+    except OSError as error:
+        logger.warning("not bound to cores, which may be slower: %s (BIND_CPU=0)", error.strerror)
+        return
+    logger.info("bound to %d cores, %d to %d", len(usable), usable[0], usable[-1])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CPU with kernels of our own, which `cpu_build` compiles from `cpu_kernels/`.
+
+Activations are fp32 between the products, whatever the weights are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptneox.devices.cpu.device import CpuDevice
+from gptneox.devices.cpu.operators import CpuOperators
+from gptneox.devices.device import Device, Finding
+from gptneox.devices.operators import LayerWeights, PackedLayer, PackedLinear
+from gptneox.devices.step import (
+    ForwardBatch,
+    LayerCache,
+    PaddedBatch,
+    PagedStep,
+    RotaryTables,
+    Step,
+)
+
+# The numbers that the kernels know activations by.
+ACTIVATION_IDS = {"gelu_erf": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
+
+
+class CompiledStep(PagedStep):
+    """The cache is read in place; a step's tensors are checked once."""
+
+    runs_all_layers = True
+
+    def __init__(
+        self,
+        ops: CompiledCpuOperators,
+        batch: ForwardBatch,
+        layers: Sequence[LayerCache],
+        tables: RotaryTables,
+        scale: float,
+    ) -> None:
+        super().__init__(ops, batch, layers, tables, scale)
+        self._step: Any = ops.kernels.Step(
+            cache=layers[0][0],
+            positions=batch.positions,
+            cos=tables.cos,
+            sin=tables.sin,
+            slots=batch.slot_mapping,
+            block_tables=batch.block_tables,
+            cu_seqlens=batch.cu_seqlens_q,
+            context_lens=batch.context_lens,
+            num_decodes=batch.num_decodes,
+            scale=scale,
+            starts=batch.starts,
+        )
+
+    def attend(self, layer_id: int, qkv: Tensor) -> Tensor:
+        """One call."""
+        out = self._step.attend(qkv, *self.layers[layer_id])
+        assert isinstance(out, Tensor)
+        return out
+
+    def run(self, x: Tensor, layers: Sequence[PackedLayer]) -> Tensor:
+        """One call for all layers; x is overwritten."""
+        caches = [cache for layer in self.layers for cache in layer]
+        self._step.run(x, [layer.front for layer in layers], caches)
+        return x
+
+
+class CompiledCpuDevice(CpuDevice):
+    """Any CPU that the kernels compile for: AVX-512, AVX2, or vectors of four floats."""
+
+    def __init__(self, kernels: ModuleType) -> None:
+        """Take what `cpu_build.load` returned."""
+        super().__init__()
+        self.kernels: Any = kernels
+
+    def operators(self, graphs: str = "auto") -> CompiledCpuOperators:
+        """See `Device.operators`."""
+        return CompiledCpuOperators(self, graphs)
+
+    def diagnose(self) -> list[Finding]:
+        """The processor, and what its kernels were compiled for."""
+        findings = Device.diagnose(self)
+        return [*findings, Finding(True, "CPU kernels", self.kernels.describe())]
+
+    def resolve_dtype(self, file_dtype: str, requested: str) -> tuple[torch.dtype, str]:
+        """Every dtype runs as it is."""
+        return Device.resolve_dtype(self, file_dtype, requested)
+
+
+class CompiledCpuOperators(CpuOperators):
+    """Products, layers and attention by the kernels."""
+
+    fuses_layers = True
+
+    def __init__(self, device: CompiledCpuDevice, graphs: str = "auto") -> None:
+        super().__init__(device, graphs)
+        self.kernels = device.kernels
+
+    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
+        """Rows in fp32."""
+        return F.embedding(ids, weight).float()
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        """In panels."""
+        wide = None if bias is None else bias.float().contiguous()
+        return PackedLinear(self.kernels.pack(weight), wide, weight.shape[1], weight.shape[0])
+
+    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        """x [T, K]; returns [T, F]."""
+        return self.kernels.linear(x, packed.weight, packed.bias, 0).to(x.dtype)
+
+    def pack_layer(self, weights: LayerWeights) -> PackedLayer:
+        """Weights stay as they are: a second normalisation costs nothing here."""
+        linears = (
+            weights.query_key_value,
+            weights.dense_h_to_4h,
+            weights.dense,
+            weights.dense_4h_to_h,
+        )
+        dense_bias, out_bias = weights.dense[1], weights.dense_4h_to_h[1].float().contiguous()
+        if dense_bias is not None:
+            out_bias = out_bias + dense_bias.float()
+        qkv_bias = weights.query_key_value[1]
+        layer = self.kernels.Layer(
+            norms=[t.float().contiguous() for t in (*weights.norm_attention, *weights.norm_mlp)],
+            weights=[self.kernels.pack(weight) for weight, _ in linears],
+            biases=[
+                None if qkv_bias is None else qkv_bias.float().contiguous(),
+                weights.dense_h_to_4h[1].float().contiguous(),
+                out_bias,
+            ],
+            eps=weights.eps,
+            activation=ACTIVATION_IDS[weights.activation],
+        )
+        act = self.activation(weights.activation)
+        return PackedLayer(layer, layer, weights.eps, act, len(weights.query_key_value[0]))
+
+    def layer_front(self, x: Tensor, packed: PackedLayer) -> tuple[Tensor, Tensor]:
+        """x [T, C]; returns qkv [T, 3W] and the activated MLP as `layer_back` reads it."""
+        qkv, mlp = packed.front.front(x)
+        return qkv, mlp
+
+    def layer_back(
+        self, attended: Tensor, mlp: Tensor, packed: PackedLayer, residual: Tensor | None = None
+    ) -> Tensor:
+        """attended [T, W] and `layer_front`'s MLP; the partial sum [T, C], or added in place."""
+        partial = packed.back.back(attended, mlp, residual)
+        assert isinstance(partial, Tensor)
+        return partial
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """x [T, C]; statistics in fp32."""
+        if x.dtype != torch.float32:
+            return super().layer_norm(x, weight, bias, eps)
+        out = self.kernels.layer_norm(x, weight, bias, eps)
+        assert isinstance(out, Tensor)
+        return out
+
+    def greedy(self, logits: Tensor) -> Tensor:
+        """One pass over the logits."""
+        if logits.dtype != torch.float32:
+            return super().greedy(logits)
+        out = self.kernels.greedy(logits)
+        assert isinstance(out, Tensor)
+        return out
+
+    # -- steps and attention ---------------------------------------------------------------------
+
+    def begin(
+        self,
+        batch: ForwardBatch,
+        layers: Sequence[LayerCache],
+        tables: RotaryTables,
+        scale: float,
+    ) -> Step:
+        """See `Operators.begin`."""
+        return CompiledStep(self, batch, layers, tables, scale)
+
+    def begin_padded(
+        self,
+        batch: PaddedBatch,
+        layers: Sequence[LayerCache],
+        tables: RotaryTables,
+        scale: float,
+    ) -> Step:
+        """Padding in front is skipped, other padding masked by torch."""
+        paged = batch.as_paged(capacity=layers[0][0].shape[1])
+        if paged is None:
+            return super().begin_padded(batch, layers, tables, scale)
+        return CompiledStep(self, paged, layers, tables, scale)
+
+    def allocate_kv_cache(
+        self, num_blocks: int, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> LayerCache:
+        """All tokens of a head lie together in a block: [N, H, P, D] transposed."""
+        shape = (num_blocks, num_heads, block_size, head_dim)
+        like = torch.empty(0, dtype=dtype)
+        k, v = self.kernels.allocate(shape, like), self.kernels.allocate(shape, like)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+    def allocate_rows(
+        self, num_rows: int, capacity: int, num_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> LayerCache:
+        """A row is a block."""
+        return self.allocate_kv_cache(num_rows, capacity, num_heads, head_dim, dtype)
+
+    def dense_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
+    ) -> Tensor:
+        """In the cache's dtype, which fp32 activations are rounded to."""
+        return super().dense_attention(q.to(k.dtype), k, v, key_mask, scale).to(q.dtype)

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paged attention as Triton kernels: rotate and store, decode, prefill.
+
+Shapes as in `base`: T tokens, B sequences, H heads, D head_dim, R rotary dims, N blocks,
+P block_size. Tiles are powers of two; what lies beyond D, H or a context is masked, never read.
+Scores, softmax and sums are fp32. Scores are scaled as fp32 sums, so that fp16 ones cannot
+overflow and the query is not rounded once more. Where TRITON_INTERPRET is 1 the same code runs on
+CPU tensors.
+
+Importing this module needs triton, which comes with torch's CUDA builds for Linux.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gptneox.devices.step import ForwardBatch
+
+LOG2_E = 1.4426950408889634
+MAX_SPLITS = 16
+
+
+@triton.jit
+def _rotate_and_store(
+    qkv: tl.tensor,  # [T, H, 3, D], rows `qkv_stride` apart
+    q_out: tl.tensor,  # [T, H, D]
+    k_cache: tl.tensor,  # [N * P, H, D]
+    v_cache: tl.tensor,
+    positions: tl.tensor,  # [T] int64
+    cos: tl.tensor,  # [max_positions, R / 2] fp32
+    sin: tl.tensor,
+    slots: tl.tensor,  # [T] int64; a negative one is not written
+    qkv_stride: tl.tensor,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,  # R / 2
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    inside = (h < H) & (d < D)
+    turned = d < 2 * HALF
+    position = tl.load(positions + t)
+    slot = tl.load(slots + t)
+    angle = tl.where(d < HALF, d, d - HALF)
+    c = tl.load(cos + position * HALF + angle, mask=turned, other=1.0)
+    s = tl.load(sin + position * HALF + angle, mask=turned, other=0.0)
+    s = tl.where(d < HALF, -s, s)
+    partner = tl.where(d < HALF, d + HALF, d - HALF)
+
+    row = qkv + t * qkv_stride + h * (3 * D)
+    q = tl.load(row + d, mask=inside, other=0.0)
+    other = tl.load(row + partner, mask=inside & turned, other=0.0)
+    rotated = q.to(tl.float32) * c + other.to(tl.float32) * s
+    q = tl.where(turned, rotated.to(q.dtype), q)
+    tl.store(q_out + (t * H + h) * D + d, q, mask=inside)
+
+    row += D
+    k = tl.load(row + d, mask=inside, other=0.0)
+    other = tl.load(row + partner, mask=inside & turned, other=0.0)
+    rotated = k.to(tl.float32) * c + other.to(tl.float32) * s
+    k = tl.where(turned, rotated.to(k.dtype), k)
+    v = tl.load(row + D + d, mask=inside, other=0.0)
+    target = (slot * H + h) * D + d
+    written = inside & (slot >= 0)
+    tl.store(k_cache + target, k, mask=written)
+    tl.store(v_cache + target, v, mask=written)
+
+
+@triton.jit(do_not_specialize=["table_stride", "num_splits"])
+def _decode(
+    q: tl.tensor,  # [B, H, D]
+    k_cache: tl.tensor,  # [N * P, H, D]
+    v_cache: tl.tensor,
+    out: tl.tensor,  # [B, H, D]; with SPLIT [B, H, num_splits, D] fp32, sums not yet divided
+    stats: tl.tensor,  # with SPLIT [B, H, num_splits, 2] fp32: largest score and sum of weights
+    tables: tl.tensor,  # [B, M] int32
+    context_lens: tl.tensor,  # [B] int32; 0: a row that nobody reads
+    scale: tl.tensor,  # of the scores, times log2(e)
+    table_stride: tl.tensor,
+    num_splits: tl.tensor,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    b = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1)
+    split = tl.program_id(2)
+    context_len = tl.load(context_lens + b)
+    share = tl.cdiv(tl.cdiv(context_len, num_splits), BLOCK_N) * BLOCK_N
+    first = split * share
+    end = tl.minimum(context_len, first + share)
+    d = tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    query = tl.load(q + (b * H + h) * D + d, mask=d < D, other=0.0).to(tl.float32) * scale
+    largest = tl.full((1,), float("-inf"), tl.float32)
+    total = tl.zeros((1,), tl.float32)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(first, end, BLOCK_N):
+        position = start + n
+        seen = position < end
+        block = tl.load(tables + b * table_stride + position // P, mask=seen, other=0)
+        row = (block.to(tl.int64) * P + position % P) * H + h
+        where = row[:, None] * D + d[None, :]
+        inside = seen[:, None] & (d < D)[None, :]
+        k = tl.load(k_cache + where, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(v_cache + where, mask=inside, other=0.0).to(tl.float32)
+        scores = tl.where(seen, tl.sum(k * query[None, :], 1), float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, 0))
+        weights = tl.exp2(scores - new_largest)
+        shrink = tl.exp2(largest - new_largest)
+        total = total * shrink + tl.sum(weights, 0)
+        acc = acc * shrink + tl.sum(weights[:, None] * v, 0)
+        largest = new_largest
+    if SPLIT:
+        part = (b * H + h) * num_splits + split
+        tl.store(out + part * D + d, acc, mask=d < D)
+        one = tl.arange(0, 1)
+        tl.store(stats + part * 2 + one, largest)
+        tl.store(stats + part * 2 + 1 + one, total)
+    else:
+        result = acc / tl.where(total > 0, total, 1.0)
+        tl.store(out + (b * H + h) * D + d, result.to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def _join_splits(
+    parts: tl.tensor,  # [B * H, num_splits, D] fp32
+    stats: tl.tensor,  # [B * H, num_splits, 2] fp32
+    out: tl.tensor,  # [B * H, D]
+    num_splits: tl.tensor,
+    D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    s = tl.arange(0, BLOCK_S)
+    part = row * num_splits + s
+    there = s < num_splits
+    largest = tl.load(stats + part * 2, mask=there, other=float("-inf"))
+    total = tl.load(stats + part * 2 + 1, mask=there, other=0.0)
+    # A split that saw nothing has weight 0; a row without any context becomes 0.
+    peak = tl.max(largest, 0)
+    weights = tl.where(total > 0, tl.exp2(largest - peak), 0.0)
+    whole = tl.sum(weights * total, 0)
+    inside = there[:, None] & (d < D)[None, :]
+    acc = tl.load(parts + part[:, None] * D + d[None, :], mask=inside, other=0.0)
+    result = tl.sum(acc * weights[:, None], 0) / tl.where(whole > 0, whole, 1.0)
+    tl.store(out + row * D + d, result.to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit(do_not_specialize=["table_stride", "first_sequence"])
+def _prefill(
+    q: tl.tensor,  # [T, H, D]
+    k_cache: tl.tensor,  # [N * P, H, D]
+    v_cache: tl.tensor,
+    out: tl.tensor,  # [T, H, D]
+    tables: tl.tensor,  # [B, M] int32
+    cu_seqlens: tl.tensor,  # [B + 1] int32
+    context_lens: tl.tensor,  # [B] int32
+    scale: tl.tensor,  # of the scores, times log2(e)
+    table_stride: tl.tensor,
+    first_sequence: tl.tensor,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    b = first_sequence + tl.program_id(2)
+    h = tl.program_id(1)
+    first_row = tl.program_id(0) * BLOCK_M
+    q_start = tl.load(cu_seqlens + b)
+    q_len = tl.load(cu_seqlens + b + 1) - q_start
+    if first_row >= q_len:
+        return
+    context_len = tl.load(context_lens + b)
+    cached_len = context_len - q_len
+    m = first_row + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    q_at = ((q_start + m).to(tl.int64) * H + h)[:, None] * D + d[None, :]
+    q_inside = (m < q_len)[:, None] & (d < D)[None, :]
+    query = tl.load(q + q_at, mask=q_inside, other=0.0)
+    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    table = tables + b.to(tl.int64) * table_stride
+    end = tl.minimum(context_len, cached_len + first_row + BLOCK_M)
+    # Every row sees position 0, so that the largest score is finite from the first block on.
+    for start in range(0, end, BLOCK_N):
+        position = start + n
+        seen = position < end
+        block = tl.load(table + position // P, mask=seen, other=0)
+        row = (block.to(tl.int64) * P + position % P) * H + h
+        where = row[:, None] * D + d[None, :]
+        inside = seen[:, None] & (d < D)[None, :]
+        k = tl.load(k_cache + where, mask=inside, other=0.0)
+        v = tl.load(v_cache + where, mask=inside, other=0.0)
+        scores = tl.dot(query, tl.trans(k), input_precision=PRECISION) * scale
+        visible = seen[None, :] & (position[None, :] <= (cached_len + m)[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_largest[:, None])
+        shrink = tl.exp2(largest - new_largest)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None]
+        acc += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        largest = new_largest
+    result = acc / total[:, None]
+    tl.store(out + q_at, result.to(out.dtype.element_ty), mask=q_inside)
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    rotary: tuple[Tensor, Tensor, Tensor],
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> Tensor:
+    """Write rotated keys and values of qkv [T, H, 3, D] to the caches; returns the queries.
+
+    Args:
+        qkv: any distance between rows; [H, 3, D] of a row is contiguous.
+        rotary: positions [T], cos and sin [max_positions, R / 2] fp32.
+        k_cache: [N, P, H, D], contiguous.
+        v_cache: likewise.
+        slot_mapping: [T]; nothing is written where it is negative.
+    """
+    num_tokens, num_heads, _, head_dim = qkv.shape
+    positions, cos, sin = rotary
+    assert qkv.stride()[1:] == (3 * head_dim, head_dim, 1), "qkv rows are contiguous"
+    q = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    block_h = min(4, triton.next_power_of_2(num_heads))
+    _rotate_and_store[(num_tokens, triton.cdiv(num_heads, block_h))](
+        *(qkv, q, k_cache, v_cache, positions, cos, sin, slot_mapping, qkv.stride(0)),
+        H=num_heads,
+        D=head_dim,
+        HALF=cos.shape[-1],
+        BLOCK_H=block_h,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+    )
+    return q
+
+
+def num_splits(num_rows: int, num_heads: int, num_cores: int) -> int:
+    """Programs that share one context: a power of two that gives every core two, or MAX_SPLITS.
+
+    It depends on no context length, so that a captured step stays right while contexts grow.
+    """
+    wanted = triton.cdiv(2 * num_cores, num_rows * num_heads)
+    return int(min(MAX_SPLITS, triton.next_power_of_2(wanted)))
+
+
+def decode_tile(head_dim: int) -> dict[str, int]:
+    """Tile of `_decode`: up to 8192 values of K at once."""
+    block_d = triton.next_power_of_2(head_dim)
+    return {"BLOCK_N": max(16, min(128, 8192 // block_d)), "BLOCK_D": block_d}
+
+
+def decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: ForwardBatch,
+    out: Tensor,
+    scale: float,
+    splits: int,
+) -> None:
+    """Attention of the first B_decode rows of q [T, H, D] into those of `out`."""
+    num_rows, (num_heads, head_dim) = batch.num_decodes, q.shape[1:]
+    tile = decode_tile(head_dim)
+    target, stats = out, out
+    if splits > 1:
+        shape = (num_rows, num_heads, splits)
+        target = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
+        stats = torch.empty((*shape, 2), dtype=torch.float32, device=q.device)
+    tables = batch.block_tables
+    _decode[(num_rows, num_heads, splits)](
+        *(q, k_cache, v_cache, target, stats, tables, batch.context_lens),
+        *(scale * LOG2_E, tables.stride(0), splits),
+        H=num_heads,
+        D=head_dim,
+        P=k_cache.shape[1],
+        SPLIT=splits > 1,
+        **tile,
+    )
+    if splits > 1:
+        _join_splits[(num_rows * num_heads,)](
+            *(target, stats, out, splits),
+            D=head_dim,
+            BLOCK_S=MAX_SPLITS,
+            BLOCK_D=tile["BLOCK_D"],
+        )
+
+
+def prefill_tile(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile of `_prefill`: fits 64 KiB of shared memory, and the registers."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    warps = 4 if block_d < 256 else 8
+    if dtype == torch.float32:
+        rows, keys = (32, 32) if block_d < 128 else (16, 16)
+    else:
+        rows, keys = 64, 64 if block_d < 128 else 32
+    return {
+        "BLOCK_M": rows,
+        "BLOCK_N": keys,
+        "BLOCK_D": block_d,
+        "num_warps": warps,
+        "num_stages": 2 if block_d < 256 and dtype != torch.float32 else 1,
+    }
+
+
+def prefill(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: ForwardBatch,
+    out: Tensor,
+    scale: float,
+) -> None:
+    """Causal attention of the prompt chunks, rows of q [T, H, D], into those of `out`."""
+    first, (num_heads, head_dim) = batch.num_decodes, q.shape[1:]
+    tile = prefill_tile(head_dim, q.dtype)
+    longest = max(batch.q_lens_list[first:])
+    num_sequences = len(batch.q_lens_list) - first
+    tables = batch.block_tables
+    _prefill[(triton.cdiv(longest, tile["BLOCK_M"]), num_heads, num_sequences)](
+        *(q, k_cache, v_cache, out, tables, batch.cu_seqlens_q, batch.context_lens),
+        *(scale * LOG2_E, tables.stride(0), first),
+        H=num_heads,
+        D=head_dim,
+        P=k_cache.shape[1],
+        PRECISION="ieee",  # fp32 products are not rounded to tf32
+        **tile,
+    )

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model on an NVIDIA GPU: Triton kernels around paged attention, decode steps as CUDA graphs."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gptneox.devices.cuda.graphs import DecodeGraphs
+from gptneox.devices.device import Finding
+from gptneox.devices.operators import (
+    LayerWeights,
+    Operators,
+    PackedLayer,
+    PackedLinear,
+    fused_attention,
+)
+from gptneox.devices.step import ForwardBatch, LayerCache, PagedStep, RotaryTables, Step
+
+if TYPE_CHECKING:
+    from gptneox.devices.cuda.device import CudaDevice
+
+logger = logging.getLogger(__name__)
+
+# Below it Triton has no tensor cores, and tiles do not fit the shared memory.
+MIN_CAPABILITY = (8, 0)
+
+
+class Choice(NamedTuple):
+    """How one part of a step is computed, and why."""
+
+    step: str
+    operator: str
+    reason: str
+
+
+class TritonStep(PagedStep):
+    """Rotation and writing in one kernel, then attention."""
+
+    def __init__(
+        self,
+        ops: CudaOperators,
+        batch: ForwardBatch,
+        layers: Sequence[LayerCache],
+        tables: RotaryTables,
+        scale: float,
+    ) -> None:
+        super().__init__(ops, batch, layers, tables, scale)
+        self.kernels, self.num_cores = load_kernels(), ops.device.num_cores
+        self.num_splits = 0  # programs that share one context; 0: as the kernels choose
+
+    def attend(self, layer_id: int, qkv: Tensor) -> Tensor:
+        """See `Step`."""
+        kernels, batch, layer = self.kernels, self.batch, self.layers[layer_id]
+        rotary = (self.positions, *self.tables)
+        q = kernels.rotate_and_store(qkv, rotary, *layer, batch.slot_mapping)
+        out = torch.empty_like(q)
+        if batch.num_decodes:
+            splits = self.num_splits or kernels.num_splits(
+                batch.num_decodes, qkv.shape[1], self.num_cores
+            )
+            kernels.decode(q, *layer, batch, out, self.scale, splits)
+        if batch.num_decodes < len(batch.q_lens_list):
+            kernels.prefill(q, *layer, batch, out, self.scale)
+        assert isinstance(out, Tensor)
+        return out
+
+
+class CudaOperators(Operators):
+    """Kernels and graphs where they were found to work on the device."""
+
+    fuses_layers = True
+    device: CudaDevice
+
+    def __init__(self, device: CudaDevice, graphs: str = "auto") -> None:
+        super().__init__(device, graphs)
+        self._kernels: Any = None  # the module of kernels, once they are chosen
+        self._choices: tuple[Any, ...] | None = None  # the shapes they were chosen for
+        self._reason = ""
+        self._graph_reason: str | None = None  # why not; None: not tried yet
+        self._num_blocks = 0
+
+    # -- what is chosen --------------------------------------------------------------------------
+
+    def operator_table(
+        self, num_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+    ) -> list[Choice]:
+        """Every operator that there is a choice of, with the reason; tries the kernels out."""
+        self._choose(num_heads, head_dim, block_size, dtype)
+        kernels, graphs = self._kernels is not None, not self._graph_reason
+        return [
+            Choice("paged attention", "Triton" if kernels else "torch, fp32", self._reason),
+            Choice(
+                "decode step",
+                "CUDA graphs" if graphs else "eager",
+                self._graph_reason or "captured for each batch size that is met",
+            ),
+            Choice("flash attention", "scaled_dot_product_attention", "the cache is contiguous"),
+            Choice("layer", "two products", "with a parallel residual; four with a serial one"),
+        ]
+
+    def describe_operators(self, head_dim: int, rotary_dim: int, block_size: int) -> list[Finding]:
+        """The operator table of a model, in half precision."""
+        table = self.operator_table(2, head_dim, block_size, torch.float16)
+        slow = ("torch, fp32", "eager")
+        return [
+            Finding(None if c.operator in slow else True, c.step, f"{c.operator} ({c.reason})")
+            for c in table
+        ]
+
+    def _choose(self, num_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> None:
+        """Decide once for a cache, before its first request."""
+        shapes = (num_heads, head_dim, block_size, dtype)
+        if self._choices == (*shapes, self.graphs):
+            return
+        self._choices, self._kernels = (*shapes, self.graphs), None
+        reason = self._why_no_kernels(*shapes)
+        if reason:
+            self._reason, self._graph_reason = reason, "attention takes lengths from the host"
+            logger.warning("paged attention: torch, fp32, which is slow (%s)", reason)
+            return
+        self._kernels = load_kernels()
+        self._reason = "agrees with torch on this device"
+        self._graph_reason = "--graphs off" if self.graphs == "off" else self._why_no_graphs()
+        if self._graph_reason and self.graphs != "off":
+            logger.warning("decode steps run without graphs: %s", self._graph_reason)
+
+    def _why_no_kernels(
+        self, num_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+    ) -> str:
+        """Empty when the kernels work here, else what is wrong and what to do."""
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; it comes with torch's CUDA builds: pip install triton"
+        if self.device.capability < MIN_CAPABILITY:
+            major, minor = self.device.capability
+            name = self.device.describe()
+            return f"the kernels need compute capability 8.0, {name} has {major}.{minor}"
+        try:
+            load_kernels()
+            difference, limit = self._try_kernels(num_heads, head_dim, block_size, dtype)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001  whatever a compiler raises
+            text = " ".join(str(error).split())[:300]
+            return (
+                f"the kernels do not work here: {type(error).__name__}: {text}; Triton needs a C "
+                "compiler (gcc) and a home or TRITON_CACHE_DIR that it can write to"
+            )
+        if not difference <= limit:  # also where it is NaN
+            return (
+                f"the kernels differ from torch by {difference:.1e}, {limit:.1e} is allowed; "
+                "please report it with the output of main.py doctor"
+            )
+        return ""
+
+    def _try_kernels(
+        self, num_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+    ) -> tuple[float, float]:
+        """The largest difference from the base class over a small mixed step, and its limit.
+
+        Two sequences decode, one behind a full block; a prompt follows a cached prefix.
+        """
+        heads = min(num_heads, 4)
+        generator = torch.Generator().manual_seed(0)
+        cached, new = [block_size + 3, 0, 5], [1, 1, 70]
+        lengths = [c + n for c, n in zip(cached, new, strict=True)]
+        counts = [-(-n // block_size) for n in lengths]
+        blocks = torch.randperm(sum(counts), generator=generator).tolist()
+        tables = [[blocks.pop() for _ in range(n)] for n in counts]
+        width = max(counts)
+        spans = [range(c, n) for c, n in zip(cached, lengths, strict=True)]
+        slots = [
+            t[p // block_size] * block_size + p % block_size
+            for t, span in zip(tables, spans, strict=True)
+            for p in span
+        ]
+        starts = [sum(new[:i]) for i in range(len(new) + 1)]
+
+        def tensor(values: Any, kind: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=kind).to(self.torch_device)
+
+        batch = ForwardBatch(
+            input_ids=tensor([0] * len(slots), torch.int64),
+            positions=tensor([p for span in spans for p in span], torch.int64),
+            slot_mapping=tensor(slots, torch.int64),
+            block_tables=tensor([t + [0] * (width - len(t)) for t in tables], torch.int32),
+            cu_seqlens_q=tensor(starts, torch.int32),
+            context_lens=tensor(lengths, torch.int32),
+            q_lens_list=new,
+            context_lens_list=lengths,
+            num_decodes=2,
+        )
+        angles = torch.rand(max(lengths), max(1, head_dim // 8), generator=generator)
+        rotary = RotaryTables(
+            angles.cos().to(self.torch_device), angles.sin().to(self.torch_device)
+        )
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(self.torch_device, dtype)
+
+        qkv = random(len(slots), heads, 3, head_dim)
+        caches = [random(sum(counts), block_size, heads, head_dim) for _ in "kv"]
+        results = []
+        for splits in (0, 1, 2):
+            k_cache, v_cache = (cache.clone() for cache in caches)
+            arguments = (self, batch, [(k_cache, v_cache)], rotary, head_dim**-0.5)
+            step = TritonStep(*arguments) if splits else PagedStep(*arguments)
+            if isinstance(step, TritonStep):
+                step.num_splits = splits
+            out = step.attend(0, qkv)
+            results.append([x.float() for x in (out, k_cache, v_cache)])
+        worst = torch.stack([
+            (ours - theirs).abs().max()
+            for other in results[1:]
+            for ours, theirs in zip(other, results[0], strict=True)
+        ]).max()  # fmt: skip
+        largest = max(x.abs().max().item() for x in results[0])
+        unit = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+        return float(worst), 2 * unit * max(1.0, largest)
+
+    def _why_no_graphs(self) -> str:
+        """Empty when this device captures and replays."""
+        x = torch.zeros(8, device=self.torch_device)
+        try:
+            replay, out = self.device.record(lambda: x + 1, [])
+            x.fill_(2)
+            replay()
+            if out.tolist() != [3.0] * 8:
+                return "a replayed graph did not read its input anew"
+        except RuntimeError as error:
+            return " ".join(str(error).split())[:300]
+        return ""
+
+    # -- dense operators -------------------------------------------------------------------------
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        """The weight is on the device already.
+
+        Raises:
+            RuntimeError: not enough memory.
+        """
+        try:
+            return PackedLinear(weight.contiguous(), bias, weight.shape[1], weight.shape[0])
+        except torch.OutOfMemoryError as error:
+            raise self.device.out_of_memory("the weights", "a smaller --dtype") from error
+
+    def pack_layer(self, weights: LayerWeights) -> PackedLayer:
+        """As the base class.
+
+        Raises:
+            RuntimeError: not enough memory.
+        """
+        try:
+            return super().pack_layer(weights)
+        except torch.OutOfMemoryError as error:
+            raise self.device.out_of_memory("the weights", "a smaller --dtype") from error
+
+    # -- attention -------------------------------------------------------------------------------
+
+    def allocate_kv_cache(
+        self, num_blocks: int, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """As the base class; the first one of a model decides about the operators.
+
+        Raises:
+            RuntimeError: not enough memory.
+        """
+        before, self._num_blocks = self._choices, num_blocks
+        try:
+            table = self.operator_table(num_heads, head_dim, block_size, dtype)
+            if before != self._choices:
+                for choice in table:
+                    logger.debug("%s: %s (%s)", *choice)
+            return super().allocate_kv_cache(num_blocks, block_size, num_heads, head_dim, dtype)
+        except torch.OutOfMemoryError as error:
+            gib = 2 * num_blocks * block_size * num_heads * head_dim * dtype.itemsize / 2**30
+            what = f"the KV cache ({gib:.2f} GiB per layer)"
+            raise self.device.out_of_memory(
+                what, "lower --num_blocks or --memory_fraction"
+            ) from error
+
+    def begin(
+        self,
+        batch: ForwardBatch,
+        layers: Sequence[LayerCache],
+        tables: RotaryTables,
+        scale: float,
+    ) -> Step:
+        """By kernels, where they were found to work."""
+        kind = PagedStep if self._kernels is None else TritonStep
+        return kind(self, batch, layers, tables, scale)
+
+    def dense_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
+    ) -> Tensor:
+        """Torch's fused kernels: scores and sums in fp32 for every dtype."""
+        return fused_attention(q, k, v, key_mask, scale)
+
+    # -- graphs ----------------------------------------------------------------------------------
+
+    def capture(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Replays decode steps where the table says CUDA graphs; it has said why not elsewhere."""
+        if self._kernels is None or self._graph_reason:
+            return step
+        pools: list[Any] = []
+        return DecodeGraphs(
+            step, lambda run: self.device.record(run, pools), self.torch_device, self._num_blocks
+        )
+
+
+@functools.cache
+def load_kernels() -> Any:
+    """The module of Triton kernels."""
+    return importlib.import_module("gptneox.devices.cuda.kernels")

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model on an Ascend NPU: which operators its shapes allow, and the layouts they want."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptneox.config.errors import ConfigError
+from gptneox.devices.device import Finding
+from gptneox.devices.npu.attention import (
+    ACL_FORMAT_NZ,
+    MAX_HEAD_DIM,
+    A2Attention,
+    Choice,
+    PlainAttention,
+    choose,
+)
+from gptneox.devices.npu.graphs import MAX_PADDING, DecodeGraphs
+from gptneox.devices.npu.steps import NpuPaddedStep, NpuPagedStep
+from gptneox.devices.operators import LayerWeights, Operators, PackedLayer, PackedLinear
+from gptneox.devices.step import ForwardBatch, LayerCache, PaddedBatch, RotaryTables, Step
+
+if TYPE_CHECKING:
+    from gptneox.devices.npu.device import NpuDevice
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class NpuLayer(PackedLayer):
+    """The front product gives q, k and v of all heads as three blocks, in `head_order`."""
+
+    head_dim: int = 0
+
+
+class NpuOperators(Operators):
+    """Chosen for the chip and the model's shapes."""
+
+    fuses_layers = True
+    device: NpuDevice
+
+    def __init__(self, device: NpuDevice, graphs: str = "auto") -> None:
+        super().__init__(device, graphs)
+        self.torch_npu = device.torch_npu
+        self._attention: PlainAttention | None = None
+        self._head_dim = self._rotary_dim = 0
+        self._cache_shape = (0, 0)  # blocks and their size, as asked for
+        self._num_positions = 0
+
+    def prepare(self, head_dim: int, rotary_dim: int) -> None:
+        """Remember what the front product's rows are ordered by."""
+        self._head_dim, self._rotary_dim = head_dim, rotary_dim
+
+    def operator_table(self, head_dim: int, rotary_dim: int, block_size: int = 128) -> list[Choice]:
+        """Every operator of a layer that this chip gives a choice of, with the reason."""
+        paged, paged_reason = choose(self.device.is_310p, self.device.has_atb, head_dim, block_size)
+        dense, dense_reason = self._choose_dense(head_dim)
+        rotary = Choice(
+            "rotary", "npu_rotary_mul", f"{rotary_dim} of {head_dim} dimensions are rotated"
+        )
+        if self.device.is_310p:
+            reason = "npu_rotary_mul falls apart into six kernels; ATB's keeps its first table"
+            rotary = Choice("rotary", "torch, fp32", reason)
+        weights = Choice("weights", "ND", "NZ is off by default on A2")
+        if self.device.is_310p:
+            weights = Choice("weights", "NZ", "the chip's own layout for products")
+        return [
+            Choice("paged attention", paged.operator, paged_reason),
+            Choice("flash attention", dense.operator, dense_reason),
+            rotary,
+            Choice("gelu", "npu_gelu", "F.gelu is the tanh form whatever it is asked for"),
+            Choice("layer", "two products", "with a parallel residual; four with a serial one"),
+            Choice("decode steps", "as they are", "graphs: --graphs on, untried on a card")
+            if not self.device.is_310p
+            else Choice("decode steps", "as they are", "graphs are built for Atlas A2 only"),
+            weights,
+        ]
+
+    def _choose_dense(self, head_dim: int) -> tuple[type[PlainAttention], str]:
+        """There are no blocks on the flash path: any size that sets no limit stands for them."""
+        return choose(
+            self.device.is_310p, self.device.has_atb, head_dim, 16 if self.device.is_310p else 128
+        )
+
+    def describe_operators(self, head_dim: int, rotary_dim: int, block_size: int) -> list[Finding]:
+        """The operator table of a model."""
+        try:
+            table = self.operator_table(head_dim, rotary_dim, block_size)
+        except ConfigError as error:
+            return [Finding(False, "operators", str(error))]
+        return [Finding(True, c.step, f"{c.operator} ({c.reason})") for c in table]
+
+    # -- dense operators -------------------------------------------------------------------------
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        """On a 310P in NZ, the last step after slicing; `weight` is on the device already."""
+        out_features, in_features = weight.shape
+        weight = weight.contiguous()
+        if self.device.is_310p:
+            weight = self.torch_npu.npu_format_cast(weight, ACL_FORMAT_NZ)
+        return PackedLinear(weight, bias, in_features, out_features)
+
+    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        """With an NZ weight torch_npu would scale the bias by one first, in a kernel of its own."""
+        if not self.device.is_310p or packed.bias is None:
+            return super().linear(x, packed)
+        return F.linear(x, packed.weight).add_(packed.bias)
+
+    def activation(self, name: str) -> Callable[[Tensor], Tensor]:
+        """F.gelu is always the tanh form on an NPU."""
+        forms = {"gelu_erf": "none", "gelu_tanh": "tanh"}
+        if name not in forms:
+            return super().activation(name)
+        approximate = forms[name]
+        return lambda x: self.torch_npu.npu_gelu(x, approximate=approximate)
+
+    def pack_layer(self, weights: LayerWeights) -> NpuLayer:
+        """Rows of the front product in the order in which attention reads them; NZ comes last."""
+        weight, bias = weights.query_key_value
+        d, r = self._head_dim, self._rotary_dim
+        rows = torch.arange(weight.shape[0]).view(-1, 3, d).transpose(0, 1)  # [3, H, D]
+        if self._rotates_whole_heads(d):
+            rows = torch.cat((rows[:2, :, head_order(d, r)], rows[2:]))
+        order = rows.flatten().to(weight.device)
+        weight = weight.index_select(0, order)
+        bias = None if bias is None else bias.index_select(0, order)
+        packed = super().pack_layer(replace(weights, query_key_value=(weight, bias)))
+        return NpuLayer(**vars(packed), head_dim=d)
+
+    def layer_front(self, x: Tensor, packed: PackedLayer) -> tuple[Tensor, Tensor]:
+        """Qkv as [T, H, 3, D]; the blocks of q, k and v are not copied here."""
+        assert isinstance(packed, NpuLayer)
+        x = F.layer_norm(x, x.shape[-1:], packed.scale, packed.shift, packed.eps)
+        y = self.linear(x, packed.front)
+        n = packed.qkv_width
+        qkv = y[:, :n].view(len(y), 3, -1, packed.head_dim).transpose(1, 2)
+        return qkv, packed.activation(y[:, n:])
+
+    def _rotates_whole_heads(self, head_dim: int) -> bool:
+        """Whether q and k of fused layers lie in `head_order`: npu_rotary_mul then takes them as
+        they are, with tables that leave the dimensions beyond R alone (cos 1, sin 0)."""
+        return not self.device.is_310p and head_dim % 2 == 0 and head_dim <= MAX_HEAD_DIM
+
+    def pack_rotary(self, cos: Tensor, sin: Tensor, head_dim: int, *, fused: bool) -> RotaryTables:
+        """D/2 wide for q and k in `head_order`, else R/2."""
+        self._num_positions = len(cos)
+        if fused and self._rotates_whole_heads(head_dim):
+            rest = head_dim // 2 - cos.shape[1]
+            cos, sin = F.pad(cos, (0, rest), value=1.0), F.pad(sin, (0, rest))
+        return super().pack_rotary(cos, sin, head_dim, fused=fused)
+
+    def rotary(
+        self, q: Tensor, k: Tensor, positions: Tensor, cos_table: Tensor, sin_table: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Q and k together."""
+        angles = self.look_up(positions, RotaryTables(cos_table, sin_table), q.dtype)
+        rotated = self.rotate(torch.stack((q, k)), angles)
+        return rotated[0], rotated[1]
+
+    def rotate(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """x [2, T, H, D], contiguous, which may be overwritten, by what `look_up` returned."""
+        cos, sin = angles
+        part = x[..., : cos.shape[-1]]
+        if self.device.is_310p:
+            wide = part.float()
+            first, second = wide.chunk(2, -1)
+            rotated = (wide * cos).addcmul_(torch.cat((second, first), -1), sin)
+        else:
+            rotated = self.torch_npu.npu_rotary_mul(part.contiguous(), cos, sin)
+        if part.shape == x.shape:
+            return rotated.to(x.dtype)
+        part.copy_(rotated)
+        return x
+
+    def look_up(
+        self, positions: Tensor, tables: RotaryTables, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """[1, T, 1, R]; on a 310P in fp32, sin with the sign of its half, else in `dtype`."""
+        cos, sin = (t[positions][None, :, None] for t in tables)
+        if self.device.is_310p:
+            return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        return torch.cat((cos, cos), -1).to(dtype), torch.cat((sin, sin), -1).to(dtype)
+
+    # -- attention -------------------------------------------------------------------------------
+
+    def allocate_kv_cache(
+        self, num_blocks: int, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """In the layout of the chosen operators.
+
+        Raises:
+            ConfigError: no operator takes the block size.
+            RuntimeError: not enough memory.
+        """
+        kind, reason = choose(self.device.is_310p, self.device.has_atb, head_dim, block_size)
+        if type(self._attention) is not kind:
+            self._attention = kind(self.torch_npu, self.torch_device)
+            level = logging.WARNING if "slower" in reason else logging.INFO
+            logger.log(level, "paged attention: %s (%s)", kind.operator, reason)
+        self._cache_shape = (num_blocks, block_size)
+        if not self._why_no_graphs():
+            num_blocks += -(-MAX_PADDING // block_size)
+        try:
+            return self._attention.allocate(num_blocks, block_size, num_heads, head_dim, dtype)
+        except torch.OutOfMemoryError as error:
+            gib = 2 * num_blocks * block_size * num_heads * head_dim * dtype.itemsize / 2**30
+            raise RuntimeError(
+                f"not enough NPU memory for the KV cache: {gib:.2f} GiB per layer asked, "
+                f"{self.device.memory().free / 2**30:.2f} GiB free; lower --num_blocks or "
+                "--memory_fraction"
+            ) from error
+
+    def begin(
+        self,
+        batch: ForwardBatch,
+        layers: Sequence[LayerCache],
+        tables: RotaryTables,
+        scale: float,
+    ) -> Step:
+        """By the operators that the cache was allocated for."""
+        assert self._attention is not None, "a step before the cache was made"
+        return NpuPagedStep(self, self._attention, batch, layers, tables, scale)
+
+    def begin_padded(
+        self,
+        batch: PaddedBatch,
+        layers: Sequence[LayerCache],
+        tables: RotaryTables,
+        scale: float,
+    ) -> Step:
+        """By the operators for the head size."""
+        if self._attention is None:
+            kind, reason = self._choose_dense(layers[0][0].shape[-1])
+            self._attention = kind(self.torch_npu, self.torch_device)
+            level = logging.WARNING if "slower" in reason else logging.INFO
+            logger.log(level, "flash attention: %s (%s)", kind.operator, reason)
+        return NpuPaddedStep(self, self._attention, batch, layers, tables, scale)
+
+    # -- graphs ----------------------------------------------------------------------------------
+
+    def _why_no_graphs(self) -> str:
+        """Empty when decode steps are captured."""
+        if self.graphs != "on":
+            return "graphs are off until a card has confirmed them; --graphs on"
+        if self.device.is_310p:
+            return "the update of a captured operator is documented for Atlas A2 only"
+        if not isinstance(self._attention, A2Attention):
+            return "attention in plain torch takes its lengths from the host"
+        return ""
+
+    def capture(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Graphs where they were asked for; where there are none, that is said."""
+        if reason := self._why_no_graphs():
+            if self.graphs == "on":
+                logger.warning("graphs are on, but decode steps run as they are: %s", reason)
+            return step
+        num_blocks, block_size = self._cache_shape
+        return DecodeGraphs(
+            step,
+            self.torch_npu,
+            scratch_block=num_blocks,
+            block_size=block_size,
+            table_width=min(num_blocks, -(-self._num_positions // block_size)),
+        )
+
+
+def head_order(head_dim: int, rotary_dim: int) -> list[int]:
+    """Dimensions of q and k in an order that makes the rotation of R of D one of all D.
+
+    Pair i of the half rotation is (i, i + R/2); it moves to (i, i + D/2), and what is not rotated
+    fills the rest of both halves. q and k are permuted alike, so their products stay what they are.
+    """
+    half, rest = rotary_dim // 2, (head_dim - rotary_dim) // 2
+    ends = (half, rotary_dim, rotary_dim + rest, head_dim)
+    first, second, third, fourth = (
+        list(range(a, b)) for a, b in zip((0, *ends[:3]), ends, strict=True)
+    )
+    return first + third + second + fourth

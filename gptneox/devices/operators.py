@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model is computed with, in plain torch: the specification every device's own must meet.
+
+Shapes as in step.py; K features in, F features out.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptneox.devices.device import Device, Finding
+from gptneox.devices.step import (
+    ForwardBatch,
+    LayerCache,
+    PaddedBatch,
+    PaddedStep,
+    PagedStep,
+    RotaryTables,
+    Step,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PackedLinear:
+    """A linear layer's weight in the layout its device computes with."""
+
+    weight: Any  # base: [F, K]
+    bias: Tensor | None  # [F]
+    in_features: int
+    out_features: int
+
+
+@dataclass
+class LayerWeights:
+    """One rank's weights of a parallel-residual layer, on the device, in the dtype to compute in.
+
+    C hidden size, W = H * D attention width and F MLP width of the rank; `eps` and `activation`
+    are the config's. A row-parallel bias is zero on every rank but the first.
+    """
+
+    norm_attention: tuple[Tensor, Tensor]  # scale and shift, [C] each
+    norm_mlp: tuple[Tensor, Tensor]
+    query_key_value: tuple[Tensor, Tensor | None]  # [3W, C], [3W]
+    dense_h_to_4h: tuple[Tensor, Tensor]  # [F, C], [F]
+    dense: tuple[Tensor, Tensor | None]  # [C, W], [C]
+    dense_4h_to_h: tuple[Tensor, Tensor]  # [C, F], [C]
+    eps: float
+    activation: str
+
+
+@dataclass
+class PackedLayer:
+    """A parallel-residual layer as two products: `Operators.layer_front` and `layer_back`."""
+
+    front: Any  # base: PackedLinear [3W + F, C]
+    back: Any  # base: PackedLinear [C, W + F]
+    eps: float
+    activation: Callable[[Tensor], Tensor]
+    qkv_width: int  # 3W
+    scale: Tensor | None = None  # [C], of the one normalisation
+    shift: Tensor | None = None  # [C], likewise
+
+
+def check_shape(x: Tensor, shape: Sequence[int | None], name: str) -> None:
+    """Raise ValueError unless `x` has `shape`; None stands for any size."""
+    if x.dim() != len(shape) or any(
+        s not in (None, n) for n, s in zip(x.shape, shape, strict=True)
+    ):
+        expected = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name} has shape {list(x.shape)}; [{expected}] is expected")
+
+
+class Operators:
+    """The operators of one model on a device, correct anywhere, and the state they keep for it.
+
+    Two models on a device have two of these, which know nothing of each other.
+    """
+
+    fuses_layers = False  # give parallel-residual layers to `pack_layer`
+
+    def __init__(self, device: Device, graphs: str = "auto") -> None:
+        self.device, self.graphs = device, graphs
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where tensors are."""
+        return self.device.torch_device
+
+    def prepare(self, head_dim: int, rotary_dim: int) -> None:
+        """Choose operators for a model's shapes before its weights are loaded."""
+
+    def describe_operators(self, head_dim: int, rotary_dim: int, block_size: int) -> list[Finding]:
+        """What was chosen for a model's shapes, where there is a choice."""
+        return []
+
+    # -- dense operators -------------------------------------------------------------------------
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        """Copy weight [F, K] into the layout `linear` wants, and keep bias [F].
+
+        The weight may alias a mapped file, so the result must not share its memory.
+        """
+        return PackedLinear(weight.clone(), bias, weight.shape[1], weight.shape[0])
+
+    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        """x [T, K]; returns x @ weight.T + bias, [T, F]."""
+        return F.linear(x, packed.weight, packed.bias)
+
+    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
+        """Rows `ids` [T] of weight [V, C]: the residual stream, in the dtype this device keeps."""
+        return F.embedding(ids, weight)
+
+    def pack_layer(self, weights: LayerWeights) -> PackedLayer:
+        """Make one of both normalisations and fold the difference into the products behind it.
+
+        With the bare normalisation N and any s and h, LN(x) W.T + b is
+        (s N(x) + h) (W diag(scale / s)).T + b + W (shift - h scale / s), so both products that
+        read x become one of [3W + F, C]; both that write the partial sum are one of [C, W + F].
+        s and h are those before attention, whose weights then stay as they are: rounding every
+        weight anew would cost more accuracy than the shorter way saves. Only channels in which
+        that scale vanishes beside the other, or the shift would drown the other's values, take
+        the other scale, or no shift. Folding is done in fp32.
+        """
+        (first, shift), (second, other) = (
+            (t[0].float(), t[1].float()) for t in (weights.norm_attention, weights.norm_mlp)
+        )
+        scale = torch.where(first.abs() * 64 >= second.abs(), first, second)
+        scale = torch.where(scale == 0, 1.0, scale)  # both are
+        keeps = (shift * second / scale).abs() <= second.abs() + other.abs()
+        shift = torch.where(keeps & (scale == first), shift, 0.0)
+
+        def fold(
+            norm: tuple[Tensor, Tensor], linear: tuple[Tensor, Tensor | None]
+        ) -> tuple[Tensor, Tensor]:
+            weight, bias = linear
+            wide, ratio = weight.float(), norm[0].float() / scale
+            # no matrix product: some devices round its operands
+            added = (wide * (norm[1].float() - shift * ratio)).sum(1)
+            wide *= ratio
+            return wide.to(weight.dtype), added if bias is None else added + bias.float()
+
+        qkv, qkv_bias = fold(weights.norm_attention, weights.query_key_value)
+        up, up_bias = fold(weights.norm_mlp, weights.dense_h_to_4h)
+        dense, dense_bias = weights.dense
+        down, down_bias = weights.dense_4h_to_h
+        out_bias = down_bias.float()
+        if dense_bias is not None:
+            out_bias = out_bias + dense_bias.float()
+        return PackedLayer(
+            self.pack_linear(torch.cat((qkv, up)), torch.cat((qkv_bias, up_bias)).to(qkv.dtype)),
+            self.pack_linear(torch.cat((dense, down), 1), out_bias.to(down.dtype)),
+            weights.eps,
+            self.activation(weights.activation),
+            qkv.shape[0],
+            scale.to(qkv.dtype),
+            shift.to(qkv.dtype),
+        )
+
+    def layer_front(self, x: Tensor, packed: PackedLayer) -> tuple[Tensor, Tensor]:
+        """Everything up to attention: x [T, C] to qkv [T, 3W] and the activated MLP [T, F].
+
+        qkv may also come as a view [T, H, 3, D] of whatever layout suits the device.
+        """
+        x = F.layer_norm(x, x.shape[-1:], packed.scale, packed.shift, packed.eps)
+        y = self.linear(x, packed.front)
+        n = packed.qkv_width
+        return y[:, :n], packed.activation(y[:, n:])
+
+    def layer_back(
+        self, attended: Tensor, mlp: Tensor, packed: PackedLayer, residual: Tensor | None = None
+    ) -> Tensor:
+        """attended [T, W] and mlp [T, F] to this rank's partial sum [T, C].
+
+        With `residual` [T, C] the sum with it, which may be written over it.
+        """
+        partial = self.linear(torch.cat((attended, mlp), 1), packed.back)
+        return partial if residual is None else residual + partial
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """x [T, C]; statistics in fp32."""
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+    def activation(self, name: str) -> Callable[[Tensor], Tensor]:
+        """The operator behind a value of `config.ACTIVATIONS`."""
+        return {
+            "gelu_erf": F.gelu,
+            "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+            "silu": F.silu,
+            "relu": F.relu,
+        }[name]
+
+    def pack_rotary(self, cos: Tensor, sin: Tensor, head_dim: int, *, fused: bool) -> RotaryTables:
+        """Tables [max_positions, R/2] as `rotary` wants them; `fused`: for `layer_front`'s q, k."""
+        return RotaryTables(cos.to(self.torch_device), sin.to(self.torch_device))
+
+    def rotary(
+        self, q: Tensor, k: Tensor, positions: Tensor, cos_table: Tensor, sin_table: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate the first R of D dimensions, pairing i with i + R/2 (half rotation).
+
+        q, k: [T, H, D], any strides; positions [T]; tables [max_positions, R/2] fp32.
+        Returns new q and k, [T, H, D]; the arithmetic is fp32. Source: HF apply_rotary_pos_emb.
+        """
+        cos = cos_table[positions].unsqueeze(1)  # [T, 1, R/2]
+        sin = sin_table[positions].unsqueeze(1)
+        half = cos.shape[-1]
+
+        def rotate(x: Tensor) -> Tensor:
+            first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            out[..., :half] = first * cos - second * sin
+            out[..., half : 2 * half] = second * cos + first * sin
+            out[..., 2 * half :] = x[..., 2 * half :]
+            return out
+
+        return rotate(q), rotate(k)
+
+    def greedy(self, logits: Tensor) -> Tensor:
+        """The largest of each row of logits [S, V], then 1 if all add up finite: [S + 1] int64."""
+        finite = logits.sum(dtype=torch.float32).isfinite()
+        return torch.cat((logits.argmax(-1), finite.view(1).to(torch.int64)))
+
+    # -- steps and attention ---------------------------------------------------------------------
+
+    def begin(
+        self,
+        batch: ForwardBatch,
+        layers: Sequence[LayerCache],
+        tables: RotaryTables,
+        scale: float,
+    ) -> Step:
+        """A step over a paged cache, `layers` as `allocate_kv_cache` made them."""
+        return PagedStep(self, batch, layers, tables, scale)
+
+    def begin_padded(
+        self,
+        batch: PaddedBatch,
+        layers: Sequence[LayerCache],
+        tables: RotaryTables,
+        scale: float,
+    ) -> Step:
+        """A step over a contiguous cache, `layers` as `allocate_rows` made them."""
+        return PaddedStep(self, batch, layers, tables, scale)
+
+    def allocate_kv_cache(
+        self, num_blocks: int, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> LayerCache:
+        """K and V of one layer, each [N, P, H, D]; the content is undefined."""
+        shape = (num_blocks, block_size, num_heads, head_dim)
+        k = torch.empty(shape, dtype=dtype, device=self.torch_device)
+        return k, torch.empty_like(k)
+
+    def allocate_rows(
+        self, num_rows: int, capacity: int, num_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> LayerCache:
+        """K and V of one layer for a padded batch, each [B, capacity, H, D], likewise."""
+        k = torch.empty(
+            (num_rows, capacity, num_heads, head_dim), dtype=dtype, device=self.torch_device
+        )
+        return k, torch.empty_like(k)
+
+    def causal_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """One sequence: q [S, H, D] are the last S of the L positions of k, v [L, H, D].
+
+        The query is scaled before the product and everything up to the weighted sum is fp32, so
+        fp16 scores cannot overflow. Source: HF eager_attention_forward, in higher precision.
+        """
+        s, length = q.shape[0], k.shape[0]
+        scores = torch.einsum("shd,lhd->hsl", q.float() * scale, k.float())
+        visible = torch.ones(s, length, dtype=torch.bool, device=q.device).tril(length - s)
+        probs = scores.masked_fill_(~visible, -math.inf).softmax(-1)
+        return torch.einsum("hsl,lhd->shd", probs, v.float()).to(q.dtype)
+
+    def dense_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
+    ) -> Tensor:
+        """Causal attention of a padded batch over contiguous keys and values.
+
+        q [B, S, H, D] are the last S of the L positions of k, v [B, L, H, D]; key_mask [B, L] is
+        False at padding, or None when there is none. A padding query sees itself, so that its
+        row, which nobody reads, stays finite. Returns [B, S, H, D].
+        """
+        scores = torch.einsum("bshd,blhd->bhsl", q.float() * scale, k.float())
+        visible = dense_visibility(q.shape[1], k.shape[1], key_mask, q.device)
+        probs = scores.masked_fill_(~visible, -math.inf).softmax(-1)
+        return torch.einsum("bhsl,blhd->bshd", probs, v.float()).to(q.dtype)
+
+    # -- graphs ----------------------------------------------------------------------------------
+
+    def capture(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """A step that replays as one launch where the device has graphs; here the step itself."""
+        if self.graphs == "on":
+            logger.warning(
+                "graphs are on, but %s has none: steps run as they are", self.device.name
+            )
+        return step
+
+
+def dense_visibility(
+    num_queries: int, num_keys: int, key_mask: Tensor | None, device: torch.device
+) -> Tensor:
+    """Which key each query sees, bool [B or 1, 1, S, L]."""
+    offset = num_keys - num_queries
+    causal = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(offset)
+    if key_mask is None:
+        return causal[None, None]
+    itself = causal.triu(offset)
+    return (causal & key_mask[:, None, None, :]) | itself
+
+
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
+) -> Tensor:
+    """`Operators.dense_attention` by torch's fused kernels, which keep no matrix of scores."""
+    s, length = q.shape[1], k.shape[1]
+    mask = None
+    if key_mask is not None or 1 < s < length:
+        mask = dense_visibility(s, length, key_mask, q.device)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None and s > 1,
+        scale=scale,
+    )
+    return out.transpose(1, 2)

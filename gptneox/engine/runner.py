@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns scheduled sequences into tensors, runs the model, samples."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from gptneox.devices.step import ForwardBatch
+from gptneox.engine.sampler import Sampler, check_finite, read_choice, token_logprobs
+from gptneox.engine.scheduler import Scheduled
+from gptneox.engine.sequence import Sequence
+from gptneox.kv_cache import PagedKVCache
+from gptneox.model import GPTNeoX
+
+# Rows of prompt logits held at once: V = 50432 in fp32 takes 51 MB.
+_LOGIT_ROWS = 256
+
+
+class ModelRunner:
+    """One rank's model and cache."""
+
+    def __init__(self, model: GPTNeoX, cache: PagedKVCache) -> None:
+        self.model, self.cache = model, cache
+        self.group, self.device = model.group, model.device.torch_device
+        self.sampler = Sampler(model.ops)
+        self.step = model.ops.capture(self._forward)
+        self.measure = False  # wait for the device after the model, to time it by itself
+        self.prepare_s = self.forward_s = 0.0  # of the last step that sampled, when measured
+
+    @torch.inference_mode()
+    def run(self, scheduled: list[Scheduled]) -> list[int]:
+        """Compute one step; returns a new token id for each item that `samples`, in order.
+
+        Log-probabilities are appended to the sequences that asked for them (on rank 0).
+        """
+        started = time.perf_counter()
+        self.prepare_s = self.forward_s = 0.0
+        batch = self.prepare(scheduled)
+        prepared = time.perf_counter()
+        hidden = self.step(batch)  # [T, C]
+        self._score_prompts(scheduled, hidden)
+        rows, seqs, row = [], [], 0
+        for item in scheduled:
+            row += item.num_tokens
+            if item.samples and item.seq.params.max_new_tokens:
+                rows.append(row - 1)
+                seqs.append(item.seq)
+        if not rows:
+            return []
+        if len(rows) < hidden.shape[0]:
+            hidden = hidden[self._upload(rows, torch.int64)]
+        logits = self.model.compute_logits(hidden)
+        if self.measure:
+            self.model.device.synchronize()
+            self.prepare_s = prepared - started
+            self.forward_s = time.perf_counter() - prepared
+        return self._sample(logits, seqs)
+
+    def prepare(self, scheduled: list[Scheduled]) -> ForwardBatch:
+        """The step's tensors; sequences with one token come first, as the scheduler sorted them."""
+        size = self.cache.block_size
+        input_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        q_lens, context_lens, cu_seqlens_q = [], [], [0]
+        widest = max(len(item.seq.block_table) for item in scheduled)
+        block_tables = []
+        for item in scheduled:
+            seq, start = item.seq, item.seq.num_computed_tokens
+            end = start + item.num_tokens
+            table = seq.block_table
+            input_ids += seq.token_ids[start:end]
+            positions += range(start, end)
+            slots += [table[p // size] * size + p % size for p in range(start, end)]
+            q_lens.append(item.num_tokens)
+            context_lens.append(end)
+            cu_seqlens_q.append(len(input_ids))
+            block_tables.append(table + [0] * (widest - len(table)))
+
+        return ForwardBatch(
+            input_ids=self._upload(input_ids, torch.int64),
+            positions=self._upload(positions, torch.int64),
+            slot_mapping=self._upload(slots, torch.int64),
+            block_tables=self._upload(block_tables, torch.int32),
+            cu_seqlens_q=self._upload(cu_seqlens_q, torch.int32),
+            context_lens=self._upload(context_lens, torch.int32),
+            q_lens_list=q_lens,
+            context_lens_list=context_lens,
+            num_decodes=sum(n == 1 for n in q_lens),
+        )
+
+    def _upload(self, values: list[int] | list[list[int]], dtype: torch.dtype) -> Tensor:
+        pin = self.model.device.pins_memory
+        host = torch.tensor(values, dtype=dtype, pin_memory=pin)
+        return host if self.device.type == "cpu" else host.to(self.device, non_blocking=True)
+
+    def _forward(self, batch: ForwardBatch) -> Tensor:
+        hidden = self.model(self.cache.begin(batch, self.model.rotary))
+        assert isinstance(hidden, Tensor)
+        return hidden
+
+    def _sample(self, logits: Tensor, seqs: list[Sequence]) -> list[int]:
+        """Rank 0 chooses, every rank learns the choice."""
+        if self.group.rank == 0:
+            choice = self.sampler.choose(logits, seqs)
+        else:
+            choice = torch.empty(len(seqs) + 1, dtype=torch.int64, device=self.device)
+        token_ids = read_choice(self.group.broadcast(choice), logits, seqs)
+        if self.group.rank == 0:
+            for i, seq in enumerate(seqs):
+                if seq.params.logprobs is not None:
+                    seq.logprobs += token_logprobs(
+                        logits[i : i + 1],
+                        [token_ids[i]],
+                        seq.params.logprobs,
+                        seq.params.logprob_token_ids,
+                    )
+        return token_ids
+
+    def _score_prompts(self, scheduled: list[Scheduled], hidden: Tensor) -> None:
+        """Log-probabilities of prompt tokens, for requests that asked; a few rows at a time."""
+        row = 0
+        for item in scheduled:
+            seq, start = item.seq, item.seq.num_computed_tokens
+            num_top = seq.params.prompt_logprobs
+            if num_top is not None:
+                # The hidden state at position p scores the token at p + 1. After a preemption
+                # some positions come again; they are scored once.
+                end = min(start + item.num_tokens, seq.num_prompt_tokens - 1)
+                for p in range(max(start, seq.num_scored_tokens), end, _LOGIT_ROWS):
+                    targets = seq.token_ids[p + 1 : min(p + _LOGIT_ROWS, end) + 1]
+                    rows = hidden[row + p - start : row + p - start + len(targets)]
+                    logits = self.model.compute_logits(rows)
+                    if self.group.rank == 0:
+                        check_finite(logits, [seq.request_id] * len(targets))
+                        seq.prompt_logprobs += token_logprobs(logits, targets, num_top)
+                    seq.num_scored_tokens = p + len(targets)
+            row += item.num_tokens

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python main.py doctor`: would a run start here, and if not, what is there to do?"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from gptneox import __version__
+from gptneox.cli import Settings, refuse_unbuilt
+from gptneox.config.errors import ConfigError
+from gptneox.config.model import ModelConfig
+from gptneox.devices import DEVICES, create
+from gptneox.devices.device import Device, Finding
+from gptneox.engine.block_manager import BlockManager
+from gptneox.engine.generate import check_prompt
+from gptneox.engine.opening import Opened, check_loading, open_checkpoint
+from gptneox.engine.paged import affordable_blocks, check_blocks, check_request, count_blocks
+from gptneox.model import GPTNeoX
+from gptneox.parallel import TensorParallelGroup
+from gptneox.prompts import make_prompts, read_texts
+from gptneox.tasks.flash_inference import (
+    DEMO_PROMPTS,
+    WARM_UP_PROMPT,
+    num_new_tokens,
+    refuse_paged_only,
+)
+from gptneox.tasks.inference import check_results, fit_output_length
+from gptneox.weights.load import weight_bytes
+
+PACKAGES = {"torch": "2.7", "transformers": "5.0", "safetensors": ""}
+MARKS = {True: "ok  ", None: "note", False: "FAIL"}
+LAUNCHER_PORTS = (20014, 20001)
+LAUNCHER_CODE = """
+set -euo pipefail
+source "$1"
+read_launch_settings 20014
+printf '%s %s\\n' "$NUM_PROCESSES" "${NNODES:-1}"
+"""
+# What ends a run with one line.
+RUN_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)
+
+
+def run(settings: Settings) -> int:
+    """Print one page; returns 0 when a run with these settings would start, else 1."""
+    found, ranks = launcher(settings)
+    findings = [*software(), *found, *devices(settings, ranks), *ports(settings, ranks)]
+    lines = [f"gptneox {__version__}"]
+    for finding in findings:
+        lines.append(f"{MARKS[finding.ok]} {finding.topic + ':':<18} {finding.text}")
+    failed = sum(finding.ok is False for finding in findings)
+    lines.append(f"{failed} of these stop a run." if failed else "A run would start.")
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 1 if failed else 0
+
+
+def software() -> list[Finding]:
+    """Python and the packages."""
+    text = f"{platform.python_version()} on {platform.machine()}, {sys.executable}"
+    findings = [Finding(sys.version_info >= (3, 10), "Python", text)]
+    for name, least in PACKAGES.items():
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            text = f"missing; type: {sys.executable} -m pip install {name}"
+            findings.append(Finding(False, name, text))
+            continue
+        is_new = _numbers(found) >= _numbers(least)
+        text = found if is_new else f"{found} is older than {least}; type: pip install -U {name}"
+        findings.append(Finding(is_new, name, text))
+    return findings
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split("+")[0].split(".")[:2] if part.isdigit()]
+
+
+def devices(settings: Settings, ranks: Ranks) -> list[Finding]:
+    """Every kind of device, then the chosen one and what the checkpoint needs of it."""
+    wanted = settings.model.device
+    findings: list[Finding] = []
+    chosen: Device | None = None
+    for name in DEVICES:
+        try:
+            device = create(name)
+        except ConfigError as error:
+            findings.append(Finding(False, name, str(error)))
+            continue
+        reason = device.why_unusable()
+        named = name == wanted
+        if reason:
+            if named or device.is_installed():
+                findings += device.diagnose()
+            findings.append(Finding(False if named else None, name, reason))
+        elif chosen is None and (named or wanted == "auto"):
+            chosen = device
+            findings.append(Finding(True, name, "usable, and what this run takes"))
+        else:
+            findings.append(Finding(True, name, "usable"))
+    if wanted not in ("auto", *DEVICES):
+        findings.append(Finding(False, wanted, "this version cannot use it"))
+    if chosen is None:
+        return findings
+    try:
+        findings += chosen.diagnose()
+        return [*findings, *checkpoint(settings, chosen, ranks)]
+    except RuntimeError as error:
+        return [*findings, Finding(False, chosen.name, " ".join(str(error).split()))]
+
+
+def checkpoint(settings: Settings, device: Device, ranks: Ranks) -> list[Finding]:
+    """All that a run does before it reads the weights, by the run's own code."""
+    is_flash = settings.model.attention == "flash"
+    findings = []
+    try:
+        refuse_unbuilt(settings)
+        if is_flash:
+            refuse_paged_only(settings)
+        check_results(settings)
+    except (ValueError, OSError) as error:
+        findings.append(_failure("settings", error))
+    try:
+        opened, model = _open(settings, device, ranks, prefer_parts=is_flash)
+    except RUN_ERRORS as error:
+        return [*findings, _failure("checkpoint", error)]
+    config, dtype = opened.config, opened.dtype
+    findings.append(Finding(True, "checkpoint", _describe(settings.model_path, config, str(dtype))))
+    findings += [Finding(None, "notice", notice) for notice in opened.notices]
+    engine = settings.engine
+    weights, free = weight_bytes(model, dtype), device.memory().free
+    text = (
+        f"{weights / 2**30:.2f} GiB of weights on each of {ranks.total} rank(s), "
+        f"{free / 2**30:.2f} GiB free"
+    )
+    block_bytes = config.kv_bytes_per_token(dtype.itemsize, ranks.total) * engine.block_size
+    blocks = None
+    try:
+        if not is_flash:
+            num_blocks = count_blocks(engine, config, block_bytes, free - weights)
+            check_blocks(num_blocks, engine, block_bytes, free - weights)
+            blocks = BlockManager(num_blocks, engine.block_size, False)
+            room = affordable_blocks(engine, block_bytes, free - weights) * engine.block_size
+            text += f"; room for a KV cache of {max(room, 0)} tokens"
+        findings.append(Finding(True, "memory", text))
+        findings += prompts(settings, opened, model.num_positions, blocks)
+    except RuntimeError as error:
+        findings.append(_failure("memory", RuntimeError(f"{text}; {error}")))
+    return findings + device.operators(engine.graphs).describe_operators(
+        config.head_dim, config.rotary_dim, engine.block_size
+    )
+
+
+def _failure(topic: str, error: BaseException) -> Finding:
+    return Finding(False, topic, " ".join(str(error).split()))
+
+
+def _open(
+    settings: Settings, device: Device, ranks: Ranks, *, prefer_parts: bool
+) -> tuple[Opened, GPTNeoX]:
+    """The checkpoint as rank 0 finds it, after every rank of this host has found its own."""
+    found = []
+    for rank in reversed(range(ranks.local)):  # rank 0 last: its device is the one looked at
+        device.setup(rank, ranks.local, settings.environment.omp_num_threads)
+        group = TensorParallelGroup(rank, ranks.total)
+        opened = open_checkpoint(
+            settings.model_path,
+            device,
+            group,
+            dtype=settings.model.dtype,
+            with_tokenizer=settings.args.load_tokenizer and rank == 0,
+            trust_remote_code=settings.args.trust_remote_code,
+            prefer_parts=prefer_parts,
+        )
+        positions = settings.engine.max_position_embeddings
+        found.append((opened, check_loading(opened, device, group, positions)))
+    return found[-1]
+
+
+def prompts(
+    settings: Settings, opened: Opened, num_positions: int, blocks: BlockManager | None
+) -> list[Finding]:
+    """Those of the command line; `blocks` of the paged path. Pipes are left to the run."""
+    args, vocab_size = settings.args, opened.config.vocab_size
+    is_demo = blocks is None and not (args.input_texts or args.input_ids)
+    if args.interactive:
+        return []
+    try:
+        texts = [WARM_UP_PROMPT, *DEMO_PROMPTS]
+        if not is_demo:
+            texts = read_texts(settings, TensorParallelGroup(), leave_pipes=True)
+        for prompt in make_prompts(settings, texts, opened.tokenizer):
+            if blocks is None:
+                new = num_new_tokens(settings, demo=is_demo)
+                check_prompt(prompt.ids, new, vocab_size, num_positions)
+                continue
+            params = fit_output_length(settings, num_positions, prompt)
+            has_tokenizer = opened.tokenizer is not None
+            check_request(
+                prompt.ids, params, vocab_size, num_positions, blocks, has_tokenizer=has_tokenizer
+            )
+    except (ValueError, OSError) as error:
+        return [_failure("prompts", error)]
+    return []
+
+
+def _describe(path: Path, config: ModelConfig, dtype: str) -> str:
+    return (
+        f"{path}: {config.num_parameters / 1e6:.1f} M parameters, {config.num_layers} layers, "
+        f"{config.num_heads} heads of {config.head_dim}, {config.rotary_dim} of them rotated, "
+        f"{config.activation}, in {dtype.removeprefix('torch.')}"
+    )
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Processes that a run would start."""
+
+    total: int = 1
+    local: int = 1  # on this host
+
+
+def launcher(settings: Settings) -> tuple[list[Finding], Ranks]:
+    """What run_pa.sh makes of the environment, by its own functions."""
+    environment = settings.environment
+    script = Path(__file__).resolve().parents[2] / "scripts" / "launch.sh"
+    bash = shutil.which("bash")
+    if environment.world_size > 1 or not script.is_file() or bash is None:
+        return [], Ranks(environment.world_size, environment.local_world_size)
+    done = subprocess.run(
+        [bash, "-c", LAUNCHER_CODE, "run_pa.sh", script],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        text = done.stderr.strip().rsplit("\n", 1)[-1].removeprefix("run_pa.sh: ")
+        return [Finding(False, "run_pa.sh", text)], Ranks()
+    local, num_hosts = map(int, done.stdout.split())
+    return [], Ranks(local * num_hosts, local)
+
+
+def ports(settings: Settings, ranks: Ranks) -> list[Finding]:
+    """The rendezvous ports of the launchers; one that is taken is passed over by them."""
+    own = settings.environment.master_port
+    findings = []
+    for port in (own,) if own else LAUNCHER_PORTS:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                remedy = "export another MASTER_PORT" if own else "the launcher takes another"
+                ok = False if own and ranks.total > 1 else None
+                findings.append(Finding(ok, f"port {port}", f"{error.strerror}; {remedy}"))
+            else:
+                findings.append(Finding(True, f"port {port}", "free"))
+    return findings
