@@ -44,10 +44,8 @@ def run(settings: Settings) -> None:  # no valid syntax? Python >= 3.10 is wante
         from gptneox.tasks import modeltest as task_module  # type: ignore[no-redef]
     elif task == "precision":
         from gptneox.tasks import precision as task_module  # type: ignore[no-redef]
-    elif settings.attention == "paged":
-        from gptneox.tasks import inference as task_module  # type: ignore[no-redef]
     else:
-        from gptneox.tasks import flash_inference as task_module  # type: ignore[no-redef]
+        from gptneox.tasks import inference as task_module  # type: ignore[no-redef]
     from gptneox.parallel import leave_group
 
     task_module.run(settings)

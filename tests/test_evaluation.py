@@ -19,6 +19,7 @@ import pytest
 import questions
 import ranks
 import torch
+from gptneox.evaluation.runner import Runner, load_runner
 from questions import NUM_BOOLQ, NUM_VAL, SUBJECTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,7 +27,6 @@ from gptneox.cli import read_settings
 from gptneox.config.errors import ConfigError
 from gptneox.config.settings import EMBEDDED_CHECKPOINT
 from gptneox.evaluation import datasets
-from gptneox.evaluation.runner import Runner, load_runner
 from gptneox.evaluation.scoring import (
     GenerationScorer,
     NextTokenScorer,

@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXForCausalLM
 
 from gptneox.config.settings import EngineSection
-from gptneox.engine.paged import EngineStats, RequestOutput, StepStats
+from gptneox.engine.api import Completion, EngineStats, StepStats
 from gptneox.evaluation import report
 from gptneox.prompts import Prompt
 from gptneox.tasks.inference import BENCHMARK_COLUMNS, write_benchmark
@@ -607,7 +607,7 @@ def test_many_writers_lose_no_row(
     """The lock belongs to the open file, so threads stand for processes; the header comes once."""
     stats = EngineStats(steps=[StepStats(0.5, 3, 0, 3), StepStats(0.25, 0, 1, 4)])
     engine = SimpleNamespace(stats=stats, settings=EngineSection())
-    output = RequestOutput(0, "", [], token_ids=[1, 2])
+    output = Completion(0, "", [], token_ids=[1, 2])
     num_writers = 8
 
     def write(writer: int, together: threading.Barrier) -> None:

@@ -25,15 +25,13 @@ from hostile import MAIN, clean_environ, write_tokenizer
 
 from gptneox.config.errors import ConfigError
 from gptneox.config.model import ModelConfig
-from gptneox.config.settings import PerformanceSection
+from gptneox.config.settings import EngineSection, PerformanceSection
 from gptneox.devices import create, select
 from gptneox.devices.device import Device
 from gptneox.engine.generate import GenerateEngine
 from gptneox.evaluation import report
 from gptneox.evaluation.report import COLUMNS, comparison, percentile, read_result, summarize
 from gptneox.evaluation.timing import (
-    FlashStopwatch,
-    PagedStopwatch,
     StepTime,
     Stopwatch,
     Timing,
@@ -106,12 +104,17 @@ def cli(
 def stopwatch_of(path: str, checkpoint: Path, **settings: Any) -> Stopwatch:
     if path == "paged":
         settings = {"enable_prefix_caching": False, "max_batch_size": 2} | settings
-        return PagedStopwatch(twins.load_engine(checkpoint, select("cpu"), **settings))
+        return Stopwatch(twins.load_engine(checkpoint, select("cpu"), **settings))
     group = TensorParallelGroup()
     engine = GenerateEngine.from_pretrained(
-        checkpoint, select("cpu"), group, dtype="float32", with_tokenizer=False
+        checkpoint,
+        EngineSection(max_batch_size=64),
+        select("cpu"),
+        group=group,
+        dtype="float32",
+        with_tokenizer=False,
     )
-    return FlashStopwatch(engine)
+    return Stopwatch(engine)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

@@ -31,13 +31,12 @@ from gptneox.devices.device import Device
 from gptneox.evaluation import datasets
 from gptneox.evaluation.datasets import Dataset
 from gptneox.evaluation.report import counted, csv_text, say, table
-from gptneox.evaluation.runner import load_runner
 from gptneox.evaluation.scoring import Result, evaluate
 from gptneox.evaluation.timing import Stopwatch, Timing, max_over_ranks, random_prompts
 from gptneox.files import check_writable, write_file
 from gptneox.parallel import TensorParallelGroup
 from gptneox.prompts import encode
-from gptneox.session import start
+from gptneox.session import load_engine, start
 from gptneox.tasks.modeltest_plan import Plan, parse
 from gptneox.tasks.performance import load, versions
 from gptneox.tasks.precision import SHIPPED_SETS
@@ -481,7 +480,8 @@ class ModelTest:
         """Every question, for each batch size; a failed question counts as wrong."""
         plan = self.plan
         sizes = plan.batch_sizes[0]
-        runner = load_runner(self.settings, self.device, self.group, max(sizes))
+        section = replace(self.settings.engine, max_batch_size=max(sizes))
+        engine = load_engine(self.settings, self.device, self.group, section)
         self.notes.append(f"questions: {', '.join(str(path) for path in dataset.files[:3])} …")
         self.notes.append(f"scoring: {dataset.scorer.name}, shot {dataset.num_examples}")
         for size in sizes:
@@ -490,7 +490,7 @@ class ModelTest:
                 evaluate(
                     dataset.questions,
                     dataset.scorer,
-                    runner,
+                    engine,
                     size,
                     partial(_note, book, bar),
                     max_prompt_tokens=dataset.max_prompt_tokens,
