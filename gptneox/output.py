@@ -85,6 +85,8 @@ class Printer:
         done = self._finished.get(i)
         if not (self.stream or done) or self.out is None:
             return False
+        if done and done.error and self._num_shown < 0:
+            return True  # it has no answer; the run ends with its error
         if self._num_shown < 0:
             print(f"Question[{i}]: {self.prompts[i].shown}", file=self.out)
             print(f"Answer[{i}]: ", end="", file=self.out)

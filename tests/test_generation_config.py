@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-import twins
-from hostile import byte_level_tokenizer, write_chain_checkpoint
+from support import checkpoints as twins
+from support.checkpoints import write_chain_checkpoint
+from support.tokenizers import byte_level_tokenizer
 from transformers import GPTNeoXForCausalLM
 
+from gptneox.adapter import GPTNeoXForCausalLM as Adapter
 from gptneox.config.errors import ConfigError
 from gptneox.config.settings import EngineSection
 from gptneox.devices import select
@@ -384,7 +386,7 @@ def test_faults_of_keys_that_no_run_needs(
     write(copy, config=keys)
     assert paged(copy) == flash(copy) == greedy
     with pytest.raises(ConfigError, match=r"config\.json: transformers refuses it"):
-        GPTNeoXForCausalLM.from_pretrained(str(copy), device_map="cpu")
+        Adapter.from_pretrained(str(copy), device_map="cpu")
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"num_return_sequences": 2}'])
@@ -392,12 +394,12 @@ def test_the_adapter_names_a_file_that_it_cannot_take(content: str, copy: Path) 
     """Users of AutoModelForCausalLM get all of the file, so all of it has to be right."""
     (copy / "generation_config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"generation_config\.json"):
-        GPTNeoXForCausalLM.from_pretrained(str(copy), device_map="cpu")
+        Adapter.from_pretrained(str(copy), device_map="cpu")
 
 
 def test_the_adapter_reads_config_json_without_the_file(copy: Path) -> None:
     write(copy, config={"suppress_tokens": [3], "eos_token_id": [1, 2]})
-    model = GPTNeoXForCausalLM.from_pretrained(str(copy), device_map="cpu")
+    model = Adapter.from_pretrained(str(copy), device_map="cpu")
     theirs = GPTNeoXForCausalLM.from_pretrained(copy)
     assert model.generation_config.to_dict() == theirs.generation_config.to_dict()
 

@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-import twins
-from hostile import MAIN, clean_environ, write_tokenizer
+from support import checkpoints as twins
+from support.processes import MAIN, clean_environ
+from support.tokenizers import write_tokenizer
+from transformers import GenerationMixin
 
 from gptneox.config.errors import ConfigError
 from gptneox.config.model import ModelConfig
@@ -29,13 +31,13 @@ from gptneox.config.settings import EngineSection, PerformanceSection
 from gptneox.devices import create, select
 from gptneox.devices.device import Device
 from gptneox.engine.generate import GenerateEngine
+from gptneox.engine.paged import blocks_needed
 from gptneox.evaluation import report
 from gptneox.evaluation.report import COLUMNS, comparison, percentile, read_result, summarize
 from gptneox.evaluation.timing import (
     StepTime,
     Stopwatch,
     Timing,
-    blocks_needed,
     decode_bytes,
     decode_flops,
     prefill_flops,
@@ -246,9 +248,11 @@ def test_time_is_booked_where_it_is_spent(
         monkeypatch.setattr(runner, "step", delayed(runner.step, 0.04))
         monkeypatch.setattr(runner, "_sample", delayed(runner._sample, 0.06))
     else:
-        model = type(engine.model)
-        prepare = model.prepare_inputs_for_generation
-        monkeypatch.setattr(model, "prepare_inputs_for_generation", delayed(prepare, 0.02))
+        model = type(engine.adapter)
+        prepare = GenerationMixin.prepare_inputs_for_generation
+        monkeypatch.setattr(
+            GenerationMixin, "prepare_inputs_for_generation", delayed(prepare, 0.02)
+        )
         monkeypatch.setattr(model, "forward", delayed(model.forward, 0.04))
         update = model._update_model_kwargs_for_generation
         monkeypatch.setattr(model, "_update_model_kwargs_for_generation", delayed(update, 0.06))
