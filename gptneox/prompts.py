@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptneox.cli import DEFAULT_PROMPT, Settings
+from gptneox.cli import Settings
+from gptneox.config.arguments import DEFAULT_PROMPT
 from gptneox.config.errors import ConfigError
 from gptneox.config.files import decode_text
 from gptneox.parallel import TensorParallelGroup

@@ -83,7 +83,7 @@ def num_new_tokens(settings: Settings, *, demo: bool) -> int:
 
 def generate_options(settings: Settings, engine: GenerateEngine, *, demo: bool) -> dict[str, Any]:
     """Options of transformers' `generate`; every rank draws the same random numbers."""
-    params, args = settings.sampling, settings.args
+    params = settings.sampling
     options: dict[str, Any] = {
         "max_new_tokens": num_new_tokens(settings, demo=demo),
         "do_sample": params.temperature > 0,
@@ -92,7 +92,7 @@ def generate_options(settings: Settings, engine: GenerateEngine, *, demo: bool) 
         "stop": params.stop,
         "stop_token_ids": params.stop_token_ids,
     }
-    if demo and args.repetition_penalty is None:
+    if demo and "repetition_penalty" not in settings.given:
         options["repetition_penalty"] = DEMO_REPETITION_PENALTY
     if params.temperature > 0:
         options |= {
