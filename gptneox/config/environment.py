@@ -191,7 +191,7 @@ def _value(each: Setting, text: str) -> Any:
     return value
 
 
-def load_devices_by_hand() -> None:
+def disable_device_autoload() -> None:
     """Keep `import torch` from importing device packages, whose failure would end the program.
 
     Each device imports its own and can say what is missing.
