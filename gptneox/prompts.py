@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gptneox.cli import DEFAULT_PROMPT, Settings
+from gptneox.cli import Settings
+from gptneox.config.arguments import DEFAULT_PROMPT
 from gptneox.config.errors import ConfigError
 from gptneox.config.files import decode_text
 from gptneox.engine.sequence import SamplingParams
@@ -105,7 +106,7 @@ def demo_params(settings: Settings) -> SamplingParams:
     params = settings.sampling
     if settings.sources["engine"]["max_output_length"] == "default":
         params = replace(params, max_new_tokens=DEMO_MAX_NEW_TOKENS)
-    if settings.args.repetition_penalty is None:
+    if "repetition_penalty" not in settings.given:
         params = replace(params, repetition_penalty=DEMO_REPETITION_PENALTY)
     return params
 

@@ -131,9 +131,10 @@ def apply(settings: Settings, plan: Plan) -> Settings:
     prefill = plan.prefill_batch_size or engine.max_prefill_batch_size
     if plan.prefill_length and not plan.prefill_batch_size:
         prefill = max(1, plan.prefill_length // max(i for i, _ in plan.cases))
-    settings.args.trust_remote_code = settings.args.trust_remote_code or plan.trust_remote_code
+    trusts = settings.args.trust_remote_code or plan.trust_remote_code
     return replace(
         settings,
+        args=replace(settings.args, trust_remote_code=trusts),
         model=replace(settings.model, model_path=str(plan.model_path), attention=plan.attention),
         engine=replace(engine, max_position_embeddings=positions, max_prefill_batch_size=prefill),
         performance=PerformanceSection(),

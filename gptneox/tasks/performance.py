@@ -65,7 +65,7 @@ def run(settings: Settings) -> None:
         ValueError, OSError, RuntimeError: with a message for the user.
     """
     for name in _REFUSED_FLAGS:
-        if getattr(settings.args, name):
+        if settings.given.get(name):
             raise ConfigError(f"--{name} does not go with --task performance; see [performance]")
     section, environment = settings.performance, settings.environment
     cases = section.cases()

@@ -51,7 +51,7 @@ def run(settings: Settings) -> None:
         ValueError, OSError, RuntimeError: with a message for the user.
     """
     for name in _REFUSED_FLAGS:
-        if getattr(settings.args, name):
+        if settings.given.get(name):
             raise ConfigError(f"--{name} does not go with --task precision; see [precision]")
     section = settings.precision
     dataset = read_dataset(section)
