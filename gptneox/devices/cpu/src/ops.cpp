@@ -587,7 +587,18 @@ Tensor greedy(const Tensor& logits) {
 
 std::string describe() {
   std::string text = "vectors of " + std::to_string(kVec) + " floats";
-  return GPTNEOX_BF16_DOT ? text + ", bf16 dot products" : text;
+  if (GPTNEOX_BF16_DOT) {
+    text += ", bf16 dot products";
+  }
+  const auto add = [&](const char* name, int64_t rows) {
+    if (rows != kNever) {
+      text += std::string(", ") + name + " blocked from " + std::to_string(rows) + " row(s)";
+    }
+  };
+  add("bf16", blocked_from.bf16);
+  add("fp16", blocked_from.fp16);
+  add("fp32", blocked_from.fp32);
+  return text;
 }
 
 } // namespace
@@ -638,4 +649,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     return allocate(sizes, like.scalar_type());
   });
   m.def("describe", &describe);
+  m.def(
+      "set_blocked_from",
+      [](int64_t bf16, int64_t fp16, int64_t fp32) { blocked_from = {bf16, fp16, fp32}; },
+      py::arg("bf16"), py::arg("fp16"), py::arg("fp32"));
+  m.def("blocked_from", [] {
+    return std::make_tuple(blocked_from.bf16, blocked_from.fp16, blocked_from.fp32);
+  });
 }
