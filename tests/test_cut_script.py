@@ -23,7 +23,7 @@ SCRIPT = REPO / "cut_model_and_run.sh"
 CUT = "The gpt-neox-20b part model is not exists, Now begin to cut ..."
 RUN = f"{'*' * 22}The gpt-neox-20b part model exists, Now begin to run ...{'*' * 22}"
 OURS = ("input_dir", "output_dir", "world_size_")
-# What set_npu_switches sets off a 310P; None: 0 in a container, else 1.
+# What the launcher sets off a 310P; None: 0 in a container, else 1.
 SWITCHES = {
     "PYTORCH_NPU_ALLOC_CONF": "max_split_size_mb:2048",
     "ATB_LAUNCH_KERNEL_WITH_TILING": "1",
@@ -59,12 +59,12 @@ class Run:
 
 
 def python_stub(folder: Path) -> Path:
-    """A Python that records main.py, answers for the cut, and really reads config.ini."""
+    """A Python that records main.py, answers for the cut, and really runs launch.py."""
     recorder = recording_stub(folder, "python-recorder")
     real = shlex.quote(sys.executable)
     return write_program(
         folder / "python",
-        f'if [[ ${{1-}} == -c || ${{2-}} == --print_config ]]; then exec {real} "$@"; fi\n'
+        f'if [[ ${{1-}} == -c || ${{1-}} == */launch.py ]]; then exec {real} "$@"; fi\n'
         "if [[ ${1-} == */cut_model_util.py ]]; then\n"
         '  printf "%s\\0" "${@:2}" "" >>"$CUTS"\n'
         '  printf "%s" "${CUT_SAYS-}"\n'
@@ -390,7 +390,10 @@ def checkout(tmp_path: Path) -> Path:
     """A copy whose config.ini a test may write."""
     root = tmp_path / "a checkout"
     shutil.copytree(REPO / "scripts", root / "scripts")
-    (root / "gptneox").symlink_to(REPO / "gptneox")
+    shutil.copytree(
+        REPO / "gptneox", root / "gptneox", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (root / "weights").symlink_to(REPO / "weights")
     names = ("cut_model_and_run.sh", "cut_model_util.py", "constraints.txt", "pyproject.toml")
     for name in names:
         shutil.copy(REPO / name, root / name)

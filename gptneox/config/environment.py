@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from gptneox.config.errors import ConfigError, one_of
 
+HCCL_BASE_PORT = 60000  # HCCL's own default
 USER_FOLDER = "gptneox-ascend"  # in the folders where a user's programs keep their files
 
 
@@ -31,7 +32,7 @@ class Environment:
     ascend_home: str = ""  # ASCEND_HOME_PATH, which CANN's set_env.sh sets
     master_addr: str = ""  # MASTER_ADDR: where the ranks meet
     master_port: int = 0  # MASTER_PORT; 0: the launcher's own
-    hccl_base_port: int = 60000  # HCCL_IF_BASE_PORT: first of 16 host ports
+    hccl_base_port: int = HCCL_BASE_PORT  # HCCL_IF_BASE_PORT: first of 16 host ports
     hccl_port_range: str = ""  # HCCL_HOST_SOCKET_PORT_RANGE, which goes before it
     timeit: bool = False  # TIMEIT: `perf_mode = detail` splits each step into its parts
     modeltest_data_dir: str = ""  # MODELTEST_DATA_DIR; empty: tests/modeltest/data
@@ -95,7 +96,7 @@ class Environment:
             ascend_home=environ.get("ASCEND_HOME_PATH", ""),
             master_addr=environ.get("MASTER_ADDR", ""),
             master_port=integer("MASTER_PORT"),
-            hccl_base_port=integer("HCCL_IF_BASE_PORT", 60000),
+            hccl_base_port=integer("HCCL_IF_BASE_PORT", HCCL_BASE_PORT),
             hccl_port_range=environ.get("HCCL_HOST_SOCKET_PORT_RANGE", ""),
             timeit=integer("TIMEIT") == 1,
             modeltest_data_dir=environ.get("MODELTEST_DATA_DIR", ""),
@@ -132,3 +133,10 @@ def load_devices_by_hand() -> None:
 def variables() -> Mapping[str, str]:
     """All environment variables."""
     return os.environ
+
+
+def set_variables(environ: Mapping[str, str]) -> None:
+    """Make `environ` the environment of this process and of those that it starts."""
+    for name in os.environ.keys() - environ.keys():
+        del os.environ[name]
+    os.environ.update(environ)
