@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-import twins
-from hostile import REPO, clean_environ, copy_checkpoint
 from safetensors.torch import load_file, save_file
+from support import checkpoints as twins
+from support.checkpoints import copy_checkpoint
+from support.processes import REPO, clean_environ
 from transformers import GPTNeoXForCausalLM
 
 from gptneox.config.model import ModelConfig
@@ -479,8 +480,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from gptneox.weights.load import Checkpoint
-from gptneox import weight_files
-weight_files.REMAP_BYTES = 1000
+from gptneox.weights import files
+files.REMAP_BYTES = 1000
 for path in map(Path, sys.argv[1:]):
     checkpoint = Checkpoint(path)
     assert not any(file.is_mapped for file in checkpoint.files)
