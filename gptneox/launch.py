@@ -242,7 +242,9 @@ def _read_cut(job: Job, given: tuple[str, str, str], options: list[str]) -> Cut:
     folder = Path(_folder(input_dir, "input_dir", remedy))
     if folder.name == "part_model":
         folder = folder.parent
-    output_dir = output_dir or str(folder / "part_model")
+    # nothing is written into an installed package
+    is_installed = CHECKOUT is None and folder == EMBEDDED_CHECKPOINT
+    output_dir = output_dir or str((Path() if is_installed else folder) / "part_model")
     return Cut(str(folder), output_dir, int(world_size), False, job.environ)
 
 

@@ -13,5 +13,8 @@ CHECKOUT = None if _SHIPPED.is_dir() else _PACKAGE.parent
 
 
 def shipped(name: str) -> Path:
-    """`config.ini` or `weights/neox-mini`. An installed package has a copy of its own."""
+    """config.ini, weights/neox-mini or modeling_gpt_neox_ascend.py.
+
+    They lie at the top level of a checkout; an installed package has copies of its own.
+    """
     return (CHECKOUT or _SHIPPED) / name

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from gptneox.cli import Settings
 from gptneox.config.errors import ConfigError
+from gptneox.config.places import CHECKOUT
 from gptneox.config.model import ModelConfig
 from gptneox.config.settings import PerformanceSection
 from gptneox.devices.device import Device
@@ -45,7 +46,8 @@ from gptneox.weights.load import rank_directory
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[2] / "tests" / "modeltest"
+# Holds data/ and receives outputs/; of an installed package the current folder does.
+ROOT = CHECKOUT / "tests" / "modeltest" if CHECKOUT else Path()
 BEIJING = timezone(timedelta(hours=8))  # of the time in file names, as the original's
 DTYPE_TOKENS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 CASE_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)
