@@ -14,22 +14,16 @@ from collections.abc import Callable
 
 from gptneox import interpreter
 from gptneox.cli import Settings, read_settings, refuse_unbuilt, setup_logging
-from gptneox.config.environment import load_devices_by_hand
+from gptneox.config.environment import disable_device_autoload
 from gptneox.config.places import shipped
 from gptneox.files import prepare_streams
 
-# Modules with a function `run`. torch and the tokenizer load only with them.
-TASKS = {
-    "paged": "inference",
-    "flash": "flash_inference",
-    "precision": "precision",
-    "performance": "performance",
-    "modeltest": "modeltest",
-}
-
 
 def run(settings: Settings) -> int:
-    """Hand over to the task; returns the exit status."""
+    """Hand over to the task, which has a module of its name; returns the exit status.
+
+    torch and the tokenizer load only with it.
+    """
     task = settings.args.task
     if task == "doctor":
         from gptneox.tasks import doctor  # it looks at torch, which may be what is missing
@@ -41,8 +35,7 @@ def run(settings: Settings) -> int:
         run_compare(settings)
         return 0
     refuse_unbuilt(settings)
-    name = TASKS[settings.attention if task == "inference" else task]
-    importlib.import_module(f"gptneox.tasks.{name}").run(settings)
+    importlib.import_module(f"gptneox.tasks.{task}").run(settings)
     from gptneox.parallel import leave_group
 
     leave_group()
@@ -60,7 +53,7 @@ def main(argv: list[str]) -> int:
         from gptneox import launch
 
         return launch.main(["modeltest", "gptneox modeltest", *rest])
-    load_devices_by_hand()
+    disable_device_autoload()
     debug = "--debug" in argv
     try:
         prepare_streams()

@@ -292,11 +292,11 @@ def test_an_end_as_the_engines_take_it(chat: Any) -> None:
     """A stop id has no text; a stop string goes before a length that is reached."""
     the, cat = chat.encode("the cat", add_special_tokens=False)[:2]
     detokenizer = Detokenizer(chat, ("cat", " c"))
-    assert extend(detokenizer, [the], {cat}, full=False) == ("the", "")
-    assert extend(detokenizer, [cat], {cat}, full=True) == ("", "stop")
-    assert extend(None, [cat], {the}, full=True) == ("", "length")
+    assert extend(detokenizer, [the], {cat}, 2) == (1, "the", "")
+    assert extend(detokenizer, [cat], {cat}, 1) == (1, "", "stop")
+    assert extend(None, [cat], {the}, 1) == (1, "", "length")
     stopping = Detokenizer(chat, ("the",))
-    assert extend(stopping, [the], (), full=True) == ("", "stop")
+    assert extend(stopping, [the], (), 1) == (1, "", "stop")
 
 
 # -- loading -------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 from gptneox import interpreter
-from gptneox.cli import given_path
+from gptneox.config.arguments import given_path
+from gptneox.config.places import CHECKOUT
 from gptneox.files import prepare_streams
 
 
@@ -59,7 +60,7 @@ def _check(output_path: Path, input_path: Path, world_size: int) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="cut_model_util.py",
+        prog="cut_model_util.py" if CHECKOUT else "gptneox cut",
         description="Cut a GPT-NeoX checkpoint for tensor parallelism, or join the parts again.",
         allow_abbrev=False,
     )
