@@ -12,7 +12,7 @@ import random
 import re
 import shutil
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -682,3 +682,68 @@ def test_two_models_on_one_device(tmp_path: Path, device: Device) -> None:
             if engine.scheduler.has_work:
                 found |= {o.request_id: o.token_ids for o in engine.step() if o.finished}
     assert [[found[i] for i in sorted(found)] for found in answers] == alone
+
+
+# -- several callers -------------------------------------------------------------------------------
+
+
+def test_generate_hands_other_requests_their_completions(
+    reference: Reference, device: Device
+) -> None:
+    engine = engine_of(reference, device, max_batch_size=8)
+    prompts, expected = reference.prompts, reference.new_ids
+    first = engine.add_request(prompts[0], GREEDY)
+    second = engine.add_request(prompts[1], GREEDY)
+    assert_tokens(engine.generate(prompts[2:4], GREEDY), expected[2:4])
+    assert engine.has_work
+    done = {c.request_id: c for c in engine.stream() if c.finished}
+    assert_tokens([done[first], done[second]], expected[:2])
+    assert_all_blocks_free(engine)
+
+
+def test_two_iterators_take_turns(reference: Reference, device: Device) -> None:
+    """One may be abandoned half-way; the other gets all of its completions."""
+    engine = engine_of(reference, device, max_batch_size=8)
+    prompts, expected = reference.prompts, reference.new_ids
+    left, right = engine.complete(prompts[:2], GREEDY), engine.complete(prompts[2:4], GREEDY)
+    done: dict[int, Completion] = {}
+    for _, (i, completion) in zip(range(3), left, strict=False):
+        next(right)
+        done |= {i: completion} if completion.finished else {}
+    right.close()
+    done |= {i: c for i, c in left if c.finished}
+    assert_tokens([done[0], done[1]], expected[:2])
+    assert not engine.has_work
+    assert_all_blocks_free(engine)
+
+
+def test_several_rows_of_a_sequence_are_sampled(reference: Reference, device: Device) -> None:
+    """Each row of a prompt gives the token that greedy choice would put after it."""
+    engine = engine_of(reference, device)
+    prompt, num_new = reference.prompts[2], 4
+    text = prompt + reference.new_ids[2][:num_new]
+    engine.add_request(text, GREEDY)
+    [item] = engine.scheduler.schedule()
+    rows = tuple(range(len(prompt) - 1, len(text) - 1))
+    result = engine.runner.run([replace(item, sample_rows=rows)])
+    assert result.token_ids == [reference.new_ids[2][:num_new]]
+    assert result.failed == set()
+
+
+def test_log_probabilities_end_with_the_answer(reference: Reference, device: Device) -> None:
+    """Of several tokens of a step, those past the end leave none behind."""
+    engine = engine_of(reference, device)
+    prompt, new_ids = reference.prompts[2], reference.new_ids[2]
+    params = SamplingParams(max_new_tokens=9, logprobs=0, stop_token_ids=(new_ids[1],))
+    engine.add_request(prompt + new_ids[:3], params)
+    [item] = engine.scheduler.schedule()
+    seq, start = item.seq, len(prompt) - 1
+    result = engine.runner.run([replace(item, sample_rows=tuple(range(start, start + 4)))])
+    engine.scheduler.computed([item])
+    del seq.token_ids[len(prompt) :]  # as a draft that was checked and is now taken
+    seq.num_prompt_tokens = len(prompt)
+    completion = engine._advance(engine._requests[seq.request_id], result.token_ids[0], late=False)
+    first_end = new_ids.index(new_ids[1]) + 1
+    assert (completion.token_ids, completion.finish_reason) == (new_ids[:first_end], "stop")
+    assert [entry.token_id for entry in completion.logprobs] == new_ids[:first_end]
+    assert_all_blocks_free(engine)

@@ -34,6 +34,7 @@ from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
 from gptneox import parallel
+from gptneox.adapter import GPTNeoXForCausalLM as Adapter
 from gptneox.config.errors import ConfigError
 from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EngineSection
@@ -307,22 +308,25 @@ def test_sampling_is_the_same_on_every_rank(reference_of, teams: Teams) -> None:
     assert greedy_ids not in first
 
 
-def num_threads(group: TensorParallelGroup, path: Path) -> int:
-    """Threads in use after the flash path has loaded a model."""
+def num_threads(group: TensorParallelGroup, path: Path) -> tuple[int, int]:
+    """Threads in use after the engine, and after transformers' loader, has loaded a model."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "3"
     try:
         GenerateEngine.from_pretrained(
-            path, EngineSection(max_batch_size=64), select("cpu"), group=group, with_tokenizer=False
+            path, EngineSection(), select("cpu"), group=group, with_tokenizer=False
         )
-        return torch.get_num_threads()
+        after_engine = torch.get_num_threads()
+        Adapter.from_pretrained(str(path), device_map="cpu")
+        return after_engine, torch.get_num_threads()
     finally:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
 
 
 def test_threads_that_the_user_chose_stay(tiny_checkpoint: Path, teams: Teams) -> None:
-    assert teams(2).run(num_threads, tiny_checkpoint) == [3, 3]
+    """An engine takes the device as it is; the loader for others sets it up by itself."""
+    assert teams(2).run(num_threads, tiny_checkpoint) == [(1, 3), (1, 3)]
 
 
 # -- what is refused -----------------------------------------------------------------------------

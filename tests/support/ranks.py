@@ -255,11 +255,11 @@ def flash(group: TensorParallelGroup, path: Path, prompts: Seq[list[int]], num_n
 
 
 def _flash_steps(engine: GenerateEngine, prompt: list[int], token_id: int) -> Steps:
-    group = engine.model.model.group  # the adapter makes its own
+    group = engine.group
     cache, steps = None, []
     for token_ids in (prompt, [token_id]):
         before = group.num_all_reduces
-        output = engine.model(torch.tensor([token_ids]), past_key_values=cache)
+        output = engine.adapter(torch.tensor([token_ids]), past_key_values=cache)
         cache = output.past_key_values
         steps.append((output.logits[0], group.num_all_reduces - before))
     return steps
