@@ -84,7 +84,11 @@ class Job:
 def main(argv: list[str]) -> int:
     """Start a launcher's job, or only check it; returns the exit status."""
     only_check = argv[:1] == ["--check"]
-    launcher, script, *arguments = argv[only_check:]
+    argv = argv[only_check:]
+    if len(argv) < 2 or argv[0] not in (*_LAUNCHERS, "flash"):
+        sys.stderr.write(f"{__doc__}")
+        return 2
+    launcher, script, *arguments = argv
     environ = dict(variables())
     job = Job(script, environ)
     try:

@@ -7,8 +7,10 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +67,7 @@ def python_stub(folder: Path) -> Path:
     return write_program(
         folder / "python",
         f'if [[ ${{1-}} == -c || ${{1-}} == */launch.py ]]; then exec {real} "$@"; fi\n'
-        "if [[ ${1-} == */cut_model_util.py ]]; then\n"
+        "if [[ ${{1-}} == */cut_model_util.py ]]; then\n"
         '  printf "%s\\0" "${@:2}" "" >>"$CUTS"\n'
         '  printf "%s" "${CUT_SAYS-}"\n'
         '  if [[ ${CUT_STATUS-0} == 0 && " $* " != *" --check "* ]]; then\n'
@@ -251,6 +253,36 @@ def test_a_cut_that_fails_is_the_end(arguments: tuple[str, ...], start: Callable
     assert (call.program, call.status) == ("", 5)
     assert RUN not in call.out
     assert "Next:" not in call.out
+
+
+def test_ctrl_c_ends_the_cut_with_its_own_words(stubs: Path, model: Path, tmp_path: Path) -> None:
+    """The launcher waits for the end of the cut, which removes what it has written."""
+    cut = (
+        "import pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[1], 'cutting').touch()\n"
+        "try:\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    time.sleep(1)\n    sys.exit(print('removed') or 130)\n"
+    )
+    real, code = shlex.quote(sys.executable), shlex.quote(cut)
+    python = write_program(
+        stubs / "python",
+        f"if [[ ${{1-}} == */cut_model_util.py ]]; then exec {real} -c {code} {tmp_path}; fi\n"
+        f'exec {real} "$@"',
+    )
+    process = subprocess.Popen(
+        ["bash", SCRIPT, "inference"],
+        env=clean_environment() | {"PYTHON": str(python), "input_dir": str(model)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    while not (tmp_path / "cutting").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=30)[0].splitlines() == [CUT, "removed"]
+    assert process.returncode == 130
 
 
 @pytest.mark.parametrize("word", ["infer", "--max_output_length", "performance2", "2"])
