@@ -26,6 +26,7 @@ try:
     from gptneox.config.files import read_json
     from gptneox.config.model import ModelConfig
     from gptneox.devices import select
+    from gptneox.devices.cache import FloatKV
     from gptneox.kv_cache import ContiguousKVCache
     from gptneox.model import GPTNeoX
     from gptneox.parallel import TensorParallelGroup, init_group
@@ -214,7 +215,7 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
                 config.num_layers,
                 config.num_heads // model.group.world_size,
                 config.head_dim,
-                self.gpt_neox.embed_in.weight.dtype,
+                FloatKV(self.gpt_neox.embed_in.weight.dtype),
                 model.num_positions,
             )
         )

@@ -19,9 +19,9 @@ from triton.runtime import interpreter
 
 from gptneox.devices.cuda import device as cuda
 from gptneox.devices.cuda import kernels as cuda_kernels
-from gptneox.devices.cuda.graphs import DecodeGraphs
 from gptneox.devices.cuda.operators import TritonStep
 from gptneox.devices.device import Memory
+from gptneox.devices.graphs import DecodeGraphs
 from gptneox.devices.step import RotaryTables
 from gptneox.engine.sequence import SamplingParams
 

@@ -32,7 +32,7 @@ from tokenizers import (
 from gptneox.config.model import ModelConfig
 from gptneox.engine.block_manager import BlockManager
 from gptneox.engine.sequence import Sequence
-from gptneox.weights.load import full_shapes
+from gptneox.weights.size import full_shapes
 
 REPO = Path(__file__).resolve().parents[1]
 MAIN = REPO / "main.py"

@@ -479,8 +479,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from gptneox.weights.load import Checkpoint
-from gptneox import weight_files
-weight_files.REMAP_BYTES = 1000
+from gptneox.weights import files
+files.REMAP_BYTES = 1000
 for path in map(Path, sys.argv[1:]):
     checkpoint = Checkpoint(path)
     assert not any(file.is_mapped for file in checkpoint.files)

@@ -79,7 +79,7 @@ class ModelConfig:
 
     @property
     def num_decode_parameters(self) -> int:
-        """Parameters one decode step reads: all but the input embedding, which is only gathered."""
+        """Parameters that a decode step reads: all but the input embedding, of which it gathers."""
         if self.tie_word_embeddings:
             return self.num_parameters
         return self.num_parameters - self.vocab_size * self.hidden_size
@@ -98,10 +98,6 @@ class ModelConfig:
                 f"follow; use at most {self.max_position_embeddings}"
             )
         return wanted or self.max_position_embeddings
-
-    def kv_bytes_per_token(self, itemsize: int, world_size: int = 1) -> int:
-        """Bytes of K and V that one token takes on one rank, over all layers."""
-        return 2 * self.num_layers * self.hidden_size * itemsize // world_size
 
     @classmethod
     def from_pretrained(cls, model_path: Path) -> ModelConfig:

@@ -19,7 +19,7 @@ from gptneox.engine.generation_config import (
 )
 from gptneox.model import GPTNeoX
 from gptneox.parallel import TensorParallelGroup
-from gptneox.weights.load import check_memory, check_weights, rank_directory
+from gptneox.weights.load import check_memory, check_weights, measure, rank_directory
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,13 @@ def check_loading(
     """Refuse what the loading of the weights would refuse, without reading them.
 
     Returns:
-        The model of this rank, empty.
+        The model of this rank, empty, with its size.
 
     Raises:
         ValueError, OSError, RuntimeError: as `GPTNeoX` and `load_model`.
     """
     model = GPTNeoX(opened.config, device, group, num_positions)
-    check_weights(opened.path, opened.config, group.world_size)
-    check_memory(model, opened.dtype)
+    formats = check_weights(opened.path, opened.config, group.world_size)
+    model.size = measure(model, formats, opened.dtype)
+    check_memory(model.size, device)
     return model

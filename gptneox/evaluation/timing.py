@@ -24,6 +24,7 @@ from gptneox.engine.generate import GenerateEngine
 from gptneox.engine.paged import PagedEngine
 from gptneox.engine.sequence import SamplingParams
 from gptneox.parallel import TensorParallelGroup
+from gptneox.weights.size import ModelSize
 
 
 @dataclass
@@ -93,6 +94,7 @@ class Stopwatch(Protocol):
     device: Device
     group: TensorParallelGroup
     dtype: torch.dtype
+    size: ModelSize
     max_positions: int
     tokenizer: Any
 
@@ -127,7 +129,7 @@ class PagedStopwatch:
 
     def __init__(self, engine: PagedEngine) -> None:
         self.engine, self.tokenizer = engine, engine.tokenizer
-        self.config, self.dtype = engine.model.config, engine.dtype
+        self.config, self.dtype, self.size = engine.model.config, engine.dtype, engine.model.size
         self.device, self.group = engine.model.device, engine.model.group
         self.max_positions = engine.max_positions
 
@@ -217,6 +219,7 @@ class FlashStopwatch:
         self.engine, self.tokenizer = engine, engine.tokenizer
         model = engine.model.model
         self.config, self.device, self.group = engine.config, model.device, model.group
+        self.size = model.size
         self.dtype = model.gpt_neox.embed_in.weight.dtype
         self.max_positions = engine.max_positions
 
@@ -330,7 +333,7 @@ def max_over_ranks(stopwatch: Stopwatch, values: Seq[float]) -> list[float]:
 
 # -- the least work ------------------------------------------------------------------------------
 # B rows, S tokens of context, L layers, h hidden size, V vocabulary, P_d parameters that a decode
-# step reads, K bytes of keys and values per token. One multiply-add is two operations.
+# step reads. One multiply-add is two operations. Bytes: `ModelSize`.
 
 
 def prefill_flops(config: ModelConfig, batch_size: int, num_tokens: int) -> float:
@@ -345,11 +348,3 @@ def decode_flops(config: ModelConfig, batch_size: int, context_len: float) -> fl
     """(2 P_d + 4 L h S) B: one new token per row, which attends to S cached ones."""
     attention = 4 * config.num_layers * config.hidden_size * context_len
     return batch_size * (2 * config.num_decode_parameters + attention)
-
-
-def decode_bytes(
-    config: ModelConfig, itemsize: int, world_size: int, batch_size: int, context_len: float
-) -> float:
-    """(P_d e + B S K) / N: what one rank reads for one decode step."""
-    weights = config.num_decode_parameters * itemsize / world_size
-    return weights + batch_size * context_len * config.kv_bytes_per_token(itemsize, world_size)
