@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import twins
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_backends import BASE, assert_near, make_batch, make_cache, randn
+from support import checkpoints as twins
+from support.operators import BASE, assert_near, make_batch, make_cache, randn
 from triton.runtime import interpreter
 
 from gptneox.devices.cuda import device as cuda

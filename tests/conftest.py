@@ -11,7 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # befor
 import pytest
 import torch
 import transformers
-import twins
+from support import checkpoints as twins
 
 from gptneox.devices import DEVICES, create
 from gptneox.devices.cpu.device import CpuDevice
@@ -34,7 +34,7 @@ ENGINE_TESTS_ON_PLAIN_CPU = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The others are for -m slow."""
     for item in items:
-        engine_test = item.path.name == "test_llm_engine.py" and "cpu-plain" in item.name
+        engine_test = item.path.name == "test_paged.py" and "cpu-plain" in item.name
         if engine_test and not item.name.startswith(ENGINE_TESTS_ON_PLAIN_CPU):
             item.add_marker(pytest.mark.slow)
 

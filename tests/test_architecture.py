@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hostile import REPO
+from support.processes import REPO
 
 # From the front door to the foundation: a module imports from its own line or one further down.
 COLUMNS = (
@@ -146,6 +146,18 @@ def test_devices_are_named_in_backends_only(path: Path) -> None:
     descriptions = {"GPT-NeoX on Ascend NPU, CUDA and CPU"}
     found = [m for m in device_mentions(tree_of(path)) if not any(d in m for d in descriptions)]
     assert not found, f"{name_of(path)}: {found}"
+
+
+def test_no_test_file_imports_another() -> None:
+    """What several of them use is in tests/support."""
+    found = [
+        f"{name_of(path)} imports {module}"
+        for kind in ("test_*", "check_*", "conftest", "support/*")
+        for path in sorted((REPO / "tests").rglob(f"{kind}.py"))
+        for module in imported(tree_of(path))
+        if module.startswith(("test_", "check_", "conftest"))
+    ]
+    assert not found, found
 
 
 def environment_uses(tree: ast.Module) -> Iterator[str]:

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hostile import REPO
 from safetensors.torch import load_file, save_file
+from support.processes import REPO
 
 sys.path.append(str(REPO / "tools"))
 

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import pytest
-from hostile import CacheOracle
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support.cache_oracle import CacheOracle
 
 from gptneox.engine.block_manager import BlockManager, NoFreeBlocks
 from gptneox.engine.sequence import SamplingParams, Sequence

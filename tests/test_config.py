@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import twins
-from hostile import REPO
+from support import checkpoints as twins
+from support.processes import REPO
 from transformers import GPTNeoXConfig
 
 from gptneox.cli import Settings, make_parser, read_settings

@@ -26,11 +26,11 @@ from typing import Any
 
 import pytest
 import torch
-import twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_backends import BASE, DTYPES, assert_near, make_batch, make_cache, randn
-from test_model import paged_logits, random_ids, rms
+from support import checkpoints as twins
+from support.logits import paged_logits, random_ids, rms
+from support.operators import BASE, DTYPES, assert_near, make_batch, make_cache, randn
 from torch import Tensor
 
 from gptneox.config.environment import Environment
@@ -844,7 +844,7 @@ def test_narrower_instruction_sets(capability: str, tmp_path: Path) -> None:
         wrapper.write_text(f'#!/bin/sh\nexec "{compiler}" -I"{include}" "$@"\n', encoding="utf-8")
         wrapper.chmod(0o755)
         environment |= {"ATEN_CPU_CAPABILITY": "default", "CXX": str(wrapper)}
-    files = [f"tests/test_{name}.py" for name in ("backends", "cpu_kernels")]
+    files = [f"tests/test_{name}.py" for name in ("operators", "cpu_kernels")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
         cwd=ROOT,

@@ -2,8 +2,8 @@
 """The CUDA backend: what needs no GPU, its kernels through Triton's interpreter, and, with
 `-m cuda`, everything on a card.
 
-On a card the `device` fixture serves CUDA too, so that test_backends.py, test_model.py and
-test_llm_engine.py hold it to the base class and to Hugging Face in fp32.
+On a card the `device` fixture serves CUDA too, so that test_operators.py, test_model.py
+and test_paged.py hold it to the base class and to Hugging Face in fp32.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import twins
-from hostile import REPO, clean_environ
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ranks import free_port
-from test_backends import BASE, assert_near, batch_on, make_batch, make_cache, randn
+from support import checkpoints as twins
+from support.operators import BASE, assert_near, batch_on, make_batch, make_cache, randn
+from support.processes import REPO, clean_environ
+from support.ranks import free_port
 
 from gptneox.devices import create, select
 from gptneox.devices.cache import CacheShape, FloatKV

@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks
 import torch
-import twins
-from hostile import REPO, write_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support import checkpoints as twins
+from support import ranks
+from support.checkpoints import write_large, write_tensors
+from support.processes import REPO
+from support.tokenizers import write_tokenizer
 from torch import Tensor
 
 import cut_model_util
@@ -99,37 +101,6 @@ def random_tensors(
     return tensors
 
 
-def write(
-    path: Path, tensors: dict[str, Tensor], config: dict[str, Any], form: str = "safetensors"
-) -> Path:
-    """A checkpoint in one of FORMS."""
-    path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
-    names = list(tensors)
-    halves = {"1": names[: len(names) // 2], "2": names[len(names) // 2 :]}
-    is_bin = form.endswith("bin")
-    suffix, stem = (".bin", "pytorch_model") if is_bin else (".safetensors", "model")
-    files = {f"{stem}{suffix}": names}
-    if "sharded" in form:
-        files = {f"{stem}-0000{i}-of-00002{suffix}": part for i, part in halves.items()}
-        where = {name: file for file, part in files.items() for name in part}
-        index = path / f"{stem}{suffix}.index.json"
-        index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    for file, part in files.items():
-        chosen = {name: tensors[name] for name in part}
-        if is_bin:
-            torch.save(chosen, path / file)
-        else:
-            save_file(chosen, path / file, {"format": "pt"})
-    if form == "symlinks":
-        blobs = path.with_name(f"{path.name} blobs")
-        blobs.mkdir()
-        for file in files:
-            (path / file).rename(blobs / file)
-            (path / file).symlink_to(blobs / file)
-    return path
-
-
 def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -184,11 +155,11 @@ def divisors(config: dict[str, Any], world_sizes: tuple[int, ...]) -> list[int]:
 
 @pytest.mark.parametrize("name", twins.FAMILY)
 def test_the_family_is_joined_as_it_was(name: str, tmp_path: Path) -> None:
-    """T5: every world size up to 22 that divides the twin's heads, in the dtype of its files."""
+    """For every world size up to 22 that divides the twin's heads, in the dtype of its files."""
     config = twins.FAMILY[name]
     dtype = getattr(torch, config["torch_dtype"])
     tensors = random_tensors(config, dtype, buffers=True)
-    source = write(tmp_path / "model", tensors, config)
+    source = write_tensors(tmp_path / "model", tensors, config)
     for world_size in divisors(config, (1, 2, 3, 4, 8, 11, 22)):
         assert_cut_and_merge(source, tensors, world_size)
 
@@ -197,7 +168,7 @@ def test_the_family_is_joined_as_it_was(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_files(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = random_tensors(CONFIG, dtype, buffers=True)
-    source = write(tmp_path / "my model 权重", tensors, CONFIG, form)
+    source = write_tensors(tmp_path / "my model 权重", tensors, CONFIG, form)
     for world_size in (2, 8):
         assert_cut_and_merge(source, tensors, world_size)
 
@@ -207,7 +178,7 @@ def test_vocabularies_that_do_not_divide(vocab_size: int, tmp_path: Path) -> Non
     """The last ranks may hold few real rows, or none."""
     config = CONFIG | {"vocab_size": vocab_size, "num_hidden_layers": 1}
     tensors = random_tensors(config, torch.float16)
-    source = write(tmp_path / "model", tensors, config)
+    source = write_tensors(tmp_path / "model", tensors, config)
     for world_size in (2, 4, 8):
         assert_cut_and_merge(source, tensors, world_size)
 
@@ -215,7 +186,7 @@ def test_vocabularies_that_do_not_divide(vocab_size: int, tmp_path: Path) -> Non
 def test_a_head_under_its_other_name(tmp_path: Path) -> None:
     tensors = random_tensors(CONFIG, torch.float32)
     tensors["lm_head.weight"] = tensors.pop("embed_out.weight")
-    assert_cut_and_merge(write(tmp_path / "model", tensors, CONFIG), tensors, 4)
+    assert_cut_and_merge(write_tensors(tmp_path / "model", tensors, CONFIG), tensors, 4)
 
 
 @pytest.mark.parametrize("stored", ["embed_in", "embed_out", "lm_head", "both"])
@@ -228,7 +199,7 @@ def test_a_tied_pair_under_either_name(stored: str, tmp_path: Path) -> None:
         tensors["gpt_neox.embed_in.weight"] = weight
     if stored != "embed_in":
         tensors["lm_head.weight" if stored == "lm_head" else "embed_out.weight"] = weight.clone()
-    source = write(tmp_path / "model", tensors, config)
+    source = write_tensors(tmp_path / "model", tensors, config)
     cut_checkpoint(source, tmp_path / "parts", 4)
     merge_checkpoint(tmp_path / "parts", tmp_path / "joined")
     assert_same_bits(load_file(tmp_path / "joined" / "model.safetensors"), tensors)
@@ -271,7 +242,7 @@ def test_parts_of_an_odd_source_load_as_it_does(kind: str, tmp_path: Path) -> No
     config = CONFIG | keys
     tensors = {n: t.nan_to_num(0, 1, 1) for n, t in random_tensors(config, torch.float32).items()}
     stored = change(tensors)
-    source = write(tmp_path / "model", stored, config, form)
+    source = write_tensors(tmp_path / "model", stored, config, form)
     if form == "sharded":
         index = source / "model.safetensors.index.json"
         where = json.loads(index.read_text())
@@ -313,7 +284,7 @@ class RoomyDevice(Device):
 
 @pytest.mark.parametrize("keys", [{"quantize": "w8a8"}, {"num_hidden_layers": 3}])
 def test_a_source_that_would_not_load_is_not_cut(keys: dict[str, Any], tmp_path: Path) -> None:
-    source = write(tmp_path / "model", random_tensors(CONFIG, torch.float16), CONFIG | keys)
+    source = write_tensors(tmp_path / "model", random_tensors(CONFIG, torch.float16), CONFIG | keys)
     with pytest.raises(CheckpointError, match=r"is quantized|lacks 12 tensors"):
         cut_checkpoint(source, tmp_path / "parts", 2)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
@@ -332,7 +303,7 @@ def test_row_parallel_biases_sum_exactly(
     for name, tensor in biases.items():
         biases[name] = torch.linspace(-1 / 3, 1000 / 3, len(tensor), dtype=dtype)
         biases[name][::3] = smallest
-    source = write(tmp_path / "model", tensors | biases, CONFIG)
+    source = write_tensors(tmp_path / "model", tensors | biases, CONFIG)
     cut_checkpoint(source, tmp_path / "parts", world_size)
     files = [tmp_path / "parts" / str(r) / "model.safetensors" for r in range(world_size)]
     parts = [load_file(file) for file in files]
@@ -381,7 +352,9 @@ def test_shapes_of_the_20b_model() -> None:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A small checkpoint with everything that lies beside weights."""
-    path = write(tmp_path / "model", random_tensors(CONFIG, torch.float16), CONFIG, "sharded")
+    path = write_tensors(
+        tmp_path / "model", random_tensors(CONFIG, torch.float16), CONFIG, "sharded"
+    )
     write_tokenizer(path)
     for name in ("generation_config.json", "special_tokens_map.json"):
         (path / name).write_text('{"eos_token_id": 0}')
@@ -445,7 +418,7 @@ def assert_nothing_written(tmp_path: Path) -> None:
 def test_world_sizes_are_refused_before_weights_are_read(
     heads: int, world_size: int, valid: str, tmp_path: Path, capsys
 ) -> None:
-    """T1: there are no weights at all, and that is not what is said."""
+    """The folder holds no weights, but the message is about the world size."""
     path = tmp_path / "model"
     path.mkdir()
     keys = {"num_attention_heads": heads, "hidden_size": heads * 32}
@@ -560,7 +533,7 @@ def half_a_cut_of_another_tool(path: Path) -> None:
 
 def a_checkpoint(path: Path) -> None:
     path.rmdir()
-    write(path, random_tensors(CONFIG, torch.float32), CONFIG)
+    write_tensors(path, random_tensors(CONFIG, torch.float32), CONFIG)
 
 
 FOREIGN: dict[str, Callable[[Path], Any]] = {
@@ -848,7 +821,7 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], None], str]] = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_cut_is_refused(name: str, parts: Path, source: Path, tmp_path: Path, capsys):
-    """T3: by the loader, by --merge and by the launchers' check; --recut repairs what it knows."""
+    """The loader, --merge and the launchers' check refuse it; --recut repairs what it knows."""
     damage, named = DAMAGES[name]
     damage(parts, source)
     with pytest.raises(CheckpointError, match=re.escape(named)):
@@ -899,17 +872,6 @@ def test_another_config_is_noticed(parts: Path, source: Path) -> None:
 # -- interrupted, crowded out, or at the same time -----------------------------------------------
 
 
-def write_large(path: Path, num_layers: int, **keys: Any) -> tuple[Path, int]:
-    """Zeros, 25 MB (bf16) per layer; returns the largest tensor's size too."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": num_layers}
-    config = CONFIG | sizes | keys
-    shapes = full_shapes(ModelConfig.from_dict(config))
-    tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
-    tensors["embed_out.weight"] += torch.arange(37, dtype=torch.bfloat16)[:, None]
-    write(path, tensors, config)
-    return path, max(t.numel() * t.element_size() for t in tensors.values())
-
-
 def files_of(folder: Path) -> dict[str, bytes]:
     """Contents without what differs between two cuts: their id."""
     found = {}
@@ -922,7 +884,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("stage", ["hashing", "writing the last part"])
 def test_a_killed_cut_is_never_taken_for_complete(stage: str, tmp_path: Path) -> None:
-    """T2: SIGKILL, then again; the second result is that of a cut that was left alone."""
+    """A cut ends by SIGKILL and is run again: the result is that of an undisturbed cut."""
     source, _ = write_large(tmp_path / "model", num_layers=4)
     parts = tmp_path / "parts"
     temporary = parts / UNFINISHED / "new"
@@ -972,7 +934,7 @@ def cut_with_little_room(source: Path, target: Path, result: Path) -> None:
 
 
 def test_a_write_that_fails_half_way(source: Path, tmp_path: Path) -> None:
-    """T4: one line, status 1, nothing of it left, and the older cut is still whole."""
+    """It says so in one line, ends with status 1, leaves no file and keeps the older cut whole."""
     large, _ = write_large(tmp_path / "large", num_layers=1)
     target = tmp_path / "parts"
     before = cut_checkpoint(source, target, 2)
@@ -1003,7 +965,7 @@ def write_sparse(path: Path, num_bytes: int) -> None:
 
 
 def test_a_disk_that_is_too_small(tmp_path: Path, capsys) -> None:
-    """T4: both numbers before anything is written."""
+    """The message has both sizes and comes before anything is written."""
     free = shutil.disk_usage(tmp_path).free
     if free > 4 << 40:
         pytest.skip("more than 4 TiB are free here: no such checkpoint can be pretended")
@@ -1044,7 +1006,7 @@ print(status("VmHWM") - before)
 
 
 def test_memory_stays_near_one_tensor(tmp_path: Path) -> None:
-    """T6: 300 MB of weights; what is mapped of eight parts counts together."""
+    """The checkpoint has 300 MB; the mapped pages of all eight parts count together."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("the kernel keeps no peak that can be reset")
     source, largest = write_large(tmp_path / "model", num_layers=12)

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 import pytest
 import sentencepiece
-from hostile import byte_level_tokenizer, sentence_piece_tokenizer, write_tokenizer
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from support.tokenizers import byte_level_tokenizer, sentence_piece_tokenizer, write_tokenizer
 from tokenizers import AddedToken as TokenizersAddedToken
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, GPTNeoXTokenizer, PreTrainedTokenizerFast

@@ -18,8 +18,9 @@ import sys
 
 import pytest
 import torch
-from hostile import REPO, clean_environ, write_chain_checkpoint
 from safetensors.torch import load_file, save_file
+from support.checkpoints import write_chain_checkpoint
+from support.processes import REPO, clean_environ
 
 from gptneox.devices.npu import setup as npu_setup
 from gptneox.tasks import doctor

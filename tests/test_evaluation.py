@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import questions
-import ranks
 import torch
-from questions import NUM_BOOLQ, NUM_VAL, SUBJECTS
+from support import questions, ranks
+from support.questions import NUM_BOOLQ, NUM_VAL, SUBJECTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptneox.cli import read_settings

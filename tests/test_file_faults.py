@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hostile import REPO
+from support.processes import REPO
 
 from gptneox.file_faults import explain, explain_first, explain_place, is_there
 

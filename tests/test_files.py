@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hostile import REPO
+from support.processes import REPO
 
 from gptneox import files
 from gptneox.files import check_writable, is_regular, lock, safe_name, write_file

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-import twins
-from hostile import byte_level_tokenizer, write_chain_checkpoint
+from support import checkpoints as twins
+from support.checkpoints import write_chain_checkpoint
+from support.tokenizers import byte_level_tokenizer
 from transformers import GPTNeoXForCausalLM
 
 import modeling_gpt_neox_ascend

@@ -22,17 +22,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hostile import (
-    MAIN,
-    PADDING_ID,
-    Terminal,
-    clean_environ,
-    copy_checkpoint,
-    run_main,
-    write_chain_checkpoint,
-    write_tokenizer,
-)
 from safetensors.torch import load_file, save_file
+from support.checkpoints import PADDING_ID, copy_checkpoint, write_chain_checkpoint
+from support.processes import MAIN, Terminal, clean_environ, run_main
+from support.tokenizers import write_tokenizer
 from transformers import GPTNeoXForCausalLM
 
 from gptneox.config.settings import EngineSection
@@ -455,7 +448,7 @@ def test_bad_flags_are_usage_errors(
 def test_bad_directories(
     cli: Callable[..., Result], chain: Path, short: Path, tmp_path: Path
 ) -> None:
-    """M1: each says what it looked for; blanks and non-ASCII letters are no reason."""
+    """Each message says what was looked for; a path with blanks and non-ASCII letters works."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     for name, state in (("none", "does not exist"), ("empty", "holds none"), ("file", "directory")):
@@ -503,7 +496,7 @@ def test_weights_with_nan_stop_at_the_first_logits(
 
 
 def test_planted_code_is_not_run(cli: Callable[..., Result], short: Path, tmp_path: Path) -> None:
-    """M10: auto_map is not followed; the checkpoint works with our own classes."""
+    """`auto_map` is not followed; the checkpoint works with our own classes."""
     path = copy_checkpoint(short, tmp_path / "copied")
     marker = tmp_path / "executed"
     code = f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nclass Evil: pass\n"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import twins
+from support import checkpoints as twins
 from transformers import GPTNeoXForCausalLM
 
 from gptneox.config.errors import ConfigError

@@ -21,8 +21,9 @@ from typing import Any
 
 import pytest
 import torch
-import twins
 from safetensors.torch import load_file, save_file
+from support import checkpoints as twins
+from support.logits import paged_logits, random_ids, rms
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
@@ -31,8 +32,6 @@ from gptneox.config.settings import EngineSection
 from gptneox.devices.device import Device, Memory
 from gptneox.devices.operators import Operators
 from gptneox.engine.paged import PagedEngine
-from gptneox.engine.scheduler import Scheduled
-from gptneox.engine.sequence import SamplingParams, Sequence
 from gptneox.layers import rotary_tables
 from gptneox.parallel import TensorParallelGroup
 
@@ -72,28 +71,9 @@ VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @torch.inference_mode()
-def paged_logits(engine: PagedEngine, token_ids: list[int], num_prefill: int) -> Tensor:
-    """Logits [len(token_ids), V] fp32 of one prefill and then one step per token."""
-    seq = Sequence.create(0, token_ids, SamplingParams())
-    engine.block_manager.start(seq, [])
-    rows = []
-    for num_tokens in [num_prefill] + [1] * (len(token_ids) - num_prefill):
-        hidden = engine.runner.step(engine.runner.prepare([Scheduled(seq, num_tokens)]))
-        rows.append(engine.model.compute_logits(hidden).float().cpu())
-        seq.num_computed_tokens += num_tokens
-    engine.block_manager.release(seq)
-    return torch.cat(rows)
-
-
-@torch.inference_mode()
 def hf_logits(model: GPTNeoXForCausalLM, token_ids: list[int]) -> Tensor:
     """Logits [len(token_ids), V] fp32."""
     return model(torch.tensor([token_ids])).logits[0].float()
-
-
-def random_ids(config: dict[str, Any], num_tokens: int) -> list[int]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(config["vocab_size"], (num_tokens,), generator=generator).tolist()
 
 
 def greedy_to_the_last_position(model: GPTNeoXForCausalLM, config: dict[str, Any]) -> list[int]:
@@ -206,10 +186,6 @@ def test_buffers_of_old_checkpoints_are_ignored(
 
 
 # -- half precision ------------------------------------------------------------------------------
-
-
-def rms(x: Tensor) -> float:
-    return x.square().mean().sqrt().item()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

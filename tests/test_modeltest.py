@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import twins
-from hostile import MAIN, REPO, clean_environ, write_tokenizer
+from support import checkpoints as twins
+from support.processes import MAIN, REPO, clean_environ
+from support.tokenizers import write_tokenizer
 
 from gptneox.tasks import modeltest_plan
 from gptneox.tasks.modeltest import PERFORMANCE_COLUMNS, formatted, with_averages

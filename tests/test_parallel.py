@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks
 import torch
-import twins
-from ranks import REPO, TIMEOUT_S, Answers, Job, RankFailed, Team, Teams
-from test_cut import write_large
+from support import checkpoints as twins
+from support import ranks
+from support.checkpoints import write_large
+from support.processes import REPO
+from support.ranks import TIMEOUT_S, Answers, Job, RankFailed, Team, Teams
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
@@ -217,7 +218,7 @@ def reference_of(references: dict[str, Reference], tmp_path_factory: pytest.Temp
 def test_ranks_equal_hf(
     name: str, world_size: int, reference_of, teams: Teams, tmp_path: Path
 ) -> None:
-    """T5: uncut and cut weights, both paths, prompts around the end of a block."""
+    """Holds for uncut and cut weights, on both paths, with prompts around the end of a block."""
     reference = reference_of(name)
     parts = tmp_path / "parts"
     cut_checkpoint(reference.path, parts, world_size)
@@ -241,7 +242,7 @@ def test_one_process_equals_hf(name: str, reference_of, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("length", "num_new"), [(1023, NUM_NEW), (2047, 1)])
 def test_long_prompts(length: int, num_new: int, teams: Teams, tmp_path: Path) -> None:
-    """T5, up to the last of 2048 positions."""
+    """Prompt and new tokens reach the last of 2048 positions."""
     config = with_heads("pythia-1.4b", 4, 32, max_position_embeddings=2048)
     reference = make_reference(tmp_path / "whole", config, [length], num_new)
     for world_size in (2, 4):
@@ -324,7 +325,7 @@ HEADS_64 = "world_size {} does not divide 64 attention heads .*; use 1, 2, 4, 8,
 
 @pytest.mark.parametrize("world_size", [0, -2, 3, 5, 128])
 def test_world_size_that_does_not_divide(world_size: int) -> None:
-    """T1: the valid sizes are named."""
+    """The message names the sizes that do."""
     with pytest.raises(ConfigError, match=HEADS_64.format(world_size)):
         check_divides(world_size, 64, 24576)
 
@@ -339,7 +340,7 @@ def test_the_mlp_has_to_divide_too() -> None:
 
 @pytest.mark.parametrize("world_size", [3, 8])
 def test_too_many_ranks_are_refused_before_weights_are_read(world_size: int, tmp_path: Path):
-    """T1: there is not one weight file, and that is not what is said."""
+    """The folder holds no weights, but the message is about the number of ranks."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["gpt-neox-20b"]))
     config = ModelConfig.from_pretrained(tmp_path)
     group = TensorParallelGroup(1, world_size)
@@ -363,7 +364,7 @@ def parts_of_4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("world_size", [1, 2, 8])
 def test_parts_of_another_number_of_ranks(parts_of_4: Path, world_size: int) -> None:
-    """T3: given as part_model or as one folder of it, and found beside the whole weights."""
+    """They are refused as part_model, as one folder of it, and beside the whole weights."""
     group = TensorParallelGroup(0, world_size)
     named = f"cut for 4 ranks, but {world_size} run"
     for path in (parts_of_4 / "part_model", parts_of_4 / "part_model" / "0"):
@@ -410,7 +411,7 @@ def test_every_rank_refuses_a_wrong_cut(parts_of_4: Path, teams: Teams) -> None:
 
 
 def test_a_part_is_not_a_model_of_its_own(parts_of_4: Path, tmp_path: Path) -> None:
-    """T3: a rank's folder that was copied away still says what it is."""
+    """The folder of one rank is recognized outside part_model too."""
     lone = tmp_path / "lone"
     lone.symlink_to(parts_of_4 / "part_model" / "0")
     with pytest.raises(CheckpointError, match=r"one part of 4, but 1 ranks run"):
@@ -550,7 +551,7 @@ def processes_that_name(path: Path) -> list[str]:
     ],
 )
 def test_a_killed_rank_takes_the_job_with_it(phase: str, large: Path, job_of: Any) -> None:
-    """T7: within 30 s, with its name on the last lines, and without orphans.
+    """The job ends within 30 s, names the rank on its last lines, and leaves no process.
 
     The kill comes at the end of a second: torchrun compares whole seconds, and the other rank,
     whose collective fails because of this, must not pass for the first.
@@ -596,7 +597,7 @@ def test_ctrl_c_ends_all_ranks_with_one_line(large: Path, job_of: Any) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_raises_takes_the_job_with_it(parts_of_4: Path, job_of: Any, tmp_path: Path):
-    """T7: at load, while the others wait for it; its own words come last."""
+    """It raises at load, while the others wait for it; its own message is the last line."""
     parts = tmp_path / "part_model"
     shutil.copytree(parts_of_4 / "part_model", parts)
     (parts / "2" / "config.json").write_text("{")
@@ -612,7 +613,7 @@ def test_a_rank_that_raises_takes_the_job_with_it(parts_of_4: Path, job_of: Any,
 
 
 def test_two_jobs_at_once_beside_a_taken_port(reference_of, job_of: Any) -> None:
-    """T8: both get a port of their own and finish."""
+    """Each job gets a port of its own and finishes."""
     reference = reference_of("gpt-neox-20b")
     options = (*IDS, "--max_output_length", "12", "--max_batch_size", "2")
     prompts = ["--input_ids", *map(as_ids, reference.prompts[:2])]

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-import twins
-from hostile import MAIN, clean_environ, write_tokenizer
+from support import checkpoints as twins
+from support.processes import MAIN, clean_environ
+from support.tokenizers import write_tokenizer
 
 from gptneox.config.errors import ConfigError
 from gptneox.config.model import ModelConfig

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ranks
-from hostile import REPO, clean_environ, write_chain_checkpoint
-from ranks import Teams
+from support import ranks
+from support.checkpoints import write_chain_checkpoint
+from support.processes import REPO, clean_environ
+from support.ranks import Teams
 
 from gptneox.cli import read_settings
 from gptneox.config.errors import ConfigError

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from hostile import CacheOracle
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from support.cache_oracle import CacheOracle
 
 from gptneox.engine.block_manager import BlockManager
 from gptneox.engine.scheduler import Scheduled, Scheduler

@@ -17,29 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import ranks
+from support import ranks
+from support.processes import REPO, STUB_STATUS, clean_environment, recording_stub, write_program
 
 from gptneox import interpreter
 from gptneox.devices.binding import threads_per_rank
 
-REPO = Path(__file__).resolve().parents[1]
 PAGED = ["--task", "inference", "--auto_attention", "paged"]
-STUB_STATUS = 7
-
-# Writes what it was called with to $RECORD, and ends with a status of its own.
-RECORDER = f"""
-import json, os, sys
-call = {{"program": sys.argv[1], "argv": sys.argv[2:], "env": dict(os.environ), "cwd": os.getcwd()}}
-with open(os.environ["RECORD"], "w") as file:
-    json.dump(call, file)
-sys.exit({STUB_STATUS})
-"""
-
-# Settings of the machine the tests run on that would change what a launcher does.
-SETTINGS = re.compile(
-    r"(ASCEND_|MASTER_|HCCL_|LD_PRELOAD|OMP_|PYTHON|TORCHRUN|RANK|LOCAL_RANK|WORLD_SIZE|NNODES|NODE_RANK"
-    r"|TP_WORLD_SIZE|BIND_CPU|IS_QUANT|INF_NAN|CUDA_VISIBLE|LOCAL_WORLD_SIZE|PET_|GPTNEOX_WENT_ON)"
-)
 
 
 class Call(NamedTuple):
@@ -51,29 +35,6 @@ class Call(NamedTuple):
     cwd: str
     status: int
     stderr: str
-
-
-def write_program(path: Path, body: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
-    path.chmod(0o755)
-    return path
-
-
-def recording_stub(folder: Path, name: str) -> Path:
-    """A program that records its call; asked to run a piece of Python (-c) it is a Python."""
-    real, recorder = shlex.quote(sys.executable), folder / "recorder.py"
-    folder.mkdir(parents=True, exist_ok=True)
-    recorder.write_text(RECORDER)
-    return write_program(
-        folder / name,
-        f'if [[ ${{1-}} == -c ]]; then exec {real} "$@"; fi\n'
-        f'exec {real} -I {shlex.quote(str(recorder))} {name} "$@"',
-    )
-
-
-def clean_environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not SETTINGS.match(name)}
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hostile import REPO, Terminal, clean_environ
+from support.processes import REPO, Terminal, clean_environ
 
 # Shows every line as Python writes it, until the input ends.
 ECHO = (

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import twins
+from support import checkpoints as twins
 
 REPO = Path(__file__).resolve().parents[2]
 MAIN = (sys.executable, REPO / "main.py")

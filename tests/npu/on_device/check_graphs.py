@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-import twins
+from support import checkpoints as twins
 
 from gptneox.devices.npu.device import NpuDevice
 from gptneox.devices.npu.steps import NpuPagedStep

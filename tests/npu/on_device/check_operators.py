@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-import twins
 from steps import Sequences
+from support import checkpoints as twins
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map

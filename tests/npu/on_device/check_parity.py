@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import twins
 from steps import BLOCK, Sequences
+from support import checkpoints as twins
 
 from gptneox.engine.sequence import SamplingParams
 

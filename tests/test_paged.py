@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-import twins
 from safetensors.torch import load_file, save_file
+from support import checkpoints as twins
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
@@ -161,7 +161,7 @@ def test_batch_equals_hf_one_by_one(
 def test_preemption_changes_nothing(
     block_size: int, budget: int, prefix_caching: bool, reference: Reference, device: Device
 ) -> None:
-    """K1, K3: more requests than blocks queue, run out of blocks on the way, and all finish."""
+    """Requests queue because blocks are few, are preempted for lack of blocks, and all finish."""
     engine = engine_of(
         reference,
         device,
@@ -241,7 +241,7 @@ def test_undefined_cache_content_is_never_read(reference: Reference, device: Dev
 
 
 def test_alone_equals_batch(reference: Reference, device: Device) -> None:
-    """K5, fp32: the same engine, one request after the other, without a shared prefix."""
+    """In fp32, one request after the other without a shared prefix gives the same tokens."""
     engine = engine_of(reference, device, max_batch_size=1, enable_prefix_caching=False)
     for prompt, new_ids in zip(reference.prompts, reference.new_ids, strict=True):
         assert_tokens(engine.generate([prompt], GREEDY), [new_ids])
@@ -251,7 +251,7 @@ def test_alone_equals_batch(reference: Reference, device: Device) -> None:
 def test_alone_is_near_batch_in_half_precision(
     dtype: str, reference: Reference, device: Device
 ) -> None:
-    """K5: batch mates may move a log-probability by no more than the dtype itself does."""
+    """Requests beside it move a log-probability by no more than the rounding of the dtype does."""
     params = SamplingParams(max_new_tokens=0, prompt_logprobs=0)
     prompts = [p for p in reference.prompts if len(p) > 1]
 
@@ -281,7 +281,6 @@ def test_sampling_draws_from_hf_probabilities(reference: Reference, device: Devi
 
 
 def test_seed_decides_whatever_the_batch_mates(reference: Reference, device: Device) -> None:
-    """K9."""
     prompt = reference.prompts[7]
 
     def sampled(seed: int, mates: Seq[list[int]], **settings: Any) -> list[int]:
@@ -414,7 +413,7 @@ def test_scoring_without_new_tokens(
 
 @pytest.mark.parametrize("seed", range(4))
 def test_abort_at_any_step(seed: int, reference: Reference, device: Device) -> None:
-    """K4: waiting, half prefilled, decoding and preempted requests vanish; the rest is unchanged.
+    """Waiting, half prefilled, decoding and preempted requests are aborted; others do not change.
 
     Asserts after every step that the blocks in use are those of the running sequences.
     """
@@ -470,7 +469,7 @@ def numbers(error: pytest.ExceptionInfo[InvalidParameter]) -> set[int]:
 
 
 def test_position_limit(tmp_path: Path, device: Device) -> None:
-    """I2, I3: prompt + new tokens may fill the positions, not exceed them."""
+    """Prompt and new tokens together may fill all positions, but not exceed them."""
     config = twins.FAMILY["pythia-1.4b"]
     model = twins.write_checkpoint(tmp_path, config)
     engine = twins.load_engine(tmp_path, device, num_blocks=17)
@@ -507,7 +506,6 @@ def test_position_limit_from_the_settings(reference: Reference, device: Device) 
 def test_ids_out_of_the_vocabulary_are_refused(
     token_id: int, reference: Reference, device: Device
 ) -> None:
-    """I4."""
     engine = engine_of(reference, device)
     with pytest.raises(InvalidParameter) as error:
         engine.add_request([1, token_id, 2], GREEDY)
@@ -523,7 +521,6 @@ def test_padding_ids_are_accepted(reference: Reference, device: Device) -> None:
 
 
 def test_empty_prompt_is_refused(reference: Reference, device: Device) -> None:
-    """I1."""
     with pytest.raises(InvalidParameter, match="at least one token") as error:
         engine_of(reference, device).add_request([], GREEDY)
     assert error.value.param == "prompt"
@@ -543,7 +540,7 @@ def test_one_bad_prompt_starts_nothing(reference: Reference, device: Device) -> 
 
 
 def test_request_larger_than_the_cache_is_refused(reference: Reference, device: Device) -> None:
-    """K2: at once, with both numbers; one that just fits runs."""
+    """It is refused when it is added, with both numbers; one that just fits runs."""
     engine = engine_of(reference, device, block_size=16, num_blocks=7)
     prompt = reference.prompts[2]
     with pytest.raises(InvalidParameter) as error:
@@ -623,7 +620,6 @@ def nan_checkpoint(reference: Reference, tmp_path: Path) -> Path:
 
 
 def test_nan_names_the_request(nan_checkpoint: Path, device: Device) -> None:
-    """M6."""
     engine = twins.load_engine(nan_checkpoint, device, max_batch_size=3)
     with pytest.raises(NonFiniteLogits, match=r"logits of request 1 are not finite"):
         engine.generate([[5, 6], [4, 7], [8]], SamplingParams(max_new_tokens=2))

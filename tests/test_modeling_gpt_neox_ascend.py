@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks
 import torch
-import twins
-from hostile import REPO, write_chain_checkpoint
+from support import checkpoints as twins
+from support import ranks
+from support.checkpoints import write_chain_checkpoint
+from support.processes import REPO
 from torch import Tensor
 from transformers import (
     AutoConfig,

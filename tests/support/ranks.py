@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hostile import clean_environ
 from torch import Tensor
 
 import modeling_gpt_neox_ascend  # noqa: F401  # slow to import: once, before the ranks are forked
@@ -38,8 +37,8 @@ from gptneox.engine.paged import PagedEngine
 from gptneox.engine.scheduler import Scheduled
 from gptneox.engine.sequence import SamplingParams, Sequence
 from gptneox.parallel import TensorParallelGroup, init_group
+from support.processes import clean_environ
 
-REPO = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 120.0
 
 
@@ -57,7 +56,7 @@ def free_port() -> int:
 def start_process(function: Callable[..., None], *args: Any) -> multiprocessing.process.BaseProcess:
     """Run a function of a test module in a process of its own."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ranks", "gptneox.weights.cut"])
+    context.set_forkserver_preload(["support.ranks", "gptneox.weights.cut"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     try:

@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 import torch
-import twins
-from hostile import REPO, clean_environ, copy_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support import checkpoints as twins
+from support.checkpoints import copy_checkpoint
+from support.processes import REPO, clean_environ
 from transformers import GPTNeoXForCausalLM
 
 from gptneox.config.model import ModelConfig
@@ -130,7 +131,7 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-# -- directories (M1, M11) -----------------------------------------------------------------------
+# -- directories ---------------------------------------------------------------------------------
 
 
 def test_loads_what_was_saved(source: Path, original: dict[str, torch.Tensor]) -> None:
@@ -179,7 +180,7 @@ def test_read_only_directory(copied: Path, original: dict[str, torch.Tensor]) ->
         copied.chmod(0o755)
 
 
-# -- damaged safetensors (M3, M12) ---------------------------------------------------------------
+# -- damaged safetensors -------------------------------------------------------------------------
 
 
 def raw_file(header: object, data: bytes = b"", length: int | None = None) -> bytes:
@@ -315,7 +316,7 @@ def test_any_float_is_converted(
     assert_loads_equal(copied, {name: t.to(dtype).float() for name, t in original.items()})
 
 
-# -- incomplete checkpoints (M4, M5, M8) ---------------------------------------------------------
+# -- incomplete checkpoints ----------------------------------------------------------------------
 
 
 def test_last_shard_truncated_by_one_byte(copied_shards: Path) -> None:
@@ -515,7 +516,7 @@ def test_tied_embeddings_that_are_both_absent(copied: Path) -> None:
         load(copied)
 
 
-# -- names (M9) ----------------------------------------------------------------------------------
+# -- names ---------------------------------------------------------------------------------------
 
 
 RENAMED = {
@@ -600,7 +601,7 @@ def test_safetensors_are_preferred_to_bin(
     assert "model.safetensors is used, not pytorch_model.bin" in caplog.text
 
 
-# -- pickles (M7) --------------------------------------------------------------------------------
+# -- pickles -------------------------------------------------------------------------------------
 
 
 def as_bin(path: Path, content: Any, **keywords: Any) -> Path:
@@ -678,7 +679,7 @@ def test_random_damage_of_a_bin(
             load(copied)
 
 
-# -- memory --------------------------------------------------------------------------------------
+# -- memory -------------------------------------------------------------------------------------
 
 MEASURE = """
 import re, sys

@@ -9,19 +9,25 @@ everything else: layers, heads, vocabulary, positions.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
+import shutil
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EngineSection
 from gptneox.devices.device import Device
 from gptneox.engine.paged import PagedEngine
+from gptneox.weights.size import full_shapes
+from support.tokenizers import byte_level_tokenizer, write_tokenizer
 
 
 def _old(head_dim: int, num_heads: int, vocab_size: int, **keys: Any) -> dict[str, Any]:
@@ -219,3 +225,100 @@ def load_engine(
     return PagedEngine.from_pretrained(
         directory, section, device, dtype=dtype, with_tokenizer=False
     )
+
+
+EOS_ID, PADDING_ID = 0, 335
+CHAIN_CONFIG = FAMILY["pythia-14m"] | {
+    "vocab_size": 336,
+    "max_position_embeddings": 2048,
+    "num_hidden_layers": 2,
+    "torch_dtype": "float32",
+}
+
+
+def write_chain_checkpoint(directory: Path, *texts: str, **keys: object) -> Path:
+    """A checkpoint whose next token depends on the last one only, so that its text is known.
+
+    After each letter of a text comes the next one, and end-of-text after the last; a text that
+    ends with its first letter goes round for ever. "~" stands for a padding id, which shows
+    nothing. Layers add nothing, and a token is embedded as the head's row of its successor.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    assert write_tokenizer(directory) < PADDING_ID
+    tokenizer = byte_level_tokenizer()
+    config = CHAIN_CONFIG | keys
+    successor = [EOS_ID] * config["vocab_size"]
+    for text in texts:
+        ids = [PADDING_ID if c == "~" else i for c in text for i in tokenizer.encode(c).ids]
+        for first, second in itertools.pairwise(ids):
+            assert successor[first] in (EOS_ID, second), "one letter, two successors"
+            successor[first] = second
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    shapes = full_shapes(ModelConfig.from_dict(config))
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    for name, tensor in tensors.items():
+        if "norm" in name and name.endswith("weight"):
+            tensor.fill_(1)
+    generator = torch.Generator().manual_seed(0)
+    head = torch.randn(shapes["embed_out.weight"], generator=generator)
+    head -= head.mean(-1, keepdim=True)
+    tensors["embed_out.weight"] = head
+    tensors["gpt_neox.embed_in.weight"] = head[successor]
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def copy_checkpoint(source: Path, target: Path) -> Path:
+    """A copy that a test may damage."""
+    shutil.copytree(source, target)
+    return target
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], config: dict[str, Any], form: str = "safetensors"
+) -> Path:
+    """A checkpoint of these tensors; returns `path`.
+
+    Args:
+        path: made here.
+        tensors: by name, as they are.
+        config: what config.json holds.
+        form: "safetensors", "sharded", "bin", "sharded bin", or "symlinks" (to files elsewhere).
+    """
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
+    names = list(tensors)
+    halves = {"1": names[: len(names) // 2], "2": names[len(names) // 2 :]}
+    is_bin = form.endswith("bin")
+    suffix, stem = (".bin", "pytorch_model") if is_bin else (".safetensors", "model")
+    files = {f"{stem}{suffix}": names}
+    if "sharded" in form:
+        files = {f"{stem}-0000{i}-of-00002{suffix}": part for i, part in halves.items()}
+        where = {name: file for file, part in files.items() for name in part}
+        index = path / f"{stem}{suffix}.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    for file, part in files.items():
+        chosen = {name: tensors[name] for name in part}
+        if is_bin:
+            torch.save(chosen, path / file)
+        else:
+            save_file(chosen, path / file, {"format": "pt"})
+    if form == "symlinks":
+        blobs = path.with_name(f"{path.name} blobs")
+        blobs.mkdir()
+        for file in files:
+            (path / file).rename(blobs / file)
+            (path / file).symlink_to(blobs / file)
+    return path
+
+
+def write_large(path: Path, num_layers: int, **keys: Any) -> tuple[Path, int]:
+    """A checkpoint of zeros, 25 MB (bf16) per layer; returns its largest tensor's bytes too."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": num_layers}
+    sizes |= {"num_attention_heads": 8, "vocab_size": 37}
+    config = FAMILY["polyglot-ko-1.3b"] | sizes | keys
+    shapes = full_shapes(ModelConfig.from_dict(config))
+    tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    tensors["embed_out.weight"] += torch.arange(37, dtype=torch.bfloat16)[:, None]
+    write_tensors(path, tensors, config)
+    return path, max(t.numel() * t.element_size() for t in tensors.values())

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-import twins
-from hostile import REPO, clean_environ, copy_checkpoint
 from safetensors.torch import load_file, save_file
+from support import checkpoints as twins
+from support.checkpoints import copy_checkpoint
+from support.processes import REPO, clean_environ
 from transformers import GPTNeoXForCausalLM
 
 from gptneox.config.model import ModelConfig

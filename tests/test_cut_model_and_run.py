@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_scripts import REPO, STUB_STATUS, clean_environment, recording_stub, write_program
+from support.processes import REPO, STUB_STATUS, clean_environment, recording_stub, write_program
 
 from gptneox.files import UNFINISHED
 
@@ -349,7 +349,7 @@ def test_world_size_that_is_none(world_size: str, start: Callable[..., Run]) -> 
 def test_wrong_settings_are_found_before_the_cut(
     env: dict[str, str], named: str, is_cut: bool, start: Callable[..., Run], model: Path
 ) -> None:
-    """T9: with the list that was seen, in one line."""
+    """The message is one line and holds the list that was given."""
     if is_cut:
         with_parts(model)
     call = start("inference", **env)

@@ -2,7 +2,7 @@
 """The model class `gptneox` of lm-evaluation-harness against its own Hugging Face device.
 
 lm_eval is not among the packages of the tests: `pip install .[eval]` (and accelerate, which the
-Hugging Face backend wants), then `pytest -m slow tests/test_lm_eval.py`.
+Hugging Face backend wants), then `pytest -m slow tests/test_lm_eval_model.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import questions
+from support import questions
 
 pytestmark = pytest.mark.slow
 lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed; pip install .[eval]")

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import twins
-from hostile import EOS_ID, byte_level_tokenizer, clean_environ, write_chain_checkpoint
 from safetensors.torch import load_file, save_file
+from support import checkpoints as twins
+from support.checkpoints import EOS_ID, write_chain_checkpoint
+from support.processes import clean_environ
+from support.tokenizers import byte_level_tokenizer
 
 import main
 from gptneox.devices import select
@@ -371,7 +373,6 @@ def test_half_a_set_of_variables_of_torchrun(
     chain: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """T10."""
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     result = cli(chain)

@@ -11,9 +11,10 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import torch
-import twins
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from support import checkpoints as twins
 
 SUBJECTS = ("anatomy", "college_physics", "world_religions")
 NUM_DEV, NUM_VAL, NUM_BOOLQ = 3, 4, 12

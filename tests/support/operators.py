@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps, caches and numbers for the tests of operators, and how near two results must be.
+
+Limits. The base computes in fp32 and rounds once, except for `linear`. fp32 results may differ by
+the order of sums: 2e-5 of the largest value. In half precision a device may also round what lies
+between (probabilities, partial sums): one more half unit each, so two units of the dtype
+(2 * eps) at the largest value, which bounds every result because attention averages its values.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gptneox.devices.cache import FloatKV
+from gptneox.devices.device import Device
+from gptneox.devices.operators import Operators
+from gptneox.devices.step import ForwardBatch
+from gptneox.kv_cache import PagedKVCache
+
+BASE = Operators(Device())
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def assert_near(actual: Tensor, expected: Tensor) -> None:
+    """Two results may differ by the limits above; both are moved to the CPU."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    eps = torch.finfo(expected.dtype).eps
+    limit = 2e-5 if expected.dtype == torch.float32 else 2 * eps
+    largest = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(
+        actual.cpu().float(), expected.float(), rtol=0, atol=limit * largest, equal_nan=False
+    )
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def make_batch(
+    lengths: list[tuple[int, int]], block_size: int, seed: int = 0, *, shares: bool = True
+) -> ForwardBatch:
+    """A step over randomly chosen blocks, one in two tables; block 0 belongs to nobody."""
+    context_lens = [cached + new for cached, new in lengths]
+    counts = [-(-n // block_size) for n in context_lens]
+    generator = torch.Generator().manual_seed(seed)
+    ids = (torch.randperm(sum(counts), generator=generator) + 1).tolist()
+    tables = [[ids.pop() for _ in range(n)] for n in counts]
+    if shares and max(context_lens) > 2 * block_size and len(tables) > 1:
+        longest, other = sorted(range(len(tables)), key=lambda b: -lengths[b][0])[:2]
+        if min(lengths[longest][0], lengths[other][0]) >= block_size:
+            tables[other][0] = tables[longest][0]
+    positions = [range(cached, cached + new) for cached, new in lengths]
+    slots = [
+        table[p // block_size] * block_size + p % block_size
+        for table, span in zip(tables, positions, strict=True)
+        for p in span
+    ]
+    q_lens = [new for _, new in lengths]
+    width = max(counts)
+    cu_seqlens = [sum(q_lens[:i]) for i in range(len(q_lens) + 1)]
+    return ForwardBatch(
+        input_ids=torch.zeros(sum(q_lens), dtype=torch.int64),
+        positions=torch.tensor([p for span in positions for p in span]),
+        slot_mapping=torch.tensor(slots),
+        block_tables=torch.tensor([t + [0] * (width - len(t)) for t in tables], dtype=torch.int32),
+        cu_seqlens_q=torch.tensor(cu_seqlens, dtype=torch.int32),
+        context_lens=torch.tensor(context_lens, dtype=torch.int32),
+        q_lens_list=q_lens,
+        context_lens_list=context_lens,
+        num_decodes=sum(n == 1 for n in q_lens),
+    )
+
+
+def batch_on(batch: ForwardBatch, device: torch.device) -> ForwardBatch:
+    moved = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in vars(batch).items()
+    }
+    return ForwardBatch(**moved)
+
+
+def make_cache(
+    ops: Operators, batch: ForwardBatch, block_size: int, heads: int, d: int, dtype: torch.dtype
+) -> PagedKVCache:
+    """One layer: random K and V where a sequence of `batch` has been, NaN everywhere else."""
+    num_blocks = int(batch.block_tables.max()) + 1
+    cache = PagedKVCache(ops, 1, num_blocks, block_size, heads, d, FloatKV(dtype))
+    written = torch.zeros(num_blocks * block_size, dtype=torch.bool)
+    cached_lens = [
+        n - new for n, new in zip(batch.context_lens_list, batch.q_lens_list, strict=True)
+    ]
+    for table, cached_len in zip(batch.block_tables.tolist(), cached_lens, strict=True):
+        for p in range(cached_len):
+            written[table[p // block_size] * block_size + p % block_size] = True
+    for i, tensor in enumerate(cache.layers[0]):
+        content = randn(num_blocks * block_size, heads, d, seed=10 + i, dtype=dtype)
+        content[~written] = math.nan
+        tensor.copy_(content.view(num_blocks, block_size, heads, d))
+    return cache
