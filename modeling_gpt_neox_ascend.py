@@ -30,7 +30,7 @@ try:
     from gptneox.kv_cache import ContiguousKVCache
     from gptneox.model import GPTNeoX
     from gptneox.parallel import TensorParallelGroup, init_group
-    from gptneox.weights.load import load_model, rank_directory
+    from gptneox.weights.load import find_part, load_model
 except ImportError as error:
     raise ImportError(
         "this checkpoint runs through the GPT-NeoX toolkit's package `gptneox`, which cannot be "
@@ -159,8 +159,7 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
                 environment.local_rank, environment.local_world_size, environment.omp_num_threads
             )
         group = init_group(environment.rank, environment.world_size, chosen.dist_backend)
-        path = rank_directory(path, group)
-        model_config = ModelConfig.from_pretrained(path)
+        path, model_config = find_part(path, group)
         generation_config = generation_config or _read_generation_config(path)
         model = cls(config, group, chosen.name, model_config, max_position_embeddings)
         wanted = str(dtype or torch_dtype or "auto").removeprefix("torch.")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers whose weights the device's operators pack, and the tensor-parallel cut of each.
 
-Every layer is made on the meta device, takes its tensors one by one and hands them to the
-operators as soon as they are complete, so a checkpoint is never in memory twice.
+Layers are made on the meta device. The loader fills and packs them unit by unit, so a checkpoint
+is never in memory twice.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class Decoder(nn.Module):
 class GPTNeoX(nn.Module):
     """The language model of one rank."""
 
-    size: ModelSize  # known once the weights are loaded
+    size: ModelSize  # set by `weights.load.load_model`
 
     def __init__(
         self,
@@ -159,17 +159,17 @@ class GPTNeoX(nn.Module):
         num_positions: int = 0,
         graphs: str = "auto",
     ) -> None:
-        """Build on the meta device; `weights.load.load_model` fills it.
+        """Build on the meta device; `weights.load.load_model` loads the weights.
 
         Args:
             config: the architecture.
-            device: where; the model has operators of its own there.
+            device: where to run; it makes operators for this model.
             group: ranks that share the model; one process by default.
             num_positions: rows of the rotary table; config.max_position_embeddings by default.
             graphs: see `Device.operators`.
 
         Raises:
-            ConfigError: the heads cannot be shared evenly, or `num_positions` cannot be had.
+            ConfigError: the heads cannot be shared evenly, or the model has no such positions.
         """
         super().__init__()
         group = group or TensorParallelGroup()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is computed with, in plain torch: the specification every device's own must meet.
+"""The operators of a model in plain torch: the specification of every device's operators.
 
 Shapes as in step.py; K features in, F features out.
 """
@@ -116,9 +116,9 @@ def check_shape(x: Tensor, shape: Sequence[int | None], name: str) -> None:
 
 
 class Operators:
-    """The operators of one model on a device, correct anywhere, and the state they keep for it.
+    """The operators of one model on any device, and the state that they keep for that model.
 
-    Two models on a device have two of these, which know nothing of each other.
+    Two models on a device have an object each and share no state.
     """
 
     fuses_layers = False  # give parallel-residual layers to `pack_layer`
@@ -163,16 +163,16 @@ class Operators:
         With the bare normalisation N and any s and h, LN(x) W.T + b is
         (s N(x) + h) (W diag(scale / s)).T + b + W (shift - h scale / s), so both products that
         read x become one of [3W + F, C]; both that write the partial sum are one of [C, W + F].
-        s and h are those before attention, whose weights then stay as they are: rounding every
-        weight anew would cost more accuracy than the shorter way saves. Only channels in which
-        that scale vanishes beside the other, or the shift would drown the other's values, take
-        the other scale, or no shift. Folding is done in fp32.
+        s and h are those before attention, so that query_key_value is not rounded again, which
+        would cost accuracy. A channel takes the other scale where the first is smaller than 1/64
+        of it, and no shift where the shift would exceed the other normalisation's values. Folding
+        is done in fp32.
         """
         (first, shift), (second, other) = (
             (t[0].float(), t[1].float()) for t in (weights.norm_attention, weights.norm_mlp)
         )
         scale = torch.where(first.abs() * 64 >= second.abs(), first, second)
-        scale = torch.where(scale == 0, 1.0, scale)  # both are
+        scale = torch.where(scale == 0, 1.0, scale)  # where both are 0
         keeps = (shift * second / scale).abs() <= second.abs() + other.abs()
         shift = torch.where(keeps & (scale == first), shift, 0.0)
 
@@ -310,7 +310,7 @@ class Operators:
 
         q [B, S, H, D] are the last S of the L positions of k, v [B, L, H, D]; key_mask [B, L] is
         False at padding, or None when there is none. A padding query sees itself, so that its
-        row, which nobody reads, stays finite. Returns [B, S, H, D].
+        row, which is not used, stays finite. Returns [B, S, H, D].
 
         The query is scaled before the product and everything up to the weighted sum is fp32, so
         fp16 scores cannot overflow. Source: HF eager_attention_forward, in higher precision.

@@ -35,8 +35,8 @@ class RotaryTables(NamedTuple):
 class ForwardBatch:
     """A batch of the paged path: sequences that decode one token first, then prompt chunks.
 
-    Device tensors are what kernels read; the lists beside them hold the same lengths for
-    operators that take theirs from the host.
+    Kernels read the device tensors; the lists hold the same lengths for operators that take them
+    from the host.
     """
 
     input_ids: Tensor  # [T] int64
@@ -92,7 +92,7 @@ class PaddedBatch:
 
 
 class Step:
-    """What the layers of a model ask of a step."""
+    """One forward pass: what it computes, and the caches that its layers read and write."""
 
     # The step computes all layers in one call (`run`), on a rank that holds them whole.
     runs_all_layers: ClassVar[bool] = False

@@ -15,7 +15,6 @@ import torch
 
 from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EngineSection
-from gptneox.devices.cache import FloatKV
 from gptneox.devices.device import Device
 from gptneox.engine.block_manager import BlockManager
 from gptneox.engine.detokenizer import Detokenizer, extend
@@ -34,7 +33,6 @@ from gptneox.kv_cache import PagedKVCache
 from gptneox.model import GPTNeoX
 from gptneox.parallel import TensorParallelGroup
 from gptneox.weights.load import load_model
-from gptneox.weights.size import ModelSize
 
 logger = logging.getLogger(__name__)
 
@@ -132,8 +130,7 @@ class PagedEngine:
         self.dtype = dtype
         config, ranks = model.config, model.group.world_size
         free = model.device.memory().free
-        size = ModelSize(config, dtype, FloatKV(dtype), ranks)
-        block_bytes = size.token_bytes * settings.block_size
+        block_bytes = model.size.token_bytes * settings.block_size
         num_blocks = int(
             model.group.broadcast_object(count_blocks(settings, config, block_bytes, free))
         )
@@ -145,7 +142,7 @@ class PagedEngine:
             settings.block_size,
             config.num_heads // ranks,
             config.head_dim,
-            size.kv_format,
+            model.size.kv_format,
         )
         self.block_manager = BlockManager(
             num_blocks, settings.block_size, settings.enable_prefix_caching

@@ -18,13 +18,12 @@ from tqdm import tqdm
 
 from gptneox.cli import Settings
 from gptneox.config.errors import ConfigError
-from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EngineSection
 from gptneox.devices.cache import FloatKV
 from gptneox.devices.device import Device
 from gptneox.engine.generate import GenerateEngine
 from gptneox.engine.generation_config import NO_RULES
-from gptneox.engine.paged import PagedEngine
+from gptneox.engine.paged import PagedEngine, affordable_blocks
 from gptneox.evaluation import report
 from gptneox.evaluation.timing import (
     FlashStopwatch,
@@ -40,7 +39,7 @@ from gptneox.evaluation.timing import (
 from gptneox.files import safe_name
 from gptneox.parallel import TensorParallelGroup
 from gptneox.session import start
-from gptneox.weights.load import rank_directory
+from gptneox.weights.load import find_part
 from gptneox.weights.size import ModelSize
 
 logger = logging.getLogger(__name__)
@@ -137,10 +136,8 @@ def check_cases(settings: Settings, cases: Seq[Case]) -> None:
     """
     environment = settings.environment
     ranks = TensorParallelGroup(environment.rank, environment.world_size)
-    flash = settings.attention == "flash"
-    config = ModelConfig.from_pretrained(
-        rank_directory(settings.model_path, ranks, prefer_parts=flash)
-    )
+    is_flash = settings.attention == "flash"
+    _, config = find_part(settings.model_path, ranks, prefer_parts=is_flash)
     limit = config.positions(settings.engine.max_position_embeddings)
     for input_len, output_len in cases:
         if input_len + output_len > limit:
@@ -212,13 +209,12 @@ def engine_section(
         return section
     # Exactly the blocks that are needed, where they fit; else the engine takes what there is.
     needed = max(blocks_needed([i] * batch_size, o, section.block_size) for i, o in cases)
-    config = ModelConfig.from_pretrained(rank_directory(settings.model_path, group))
+    _, config = find_part(settings.model_path, group)
     dtype, _ = device.resolve_dtype(config.dtype, settings.model.dtype)
     size = ModelSize(config, dtype, FloatKV(dtype), group.world_size)
     block_bytes = size.token_bytes * section.block_size
     free = device.memory().free - size.weight_bytes
-    free -= int(section.reserved_memory_gb * 2**30)
-    fits = needed * block_bytes <= free * section.memory_fraction
+    fits = needed <= affordable_blocks(section, block_bytes, free)
     return replace(section, num_blocks=needed if group.broadcast_object(fits) else 0)
 
 

@@ -2,14 +2,14 @@
 """Cut a checkpoint for tensor parallelism, and join it again, tensor by tensor.
 
     part_model/
-      manifest.json            written last: a folder without it is no complete cut
+      manifest.json            written last: without it a cut is not complete
       0/ 1/ …                  each complete in itself: config.json, model.safetensors, tokenizer,
                                modeling_gpt_neox_ascend.py
 
-A cut is written into `part_model/.gptneox-unfinished` and moved up when all of it is there. Nothing
-is ever replaced but what a seal proves to be written here: the manifest of a cut, or the metadata
-of a joined checkpoint's model.safetensors. Which tensor is cut along which dimension is decided in
-`formats.py`.
+A cut is written into `part_model/.gptneox-unfinished` and moved up when it is complete. Only a
+result of this module is ever replaced, which a seal proves: the manifest of a cut, or the metadata
+of a joined checkpoint's model.safetensors. `formats.py` decides which tensor is cut along which
+dimension.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class SafetensorsWriter:
     """Writes one safetensors file whose tensors come one by one, in the announced order.
 
-    The library's own writer wants all tensors at once, which a large model's part is too big for.
+    The library's own writer takes all tensors at once; a large model's part may not fit in memory.
     Source: the safetensors format (8 bytes header size, JSON header, contiguous data).
     """
 
@@ -96,7 +96,7 @@ class SafetensorsWriter:
         self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> None:
-        """End the file, and see it on the disk."""
+        """End the file and flush it to the disk."""
         assert next(self._expected, None) is None, "tensors are missing"
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -414,7 +414,7 @@ def _filling(target: Path, seal: str, *, recut: bool) -> Iterator[Path]:
         ) from error
     lock_path = work / "lock"
     with lock_path.open("a") as file:
-        # A lock on a file that another process has removed meanwhile keeps nobody out.
+        # If another process has removed the file meanwhile, its lock protects nothing.
         if not (lock(file) and os.fstat(file.fileno()).st_nlink):
             raise RuntimeError(f"another process is writing {target}; wait for it")
         try:

@@ -79,7 +79,7 @@ class Checkpoint:
                 self.where[name] = file
                 self.shapes[name], self.dtypes[name] = info.shape, info.dtype
             if not file.is_mapped and len(self.files) > 1:
-                file.close()  # what is not mapped takes memory
+                file.close()  # an unmapped file is held in memory
         if unmapped := [file.path.name for file in self.files if not file.is_mapped]:
             logger.info("%s: %s cannot be mapped and will be read", model_path, listed(unmapped, 3))
 
@@ -201,19 +201,19 @@ def read_manifest(part_model: Path) -> Manifest:
                 f"{part_model} was cut for {manifest.world_size} ranks, but {rank}/{PART_FILE} is "
                 "missing; cut the model again"
             )
-        if (found := SafetensorsFile(file).metadata().get("cut_id")) != manifest.cut_id:
+        if (cut_id := SafetensorsFile(file).metadata().get("cut_id")) != manifest.cut_id:
             raise CheckpointError(
-                f"{file} is of another cut ({found}) than {path} ({manifest.cut_id}); cut the "
+                f"{file} is of another cut ({cut_id}) than {path} ({manifest.cut_id}); cut the "
                 "model again"
             )
     return manifest
 
 
 def parse_manifest(path: Path) -> Manifest:
-    """The manifest alone, whatever lies beside it.
+    """Read the manifest; the folders of the ranks are not looked at.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the file is not a manifest.
     """
     try:
         manifest = Manifest(**read_json(path))
@@ -253,6 +253,14 @@ def rank_directory(
             f"{manifest.world_size}, or cut again for {group.world_size}"
         )
     return parts / str(group.rank)
+
+
+def find_part(
+    model_path: Path, group: TensorParallelGroup, *, prefer_parts: bool = False
+) -> tuple[Path, ModelConfig]:
+    """This rank's folder and its config.json; see `rank_directory` and `ModelConfig`."""
+    path = rank_directory(model_path, group, prefer_parts=prefer_parts)
+    return path, ModelConfig.from_pretrained(path)
 
 
 # -- checking ------------------------------------------------------------------------------------
@@ -375,13 +383,13 @@ def _find_names(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, str]:
 
 
 def _unknown(checkpoint: Checkpoint, names: dict[str, str]) -> list[str]:
-    """Stored tensors that fill no parameter and are no buffers."""
+    """Stored tensors that are neither parameters nor ignored buffers."""
     extra = checkpoint.shapes.keys() - set(names.values())
     return sorted(name for name in extra if not name.endswith(IGNORED_SUFFIXES))
 
 
 def _describe_missing(missing: list[str], checkpoint: Checkpoint, names: dict[str, str]) -> str:
-    """The missing tensors, beside what was found or promised instead of them."""
+    """The missing tensors, and what the files or the index have instead."""
     text = f"{len(missing)} tensors: {listed(missing)}"
     unknown = _unknown(checkpoint, names)
     if unknown:
@@ -443,7 +451,7 @@ class _Reader:
     dtype: torch.dtype
 
     def read(self, name: str) -> Tensor:
-        """A parameter that is no linear layer's weight; nothing of it aliases the file."""
+        """Any parameter but a linear layer's weight, copied from the file."""
         device = self.model.device.torch_device
         return self._read_part(name).to(device=device, dtype=self.dtype, copy=True)
 

@@ -59,7 +59,7 @@ class TritonStep(PagedStep):
 
 
 class CudaOperators(Operators):
-    """Kernels and graphs where they were found to work on the device."""
+    """Triton kernels and CUDA graphs, each used where its trial on the device succeeds."""
 
     fuses_layers = True
     device: CudaDevice
@@ -292,8 +292,8 @@ class CudaOperators(Operators):
     def capture(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Replays decode steps where the table says so; elsewhere a warning has given the reason.
 
-        Rows beyond a batch have slot -1 and context length 0: they write no key, read no block,
-        and nobody reads what they return.
+        Rows beyond a batch have slot -1 and context length 0, so that they write and read no block;
+        their results are not used.
         """
         if self.paged_step is PagedStep or self._why_no_graphs:
             return forward

@@ -244,7 +244,7 @@ class A2Attention(PlainAttention):
 
 
 class A2SmallBlocks(A2Attention):
-    """Blocks that are no multiple of 128: a chunk's keys are copied together first."""
+    """For block sizes that 128 does not divide: the keys of a chunk are gathered first."""
 
     operator = "npu_fused_infer_attention_score, BSH, keys gathered from their blocks"
 
@@ -438,7 +438,7 @@ class DuoAtbAttention(DuoAttention):
         return cast
 
     def square_mask(self, size: int) -> Tensor:
-        """Mask of whole prompts up to `size` tokens; kept, because the next step wants it too."""
+        """Mask of whole prompts up to `size` tokens, kept for the next steps."""
         size = -(-size // 128) * 128
         if self._triangle.dim() != 4 or self._triangle.shape[2] < size:
             self._triangle = self.mask(torch.arange(size, device=self.device), size)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model on an Ascend NPU: which operators its shapes allow, and the layouts they want."""
+"""A model on an Ascend NPU: the operators that its shapes allow, and their layouts."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class NpuOperators(Operators):
         self._num_positions = 0
 
     def prepare(self, head_dim: int, rotary_dim: int) -> None:
-        """Remember what the front product's rows are ordered by."""
+        """Keep the sizes by which the rows of the front product are ordered."""
         self._head_dim, self._rotary_dim = head_dim, rotary_dim
 
     def operator_table(
@@ -104,7 +104,7 @@ class NpuOperators(Operators):
         ]
 
     def _choose_dense(self, head_dim: int) -> tuple[type[PlainAttention], str]:
-        """There are no blocks on the flash path: any size that sets no limit stands for them."""
+        """For the flash path, which has no blocks: with a block size that sets no limit."""
         return choose_attention(
             self.device.is_310p, self.device.has_atb, head_dim, 16 if self.device.is_310p else 128
         )
@@ -128,7 +128,7 @@ class NpuOperators(Operators):
         return PackedLinear(weight, bias, in_features, out_features)
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
-        """With an NZ weight torch_npu would scale the bias by one first, in a kernel of its own."""
+        """With an NZ weight the bias is added apart: torch_npu would first scale it by one."""
         if not self.device.is_310p or packed.bias is None:
             return super().linear(x, packed)
         return F.linear(x, packed.weight).add_(packed.bias)

@@ -23,6 +23,7 @@ from gptneox.engine.paged import PagedEngine
 from gptneox.engine.scheduler import Scheduled, Scheduler
 from gptneox.engine.sequence import SamplingParams
 from gptneox.model import GPTNeoX
+from gptneox.weights.load import measure
 
 # A model as small as can be: it is never run.
 _FAKE = ModelConfig(
@@ -93,7 +94,9 @@ class Overhead(Ours):
     def queue_once(self, count: int) -> dict[str, float]:
         """Prompts of 16 to 128 tokens, answers of 4 to 16, 32 at once; in processor time."""
         section = EngineSection(max_batch_size=32, max_prefill_tokens=2048, num_blocks=128)
-        engine = PagedEngine(GPTNeoX(_FAKE, self.device), section, self.engine.dtype)
+        model, dtype = GPTNeoX(_FAKE, self.device), self.engine.dtype
+        model.size = measure(model, {}, dtype)
+        engine = PagedEngine(model, section, dtype)
 
         def pretend(scheduled: list[Scheduled]) -> list[int]:
             return [1 for item in scheduled if item.samples]
