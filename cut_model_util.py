@@ -82,7 +82,7 @@ def _print_config(path: Path, options: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    from gptneox.cli import given_path
+    from gptneox.config.arguments import given_path
 
     parser = argparse.ArgumentParser(
         prog="cut_model_util.py",

@@ -18,7 +18,7 @@ if __name__ == "__main__":
     interpreter.require(sys.argv, packages=False)
 
 from gptneox.cli import Settings, read_settings, refuse_unbuilt, setup_logging
-from gptneox.config.environment import load_devices_by_hand
+from gptneox.config.environment import disable_device_autoload
 from gptneox.files import prepare_streams
 
 CONFIG = Path(__file__).resolve().parent / "config.ini"
@@ -44,10 +44,8 @@ def run(settings: Settings) -> None:  # no valid syntax? Python >= 3.10 is wante
         from gptneox.tasks import modeltest as task_module  # type: ignore[no-redef]
     elif task == "precision":
         from gptneox.tasks import precision as task_module  # type: ignore[no-redef]
-    elif settings.attention == "paged":
-        from gptneox.tasks import inference as task_module  # type: ignore[no-redef]
     else:
-        from gptneox.tasks import flash_inference as task_module  # type: ignore[no-redef]
+        from gptneox.tasks import inference as task_module  # type: ignore[no-redef]
     from gptneox.parallel import leave_group
 
     task_module.run(settings)
@@ -56,7 +54,7 @@ def run(settings: Settings) -> None:  # no valid syntax? Python >= 3.10 is wante
 
 def main(argv: list[str]) -> int:
     """Run one task; returns the exit status."""
-    load_devices_by_hand()
+    disable_device_autoload()
     debug = "--debug" in argv
     command = [__file__, *argv]
     if argv[:1] == ["doctor"]:

@@ -9,13 +9,15 @@ import re
 import stat
 import sys
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gptneox.cli import DEFAULT_PROMPT, Settings
+from gptneox.cli import Settings
+from gptneox.config.arguments import DEFAULT_PROMPT
 from gptneox.config.errors import ConfigError
 from gptneox.config.files import decode_text
+from gptneox.engine.sequence import SamplingParams
 from gptneox.parallel import TensorParallelGroup
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,11 @@ _FILE_NAME = re.compile(
     r"\S*[/\\]\S*|\S+\.(?:csv|html?|in|jsonl?|log|md|prompt|rst|te?xt|tsv|ya?ml)", re.IGNORECASE
 )
 MAX_PROMPT_BYTES = 256 << 20  # more than any model has positions for
+
+
+WARM_UP_PROMPT = "Hamlet->Shakespeare\nOne Hundred Years of Solitude->"
+DEMO_PROMPTS = ("How to learn a new language?", "The CEO of Google is")
+DEMO_MAX_NEW_TOKENS, DEMO_REPETITION_PENALTY = 64, 1.1
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,32 @@ def make_prompts(settings: Settings, texts: Seq[str], tokenizer: Any) -> list[Pr
     if ids := settings.args.input_ids:
         return [Prompt(i, ",".join(map(str, i))) for i in ids]
     return [Prompt(encode(tokenizer, text, f"prompt {i}"), text) for i, text in enumerate(texts)]
+
+
+def fit_output_length(settings: Settings, max_positions: int, prompt: Prompt) -> SamplingParams:
+    """The request's parameters; a length nobody asked for is capped to the positions left."""
+    params = settings.sampling
+    left = max_positions - len(prompt.ids)
+    is_default = settings.sources["engine"]["max_output_length"] == "default"
+    if settings.attention == "paged" and is_default and left > 0:
+        return replace(params, max_new_tokens=min(params.max_new_tokens, left))
+    return params
+
+
+def is_demonstration(settings: Settings) -> bool:
+    """Whether the run gives the demonstrations: the flash path without prompts of the user."""
+    args = settings.args
+    return settings.attention == "flash" and not (args.input_texts or args.input_ids)
+
+
+def demo_params(settings: Settings) -> SamplingParams:
+    """The parameters of the demonstrations, which have defaults of their own."""
+    params = settings.sampling
+    if settings.sources["engine"]["max_output_length"] == "default":
+        params = replace(params, max_new_tokens=DEMO_MAX_NEW_TOKENS)
+    if "repetition_penalty" not in settings.given:
+        params = replace(params, repetition_penalty=DEMO_REPETITION_PENALTY)
+    return params
 
 
 def encode(tokenizer: Any, text: str, what: str) -> list[int]:

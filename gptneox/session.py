@@ -7,9 +7,13 @@ import logging
 import time
 
 from gptneox.cli import Settings
+from gptneox.config.errors import ConfigError
+from gptneox.config.settings import EngineSection
 from gptneox.devices import select
 from gptneox.devices.binding import bind
 from gptneox.devices.device import Device
+from gptneox.engine.api import Engine
+from gptneox.engine.generate import GenerateEngine
 from gptneox.engine.paged import PagedEngine
 from gptneox.parallel import TensorParallelGroup, init_group
 
@@ -31,26 +35,58 @@ def start(settings: Settings) -> tuple[Device, TensorParallelGroup]:
     return device, group
 
 
-def load_engine(settings: Settings, device: Device, group: TensorParallelGroup) -> PagedEngine:
-    """The engine of this rank, with its model loaded."""
+def refuse_paged_only(settings: Settings) -> None:
+    """Raise ConfigError for an option of the paged path in a run on the other."""
+    if settings.attention == "paged":
+        return
+    options = {
+        "--interactive": settings.args.interactive,
+        "--stream": settings.args.stream,
+        "ATB_LLM_BENCHMARK_ENABLE": settings.environment.benchmark_enabled,
+    }
+    for name, given in options.items():
+        if given:
+            raise ConfigError(f"{name} is not served by the flash path; use --attention paged")
+
+
+def load_engine(
+    settings: Settings,
+    device: Device,
+    group: TensorParallelGroup,
+    section: EngineSection | None = None,
+    *,
+    with_tokenizer: bool = True,
+) -> Engine:
+    """The engine of this rank on the path that the settings choose, with its model loaded.
+
+    Args:
+        settings: of the run.
+        device: after `start`.
+        group: the ranks.
+        section: [engine] of this task; the run's own by default.
+        with_tokenizer: False: ids in, ids out, whatever --load_tokenizer says.
+
+    Raises:
+        ValueError, OSError, RuntimeError: with a message for the user.
+    """
     start = time.perf_counter()
-    engine = PagedEngine.from_pretrained(
+    kind: type[Engine] = PagedEngine if settings.attention == "paged" else GenerateEngine
+    engine = kind.from_pretrained(
         settings.model_path,
-        settings.engine,
+        section or settings.engine,
         device,
         dtype=settings.model.dtype,
         group=group,
-        with_tokenizer=settings.args.load_tokenizer,
+        with_tokenizer=with_tokenizer and settings.args.load_tokenizer,
         trust_remote_code=settings.args.trust_remote_code,
         show_progress=True,
     )
     logger.info(
-        "loaded %s in %.1f s: %s on %s, %d KV-cache blocks of %d tokens",
+        "loaded %s in %.1f s: %s on %s%s",
         settings.model_path,
         time.perf_counter() - start,
         str(engine.dtype).removeprefix("torch."),
         device.describe(),
-        engine.block_manager.num_blocks,
-        engine.settings.block_size,
+        engine.describe_cache(),
     )
     return engine

@@ -15,13 +15,13 @@ from support.processes import REPO
 
 # From the front door to the foundation: a module imports from its own line or one further down.
 COLUMNS = (
-    {"main", "cut_model_util", "tools"},
+    {"main", "cut_model_util", "modeling_gpt_neox_ascend", "tools"},
     {"tasks", "server"},
-    {"evaluation", "terminal"},
-    {"session", "prompts"},
+    {"chat", "evaluation", "output"},
+    {"session", "prompts", "terminal"},
     {"cli"},
     {"engine"},
-    {"modeling_gpt_neox_ascend"},  # the adapter to transformers, which the flash path loads
+    {"adapter"},  # to transformers' generate, which the flash path uses
     {"model", "weights"},
     {"layers", "kv_cache"},
     {"devices", "parallel"},

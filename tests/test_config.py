@@ -7,6 +7,9 @@ import json
 import logging
 import os
 import random
+import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,13 @@ from support.processes import REPO
 from transformers import GPTNeoXConfig
 
 from gptneox.cli import Settings, make_parser, read_settings
+from gptneox.config import documents
+from gptneox.config.arguments import Arguments, Generation
 from gptneox.config.environment import Environment
 from gptneox.config.errors import ConfigError
 from gptneox.config.files import read_json, read_text
 from gptneox.config.model import ModelConfig
+from gptneox.config.schema import settings_of
 from gptneox.config.settings import (
     EMBEDDED_CHECKPOINT,
     SECTIONS,
@@ -28,10 +34,11 @@ from gptneox.config.settings import (
     ModelSection,
     PerformanceSection,
     PrecisionSection,
-    layer,
+    merge_section,
     parse_device_ids,
     read_ini,
 )
+from gptneox.engine.sequence import SamplingParams
 
 BASE: dict[str, Any] = {
     "model_type": "gpt_neox",
@@ -385,28 +392,110 @@ def test_the_shipped_file_lists_every_key_with_its_default() -> None:
     assert list(ini) == list(SECTIONS)
     for name, cls in SECTIONS.items():
         assert list(ini[name]) == [f.name for f in fields(cls)], f"keys of [{name}]"
-        section, sources = layer(cls, {}, ini, {})
+        section, sources = merge_section(cls, {}, ini, {})
         assert section == cls()
         assert set(sources.values()) == {"default"}
-        # `layer` takes an empty value for the default, so an empty line must mean that.
+        # `merge_section` takes an empty value for the default, so an empty line must mean that.
         for f in fields(cls):
             shown = ini[name][f.name]
             assert shown or f.default == "", f"[{name}] {f.name} is empty"
 
 
-def test_every_key_has_a_comment_above_it() -> None:
-    lines = (REPO / "config.ini").read_text(encoding="utf-8").splitlines()
-    known = {f.name for cls in SECTIONS.values() for f in fields(cls)}
-    commented = False
-    for line in lines:
-        if line.startswith(";"):
-            commented = True
-        elif "=" in line:
-            assert line.split(" =")[0] in known
-            assert commented, f"no comment for {line}"
-            commented = line.startswith("max_len_exp")  # shares its comment with the next line
-        elif line.startswith("["):
-            commented = False
+@pytest.mark.parametrize("name", documents.FILES)
+def test_files_made_from_the_settings_are_up_to_date(name: str) -> None:
+    text = (REPO / name).read_text(encoding="utf-8")
+    assert text == documents.FILES[name](), f"{name} is stale; type: {documents.COMMAND}"
+
+
+def test_documents_are_written_where_they_are_stale(tmp_path: Path) -> None:
+    """In a copy of the package; a second call finds nothing to do."""
+    shutil.copytree(REPO / "gptneox", tmp_path / "gptneox", ignore=lambda *_: ["__pycache__"])
+    (tmp_path / "docs").mkdir()
+
+    def run() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "gptneox.config.documents"]
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+        )
+
+    assert "not a checkout" in run().stderr
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "config.ini").write_text("[model]\n")
+    assert run().stdout == "config.ini is written\ndocs/settings.md is written\n"
+    for name in documents.FILES:
+        assert (tmp_path / name).read_bytes() == (REPO / name).read_bytes()
+    assert run().stdout == ""
+
+
+def test_every_key_has_its_comment_above_it() -> None:
+    """Of lines short enough to read."""
+    explained = {each.name: each for cls in SECTIONS.values() for each in settings_of(cls)}
+    comment: list[str] = []
+    for line in (REPO / "config.ini").read_text(encoding="utf-8").splitlines():
+        assert len(line) <= 100
+        if line.startswith("; "):
+            comment.append(line[2:])
+        else:
+            if "=" in line:
+                each, text = explained.pop(line.split(" =")[0]), " ".join(comment)
+                assert each.help in text
+                assert each.env in text
+                assert all(str(choice) in text for choice in each.choices)
+            comment.clear()
+    assert not explained
+
+
+def test_every_flag_and_variable_is_explained() -> None:
+    for action in make_parser()._actions:
+        assert action.help, action.option_strings
+    rows = (REPO / "docs" / "settings.md").read_text(encoding="utf-8").splitlines()
+    for cls in (*SECTIONS.values(), Arguments, Generation, Environment):
+        for each in settings_of(cls):
+            (row,) = [r for r in rows if each.help in r] if each.help else [""]
+            assert bool(row) != each.is_hidden
+            assert each.env in row
+            assert f"`{each.flag}" in row or not each.flag or each.is_hidden
+    declared = {each.env for each in settings_of(Environment)}
+    assert len(declared - {""}) == len(fields(Environment))
+
+
+def test_limits_hold_however_a_section_is_made() -> None:
+    for key, value, words in (
+        ("block_size", 513, "use 16 to 512"),
+        ("num_blocks", -1, "at least 0 is expected"),
+        ("graphs", "perhaps", "use one of auto, on, off"),
+        ("reserved_memory_gb", float("nan"), "a finite number is expected"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^\[engine\] {key} is .*{words}$"):
+            EngineSection(**{key: value})
+
+
+def test_flags_are_typed(tmp_path: Path) -> None:
+    """What is not given has its default; what is given is known by name."""
+    read = settings(tmp_path)
+    assert (read.args, read.given) == (Arguments(), {})
+    assert read.sampling == SamplingParams(), "defaults of the flags and of a request differ"
+    argv = ["--stop", "a", "b", "--stop", "c", "--stop-token-ids", "1,2", "3", "--top_k", "5"]
+    argv += [
+        "--input-ids",
+        "1,2",
+        "3",
+        "--load_tokenizer",
+        "True",
+        "--with",
+        "b.csv",
+        "--seed",
+        "0",
+    ]
+    read = settings(tmp_path, *argv, "--enable_chunked_prefill", "--enable-prefix-caching", "false")
+    assert (read.sampling.stop, read.sampling.stop_token_ids) == (("a", "b", "c"), (1, 2, 3))
+    assert (read.sampling.top_k, read.sampling.seed, read.sampling.top_p) == (5, 0, 1.0)
+    assert (read.args.input_ids, read.args.with_result) == ([[1, 2], [3]], Path("b.csv"))
+    assert (read.engine.enable_chunked_prefill, read.engine.enable_prefix_caching) == (True, False)
+    assert read.given.keys() == {
+        *("stop", "stop_token_ids", "top_k", "input_ids", "load_tokenizer", "with_result", "seed"),
+        *("enable_chunked_prefill", "enable_prefix_caching"),
+    }
 
 
 def test_comments_blanks_and_percent(tmp_path: Path) -> None:
@@ -420,8 +509,8 @@ def test_comments_blanks_and_percent(tmp_path: Path) -> None:
     assert ini["model"]["device_ids"] == "0, 1"
     assert ini["engine"]["max_batch_size"] == "4;no blank: part of the value"
     with pytest.raises(ConfigError, match=r"\[engine\] max_batch_size.*'4;no blank"):
-        layer(EngineSection, {}, ini, {})
-    section, _ = layer(ModelSection, {}, ini, {})
+        merge_section(EngineSection, {}, ini, {})
+    section, _ = merge_section(ModelSection, {}, ini, {})
     assert parse_device_ids(section.device_ids) == [0, 1]
 
 
@@ -502,7 +591,7 @@ def test_the_old_section_name_warns(tmp_path: Path, caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.WARNING):
         ini = read_ini(write_ini(tmp_path, "[ceval]\nmode = mmlu\nshot = 0\n"))
     assert "[ceval] is deprecated" in caplog.text
-    section, _ = layer(PrecisionSection, {}, ini, {})
+    section, _ = merge_section(PrecisionSection, {}, ini, {})
     assert (section.mode, section.shot) == ("mmlu", 0)
 
 
@@ -568,7 +657,7 @@ def test_bad_device_lists(text: str) -> None:
 def test_bad_settings_are_refused_by_name(section: Any, key: str, value: str) -> None:
     name = next(n for n, cls in SECTIONS.items() if cls is section)
     with pytest.raises(ConfigError, match="device list" if key == "device_ids" else key):
-        layer(section, {}, {name: {key: value}}, {})
+        merge_section(section, {}, {name: {key: value}}, {})
 
 
 @pytest.mark.parametrize(
@@ -625,38 +714,38 @@ def test_flag_over_environment_over_file_over_default() -> None:
     ini = {"engine": {"memory_fraction": "0.5", "max_batch_size": "4"}}
     environ = {"NPU_MEMORY_FRACTION": "0.6"}
     flags = {"memory_fraction": 0.7}
-    section, sources = layer(EngineSection, flags, ini, environ)
+    section, sources = merge_section(EngineSection, flags, ini, environ)
     assert (section.memory_fraction, sources["memory_fraction"]) == (0.7, "flag")
-    section, sources = layer(EngineSection, {"memory_fraction": None}, ini, environ)
+    section, sources = merge_section(EngineSection, {"memory_fraction": None}, ini, environ)
     assert (section.memory_fraction, sources["memory_fraction"]) == (0.6, "NPU_MEMORY_FRACTION")
-    section, sources = layer(EngineSection, {}, ini, {"NPU_MEMORY_FRACTION": ""})
+    section, sources = merge_section(EngineSection, {}, ini, {"NPU_MEMORY_FRACTION": ""})
     assert (section.memory_fraction, sources["memory_fraction"]) == (0.5, "config.ini")
     assert (section.max_batch_size, sources["max_batch_size"]) == (4, "config.ini")
-    section, sources = layer(EngineSection, {}, {}, {})
+    section, sources = merge_section(EngineSection, {}, {}, {})
     assert (section.memory_fraction, sources["memory_fraction"]) == (0.9, "default")
 
 
 def test_a_flag_that_repeats_the_default_still_counts_as_asked_for() -> None:
-    _, sources = layer(EngineSection, {"max_output_length": 20}, {}, {})
+    _, sources = merge_section(EngineSection, {"max_output_length": 20}, {}, {})
     assert sources["max_output_length"] == "flag"
-    _, sources = layer(EngineSection, {}, {"engine": {"max_output_length": "20"}}, {})
+    _, sources = merge_section(EngineSection, {}, {"engine": {"max_output_length": "20"}}, {})
     assert sources["max_output_length"] == "default"  # as the shipped config.ini does
 
 
 def test_environment_values_are_checked_by_their_own_name() -> None:
     for text in ("a", "nan", "inf", "-1"):
         with pytest.raises(ConfigError, match=r"NPU_MEMORY_FRACTION|memory_fraction"):
-            layer(EngineSection, {}, {}, {"NPU_MEMORY_FRACTION": text})
+            merge_section(EngineSection, {}, {}, {"NPU_MEMORY_FRACTION": text})
     with pytest.raises(ConfigError, match="BIND_CPU"):
-        layer(ModelSection, {}, {}, {"BIND_CPU": "on"})
-    section, sources = layer(ModelSection, {}, {}, {"BIND_CPU": "0"})
+        merge_section(ModelSection, {}, {}, {"BIND_CPU": "on"})
+    section, sources = merge_section(ModelSection, {}, {}, {"BIND_CPU": "0"})
     assert (section.bind_cpu, sources["bind_cpu"]) == (0, "BIND_CPU")
 
 
 @pytest.mark.parametrize("text", ["true", "True", "1", "yes", "on"])
 def test_booleans(text: str) -> None:
     ini = {"engine": {"enable_chunked_prefill": text, "enable_prefix_caching": "off"}}
-    section, _ = layer(EngineSection, {}, ini, {})
+    section, _ = merge_section(EngineSection, {}, ini, {})
     assert (section.enable_chunked_prefill, section.enable_prefix_caching) == (True, False)
 
 
@@ -686,12 +775,11 @@ def test_a_model_path_in_the_file_is_relative_to_the_file(tmp_path: Path) -> Non
 
 def test_every_engine_and_model_flag_is_a_key_and_has_both_spellings() -> None:
     flags = {o for action in make_parser()._actions for o in action.option_strings}
-    for cls in (ModelSection, EngineSection):
+    for cls in SECTIONS.values():
         for f in fields(cls):
-            if f.name in ("device_ids", "parallel_backend", "log_dir", "bind_cpu"):
-                continue  # config.ini and environment only
-            assert f"--{f.name}" in flags
-            assert "--" + f.name.replace("_", "-") in flags
+            in_file_only = f.name in ("device_ids", "parallel_backend", "log_dir", "bind_cpu")
+            has_flag = cls in (ModelSection, EngineSection) and not in_file_only
+            assert (f"--{f.name}" in flags) == has_flag
     for flag in [f for f in flags if "_" in f]:
         assert flag.replace("_", "-") in flags
 

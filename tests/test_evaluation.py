@@ -12,6 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gptneox.cli import read_settings
 from gptneox.config.errors import ConfigError
 from gptneox.config.settings import EMBEDDED_CHECKPOINT
+from gptneox.engine.api import Engine
 from gptneox.evaluation import datasets
-from gptneox.evaluation.runner import Runner, load_runner
 from gptneox.evaluation.scoring import (
     GenerationScorer,
     NextTokenScorer,
@@ -40,7 +41,7 @@ from gptneox.evaluation.scoring import (
 )
 from gptneox.evaluation.subjects import CEVAL_SUBJECTS, MMLU_SUBJECTS
 from gptneox.parallel import TensorParallelGroup
-from gptneox.session import start
+from gptneox.session import load_engine, start
 from gptneox.tasks import precision
 from gptneox.weights.cut import cut_checkpoint
 
@@ -649,7 +650,7 @@ def test_failure_is_over_with_its_batch(model: Path, tmp_path: Path, attention: 
     both: list[list[Result]] = []
     for path in (model, broken):
         results: list[Result] = []
-        evaluate(asked, scorer, make_runner(path, attention), 1, results.extend, go_on=True)
+        evaluate(asked, scorer, make_engine(path, attention), 1, results.extend, go_on=True)
         both.append(results)
     whole, damaged = both
     assert [bool(r.error) for r in damaged] == [False, False, True, False, False]
@@ -673,19 +674,20 @@ def test_nothing_configured_for_ceval(tmp_path: Path, monkeypatch: pytest.Monkey
 # -- the loop that tests/modeltest shares --------------------------------------------------------
 
 
-def make_runner(model: Path, attention: str) -> Runner:
+def make_engine(model: Path, attention: str) -> Engine:
     argv = ["--model_path", str(model), "--attention", attention, "--device", "cpu"]
     settings = read_settings([*argv, "--num_blocks", "16"], Path("none.ini"))
     device, group = start(settings)
-    return load_runner(settings, device, group, 2)
+    section = replace(settings.engine, max_batch_size=2)
+    return load_engine(settings, device, group, section)
 
 
 @pytest.fixture(scope="module")
-def runner(model: Path) -> Runner:
-    return make_runner(model, "paged")
+def engine(model: Path) -> Engine:
+    return make_engine(model, "paged")
 
 
-def test_evaluate_goes_on(runner: Runner) -> None:
+def test_evaluate_goes_on(engine: Engine) -> None:
     """A failing batch is wrong where the caller wants to go on, and named otherwise."""
 
     def extract(text: str) -> str:
@@ -697,16 +699,16 @@ def test_evaluate_goes_on(runner: Runner) -> None:
     scorer = GenerationScorer("test", 2, extract)
     results: list[Result] = []
     calls = iter(range(10))
-    evaluate(asked, scorer, runner, 2, results.extend, go_on=True)
+    evaluate(asked, scorer, engine, 2, results.extend, go_on=True)
     assert [r.correct for r in results] == [True, True, False, False, True]
     assert "question 2 to 3: no such luck" in results[2].error
     assert [r.question.index for r in results] == list(range(5))
     calls = iter(range(10))
     with pytest.raises(RuntimeError, match="question 2 to 3: no such luck"):
-        evaluate(asked, scorer, runner, 2, lambda batch: None)
+        evaluate(asked, scorer, engine, 2, lambda batch: None)
 
 
-def test_generated_forms(data: Path, runner: Runner, tmp_path: Path) -> None:
+def test_generated_forms(data: Path, engine: Engine, tmp_path: Path) -> None:
     """modeltest's MMLU over real generation: every question gets a result."""
     folder = Path(shutil.copytree(data / "data", tmp_path / "mmlu"))
     (folder / "val").rename(folder / "test")
@@ -715,7 +717,7 @@ def test_generated_forms(data: Path, runner: Runner, tmp_path: Path) -> None:
     for shots in (0, 1):
         dataset = datasets.read_mmlu_generated(folder, shots=shots)
         results: list[Result] = []
-        evaluate(dataset.questions[:2], dataset.scorer, runner, 2, results.extend)
+        evaluate(dataset.questions[:2], dataset.scorer, engine, 2, results.extend)
         assert [r.question.index for r in results] == [0, 1]
         assert all(r.prompt for r in results)
 

@@ -23,11 +23,12 @@ from support.processes import clean_environ
 from support.tokenizers import byte_level_tokenizer
 
 import main
+from gptneox.config.settings import EngineSection
 from gptneox.devices import select
 from gptneox.engine.generate import GenerateEngine
-from gptneox.engine.sequence import InvalidParameter
+from gptneox.engine.sequence import InvalidParameter, SamplingParams
 from gptneox.parallel import TensorParallelGroup
-from gptneox.tasks.flash_inference import DEMO_PROMPTS, WARM_UP_PROMPT
+from gptneox.prompts import DEMO_PROMPTS, WARM_UP_PROMPT
 
 FLASH = ("--task", "inference", "--auto_attention", "flash", "--device", "cpu")
 # "?" and "s" and ">" end the prompts of the demonstrations: a loop of three, and an end.
@@ -48,7 +49,9 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(chain: Path) -> GenerateEngine:
-    return GenerateEngine.from_pretrained(chain, select("cpu"), TensorParallelGroup())
+    return GenerateEngine.from_pretrained(
+        chain, EngineSection(max_batch_size=64), select("cpu"), group=TensorParallelGroup()
+    )
 
 
 @pytest.fixture
@@ -391,8 +394,8 @@ def test_requests_are_checked_before_anything_runs(engine: GenerateEngine) -> No
         ([[1], [1] * 2045], r"2045 tokens.* 2048 positions"),
     ):
         with pytest.raises(InvalidParameter, match=named):
-            engine.generate(prompts, max_new_tokens=4)
-    [last] = engine.generate([[1] * 2044], max_new_tokens=4, ignore_eos=True)
+            engine.generate(prompts, SamplingParams(max_new_tokens=4))
+    [last] = engine.generate([[1] * 2044], SamplingParams(max_new_tokens=4, ignore_eos=True))
     assert len(last.token_ids) == 4
 
 
@@ -400,10 +403,9 @@ def test_padding_ids_and_the_end_of_text_are_tokens_like_others(engine: Generate
     """The batch is padded with id 0, which is also end-of-text here."""
     first = byte_level_tokenizer().encode("1").ids
     prompts = [[0, 0, *first], [335, *first], first, [0] * 30 + first]
-    outputs = engine.generate(prompts, max_new_tokens=20)
+    outputs = engine.generate(prompts, SamplingParams(max_new_tokens=20))
     assert [output.text for output in outputs] == ["23456789"] * 4
     assert [output.finish_reason for output in outputs] == ["stop"] * 4
-    assert [output.full_text for output in outputs] == ["123456789"] * 4
 
 
 def test_next_logits(engine: GenerateEngine) -> None:
@@ -413,12 +415,3 @@ def test_next_logits(engine: GenerateEngine) -> None:
     assert logits.shape == (3, 336)
     for row, prompt in zip(logits, prompts, strict=True):
         torch.testing.assert_close(row, engine.next_logits([prompt])[0], rtol=0, atol=1e-4)
-
-
-def test_options_of_transformers_reach_it(engine: GenerateEngine) -> None:
-    ids: Any = byte_level_tokenizer().encode("1").ids
-    banned = [[byte_level_tokenizer().encode("4").ids[0]]]
-    [plain] = engine.generate([ids], max_new_tokens=6)
-    [other] = engine.generate([ids], max_new_tokens=6, bad_words_ids=banned)
-    assert plain.text == "234567"
-    assert "4" not in other.text

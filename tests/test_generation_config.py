@@ -16,7 +16,7 @@ from support.checkpoints import write_chain_checkpoint
 from support.tokenizers import byte_level_tokenizer
 from transformers import GPTNeoXForCausalLM
 
-import modeling_gpt_neox_ascend
+from gptneox.adapter import GPTNeoXForCausalLM as Adapter
 from gptneox.config.errors import ConfigError
 from gptneox.config.settings import EngineSection
 from gptneox.devices import select
@@ -90,9 +90,14 @@ def paged(path: Path, **params: Any) -> list[list[int]]:
 def flash(path: Path, **options: Any) -> list[list[int]]:
     """All prompts in one padded batch."""
     engine = GenerateEngine.from_pretrained(
-        path, select("cpu"), TensorParallelGroup(), dtype="float32", with_tokenizer=False
+        path,
+        EngineSection(max_batch_size=64),
+        select("cpu"),
+        group=TensorParallelGroup(),
+        dtype="float32",
+        with_tokenizer=False,
     )
-    outputs = engine.generate(PROMPTS, max_new_tokens=NUM_NEW, do_sample=False, **options)
+    outputs = engine.generate(PROMPTS, SamplingParams(max_new_tokens=NUM_NEW, **options))
     return [output.token_ids for output in outputs]
 
 
@@ -218,7 +223,9 @@ def test_the_tokenizer_is_asked_last(stated: bool, tmp_path: Path) -> None:
     section, backend = EngineSection(num_blocks=4), select("cpu")
     engines = (
         PagedEngine.from_pretrained(path, section, backend),
-        GenerateEngine.from_pretrained(path, backend, TensorParallelGroup()),
+        GenerateEngine.from_pretrained(
+            path, EngineSection(max_batch_size=64), backend, group=TensorParallelGroup()
+        ),
     )
     for engine in engines:
         assert engine.eos_token_ids == (() if stated else (end,))
@@ -244,10 +251,12 @@ def test_stop_strings_of_the_file_and_of_the_flags(tmp_path: Path) -> None:
     first = byte_level_tokenizer().encode("1").ids
     section, backend = EngineSection(num_blocks=4), select("cpu")
     engine = PagedEngine.from_pretrained(path, section, backend)
-    flash_engine = GenerateEngine.from_pretrained(path, backend, TensorParallelGroup())
+    flash_engine = GenerateEngine.from_pretrained(
+        path, EngineSection(max_batch_size=64), backend, group=TensorParallelGroup()
+    )
     for stop, text in ((), "23456"), (("45",), "23"):
         [one] = engine.generate([first], SamplingParams(max_new_tokens=9, stop=stop))
-        [other] = flash_engine.generate([first], max_new_tokens=9, stop=stop)
+        [other] = flash_engine.generate([first], SamplingParams(max_new_tokens=9, stop=stop))
         assert (one.text, one.finish_reason) == (other.text, other.finish_reason) == (text, "stop")
         assert one.token_ids == other.token_ids
 
@@ -377,7 +386,7 @@ def test_faults_of_keys_that_no_run_needs(
     write(copy, config=keys)
     assert paged(copy) == flash(copy) == greedy
     with pytest.raises(ConfigError, match=r"config\.json: transformers refuses it"):
-        modeling_gpt_neox_ascend.GPTNeoXForCausalLM.from_pretrained(str(copy), device_map="cpu")
+        Adapter.from_pretrained(str(copy), device_map="cpu")
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"num_return_sequences": 2}'])
@@ -385,12 +394,12 @@ def test_the_adapter_names_a_file_that_it_cannot_take(content: str, copy: Path) 
     """Users of AutoModelForCausalLM get all of the file, so all of it has to be right."""
     (copy / "generation_config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"generation_config\.json"):
-        modeling_gpt_neox_ascend.GPTNeoXForCausalLM.from_pretrained(str(copy), device_map="cpu")
+        Adapter.from_pretrained(str(copy), device_map="cpu")
 
 
 def test_the_adapter_reads_config_json_without_the_file(copy: Path) -> None:
     write(copy, config={"suppress_tokens": [3], "eos_token_id": [1, 2]})
-    model = modeling_gpt_neox_ascend.GPTNeoXForCausalLM.from_pretrained(str(copy), device_map="cpu")
+    model = Adapter.from_pretrained(str(copy), device_map="cpu")
     theirs = GPTNeoXForCausalLM.from_pretrained(copy)
     assert model.generation_config.to_dict() == theirs.generation_config.to_dict()
 

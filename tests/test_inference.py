@@ -25,14 +25,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import PADDING_ID, copy_checkpoint, write_chain_checkpoint
 from support.processes import MAIN, Terminal, clean_environ, run_main
-from support.tokenizers import write_tokenizer
+from support.tokenizers import byte_level_tokenizer, write_tokenizer
 from transformers import GPTNeoXForCausalLM
 
 from gptneox.config.settings import EngineSection
-from gptneox.engine.paged import EngineStats, RequestOutput, StepStats
+from gptneox.engine.api import Completion, EngineStats, StepStats
 from gptneox.evaluation import report
+from gptneox.output import BENCHMARK_COLUMNS, write_benchmark
 from gptneox.prompts import Prompt
-from gptneox.tasks.inference import BENCHMARK_COLUMNS, write_benchmark
 
 # What the model says: after each letter the next one, then end-of-text.
 CHAINS = ("123456789", "abca", "!👍.", "z~y", "{\0}")
@@ -495,6 +495,29 @@ def test_weights_with_nan_stop_at_the_first_logits(
     result.assert_failed(1, "request 0", "not finite", "--dtype float32")
 
 
+@pytest.mark.parametrize("attention", ["paged", "flash"])
+def test_a_prompt_that_fails_leaves_the_others_their_answers(
+    attention: str, cli: Callable[..., Result], short: Path, tmp_path: Path
+) -> None:
+    """The row of one token holds NaN: the run answers the rest, then ends with the error."""
+    path = copy_checkpoint(short, tmp_path / "copied")
+    tensors = load_file(path / "model.safetensors")
+    tensors["gpt_neox.embed_in.weight"][byte_level_tokenizer().encode("z").ids[0]] = float("nan")
+    save_file(tensors, path / "model.safetensors")
+    file = tmp_path / "answers.jsonl"
+    argv = (*paged(path, "--input_texts", "1", "z", "5"), "--attention", attention)
+    result = cli(*argv, "--max_batch_size", "3", "--output_file", str(file))
+    assert result.status == 1
+    assert "logits of request 1 are not finite" in result.err
+    assert re.findall(r"^Answer\[(\d)\]: (\d+)", result.out, re.MULTILINE) == [
+        ("0", "23456789"),
+        ("2", "6789"),
+    ]
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [record["finish_reason"] for record in records] == ["stop", "error", "stop"]
+    assert ["error" in record for record in records] == [False, True, False]
+
+
 def test_planted_code_is_not_run(cli: Callable[..., Result], short: Path, tmp_path: Path) -> None:
     """`auto_map` is not followed; the checkpoint works with our own classes."""
     path = copy_checkpoint(short, tmp_path / "copied")
@@ -598,9 +621,9 @@ def test_many_writers_lose_no_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """The lock belongs to the open file, so threads stand for processes; the header comes once."""
-    stats = EngineStats(steps=[StepStats(0.5, 3, 0, 3), StepStats(0.25, 0, 1, 4)])
+    stats = EngineStats(steps=[StepStats(0.0, 0.5, 3, 0, 3), StepStats(0.5, 0.25, 0, 1, 4)])
     engine = SimpleNamespace(stats=stats, settings=EngineSection())
-    output = RequestOutput(0, "", [], token_ids=[1, 2])
+    output = Completion(0, "", [], token_ids=[1, 2])
     num_writers = 8
 
     def write(writer: int, together: threading.Barrier) -> None:

@@ -12,7 +12,7 @@ import random
 import re
 import shutil
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
 from gptneox.devices.device import Device
-from gptneox.engine.paged import PagedEngine, RequestOutput
-from gptneox.engine.sampler import NonFiniteLogits
+from gptneox.engine.api import Completion
+from gptneox.engine.generation_config import GenerationRules
+from gptneox.engine.paged import PagedEngine
 from gptneox.engine.sequence import InvalidParameter, SamplingParams, TokenLogprobs
 
 CONFIG = twins.FAMILY["gpt-neox-20b"] | {"max_position_embeddings": 512}
@@ -109,7 +110,7 @@ def engine_of(reference: Reference, device: Device, **settings: Any) -> PagedEng
     return twins.load_engine(reference.path, device, **({"max_batch_size": 32} | settings))
 
 
-def assert_tokens(outputs: Seq[RequestOutput], expected: Seq[list[int]]) -> None:
+def assert_tokens(outputs: Seq[Completion], expected: Seq[list[int]]) -> None:
     for i, (output, new_ids) in enumerate(zip(outputs, expected, strict=True)):
         assert output.finished
         assert output.token_ids == new_ids, f"prompt {i}"
@@ -619,20 +620,35 @@ def nan_checkpoint(reference: Reference, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_nan_names_the_request(nan_checkpoint: Path, device: Device) -> None:
+def test_a_request_with_nan_fails_alone(nan_checkpoint: Path, device: Device) -> None:
+    """Its neighbours answer as they do without it."""
     engine = twins.load_engine(nan_checkpoint, device, max_batch_size=3)
-    with pytest.raises(NonFiniteLogits, match=r"logits of request 1 are not finite"):
-        engine.generate([[5, 6], [4, 7], [8]], SamplingParams(max_new_tokens=2))
+    params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+    first, third = engine.generate([[5, 6], [8]], params)
+    outputs = engine.generate([[5, 6], [4, 7], [8]], params)
+    assert [o.token_ids for o in outputs] == [first.token_ids, [], third.token_ids]
+    assert [o.finish_reason for o in outputs] == ["length", "error", "length"]
+    assert [bool(o.error) for o in outputs] == [False, True, False]
+    assert f"request {outputs[1].request_id} are not finite" in outputs[1].error
+    assert_all_blocks_free(engine)
+
+
+def test_what_a_failed_request_had_is_kept(nan_checkpoint: Path, device: Device) -> None:
+    """The token with the broken row comes up in the middle of an answer."""
+    engine = twins.load_engine(nan_checkpoint, device, max_batch_size=2)
+    params = SamplingParams(max_new_tokens=3, ignore_eos=True, logprobs=0)
+    engine.rules = GenerationRules(forced_bos_token_ids=(7,))  # follows a prompt of one token
+    [failed] = engine.generate([[5]], params)
+    assert (failed.finish_reason, failed.token_ids) == ("error", [7])
+    assert [entry.token_id for entry in failed.logprobs] == [7]
 
 
 def test_nan_does_not_reach_batch_mates(nan_checkpoint: Path, device: Device) -> None:
     engine = twins.load_engine(nan_checkpoint, device, max_batch_size=3, block_size=16)
     params = SamplingParams(max_new_tokens=1, ignore_eos=True)
     expected = [o.token_ids for o in engine.generate([[5, 6], [8, 9, 10]], params)]
-    bad = engine.add_request([4] * 20 + [7], params)
-    with pytest.raises(NonFiniteLogits):
-        list(engine.stream())
-    engine.abort(bad)  # its blocks now hold NaN and are given to others
+    [failed] = engine.generate([[4] * 20 + [7]], params)  # its blocks hold NaN from here on
+    assert failed.error
     for _ in range(engine.block_manager.num_blocks):
         assert_tokens(engine.generate([[5, 6], [8, 9, 10]], params), expected)
 
@@ -640,8 +656,9 @@ def test_nan_does_not_reach_batch_mates(nan_checkpoint: Path, device: Device) ->
 def test_nan_in_a_scored_prompt_is_not_returned(nan_checkpoint: Path, device: Device) -> None:
     engine = twins.load_engine(nan_checkpoint, device, max_batch_size=3)
     params = SamplingParams(max_new_tokens=0, prompt_logprobs=0)
-    with pytest.raises(NonFiniteLogits, match=r"logits of request 1 are not finite"):
-        engine.generate([[5, 6, 8], [4, 7, 5], [8, 9]], params)
+    outputs = engine.generate([[5, 6, 8], [4, 7, 5], [8, 9]], params)
+    assert [o.finish_reason for o in outputs] == ["length", "error", "length"]
+    assert len(outputs[0].prompt_logprobs) == 2
 
 
 def test_two_models_on_one_device(tmp_path: Path, device: Device) -> None:
@@ -665,3 +682,68 @@ def test_two_models_on_one_device(tmp_path: Path, device: Device) -> None:
             if engine.scheduler.has_work:
                 found |= {o.request_id: o.token_ids for o in engine.step() if o.finished}
     assert [[found[i] for i in sorted(found)] for found in answers] == alone
+
+
+# -- several callers -------------------------------------------------------------------------------
+
+
+def test_generate_hands_other_requests_their_completions(
+    reference: Reference, device: Device
+) -> None:
+    engine = engine_of(reference, device, max_batch_size=8)
+    prompts, expected = reference.prompts, reference.new_ids
+    first = engine.add_request(prompts[0], GREEDY)
+    second = engine.add_request(prompts[1], GREEDY)
+    assert_tokens(engine.generate(prompts[2:4], GREEDY), expected[2:4])
+    assert engine.has_work
+    done = {c.request_id: c for c in engine.stream() if c.finished}
+    assert_tokens([done[first], done[second]], expected[:2])
+    assert_all_blocks_free(engine)
+
+
+def test_two_iterators_take_turns(reference: Reference, device: Device) -> None:
+    """One may be abandoned half-way; the other gets all of its completions."""
+    engine = engine_of(reference, device, max_batch_size=8)
+    prompts, expected = reference.prompts, reference.new_ids
+    left, right = engine.complete(prompts[:2], GREEDY), engine.complete(prompts[2:4], GREEDY)
+    done: dict[int, Completion] = {}
+    for _, (i, completion) in zip(range(3), left, strict=False):
+        next(right)
+        done |= {i: completion} if completion.finished else {}
+    right.close()
+    done |= {i: c for i, c in left if c.finished}
+    assert_tokens([done[0], done[1]], expected[:2])
+    assert not engine.has_work
+    assert_all_blocks_free(engine)
+
+
+def test_several_rows_of_a_sequence_are_sampled(reference: Reference, device: Device) -> None:
+    """Each row of a prompt gives the token that greedy choice would put after it."""
+    engine = engine_of(reference, device)
+    prompt, num_new = reference.prompts[2], 4
+    text = prompt + reference.new_ids[2][:num_new]
+    engine.add_request(text, GREEDY)
+    [item] = engine.scheduler.schedule()
+    rows = tuple(range(len(prompt) - 1, len(text) - 1))
+    result = engine.runner.run([replace(item, sample_rows=rows)])
+    assert result.token_ids == [reference.new_ids[2][:num_new]]
+    assert result.failed == set()
+
+
+def test_log_probabilities_end_with_the_answer(reference: Reference, device: Device) -> None:
+    """Of several tokens of a step, those past the end leave none behind."""
+    engine = engine_of(reference, device)
+    prompt, new_ids = reference.prompts[2], reference.new_ids[2]
+    params = SamplingParams(max_new_tokens=9, logprobs=0, stop_token_ids=(new_ids[1],))
+    engine.add_request(prompt + new_ids[:3], params)
+    [item] = engine.scheduler.schedule()
+    seq, start = item.seq, len(prompt) - 1
+    result = engine.runner.run([replace(item, sample_rows=tuple(range(start, start + 4)))])
+    engine.scheduler.computed([item])
+    del seq.token_ids[len(prompt) :]  # as a draft that was checked and is now taken
+    seq.num_prompt_tokens = len(prompt)
+    completion = engine._advance(engine._requests[seq.request_id], result.token_ids[0], late=False)
+    first_end = new_ids.index(new_ids[1]) + 1
+    assert (completion.token_ids, completion.finish_reason) == (new_ids[:first_end], "stop")
+    assert [entry.token_id for entry in completion.logprobs] == new_ids[:first_end]
+    assert_all_blocks_free(engine)

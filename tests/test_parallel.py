@@ -19,7 +19,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
 from gptneox import parallel
+from gptneox.adapter import GPTNeoXForCausalLM as Adapter
 from gptneox.config.errors import ConfigError
 from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EngineSection
@@ -286,10 +287,15 @@ def sampled(group: TensorParallelGroup, path: Path, prompts: list[list[int]]) ->
     params = SamplingParams(max_new_tokens=24, temperature=1.0, seed=5, ignore_eos=True)
     paged = [output.token_ids for output in engine.generate(prompts, params)]
     flash_engine = GenerateEngine.from_pretrained(
-        path, select("cpu"), group, dtype="float32", with_tokenizer=False
+        path,
+        EngineSection(max_batch_size=64),
+        select("cpu"),
+        group=group,
+        dtype="float32",
+        with_tokenizer=False,
     )
     torch.manual_seed(1)
-    outputs = flash_engine.generate(prompts, max_new_tokens=24, do_sample=True, ignore_eos=True)
+    outputs = flash_engine.generate(prompts, replace(params, seed=None))
     return paged, [output.token_ids for output in outputs]
 
 
@@ -302,20 +308,25 @@ def test_sampling_is_the_same_on_every_rank(reference_of, teams: Teams) -> None:
     assert greedy_ids not in first
 
 
-def num_threads(group: TensorParallelGroup, path: Path) -> int:
-    """Threads in use after the flash path has loaded a model."""
+def num_threads(group: TensorParallelGroup, path: Path) -> tuple[int, int]:
+    """Threads in use after the engine, and after transformers' loader, has loaded a model."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "3"
     try:
-        GenerateEngine.from_pretrained(path, select("cpu"), group, with_tokenizer=False)
-        return torch.get_num_threads()
+        GenerateEngine.from_pretrained(
+            path, EngineSection(), select("cpu"), group=group, with_tokenizer=False
+        )
+        after_engine = torch.get_num_threads()
+        Adapter.from_pretrained(str(path), device_map="cpu")
+        return after_engine, torch.get_num_threads()
     finally:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
 
 
 def test_threads_that_the_user_chose_stay(tiny_checkpoint: Path, teams: Teams) -> None:
-    assert teams(2).run(num_threads, tiny_checkpoint) == [3, 3]
+    """An engine takes the device as it is; the loader for others sets it up by itself."""
+    assert teams(2).run(num_threads, tiny_checkpoint) == [(1, 3), (1, 3)]
 
 
 # -- what is refused -----------------------------------------------------------------------------
@@ -371,7 +382,13 @@ def test_parts_of_another_number_of_ranks(parts_of_4: Path, world_size: int) -> 
         with pytest.raises(CheckpointError, match=named):
             rank_directory(path, group)
         with pytest.raises(CheckpointError, match=named):
-            GenerateEngine.from_pretrained(path, select("cpu"), group, with_tokenizer=False)
+            GenerateEngine.from_pretrained(
+                path,
+                EngineSection(max_batch_size=64),
+                select("cpu"),
+                group=group,
+                with_tokenizer=False,
+            )
         with pytest.raises(CheckpointError, match=named):
             PagedEngine.from_pretrained(
                 path, EngineSection(), select("cpu"), group=group, with_tokenizer=False
@@ -397,7 +414,9 @@ def test_where_a_rank_finds_its_weights(parts_of_4: Path) -> None:
 def load_flash(group: TensorParallelGroup, path: Path) -> str:
     """Where the flash path loads from, or why it does not."""
     try:
-        GenerateEngine.from_pretrained(path, select("cpu"), group, with_tokenizer=False)
+        GenerateEngine.from_pretrained(
+            path, EngineSection(max_batch_size=64), select("cpu"), group=group, with_tokenizer=False
+        )
     except ValueError as error:
         return str(error)
     return ""
@@ -417,7 +436,9 @@ def test_a_part_is_not_a_model_of_its_own(parts_of_4: Path, tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match=r"one part of 4, but 1 ranks run"):
         PagedEngine.from_pretrained(lone, EngineSection(), select("cpu"), with_tokenizer=False)
     with pytest.raises(CheckpointError, match=r"one part of 4, but 1 ranks run"):
-        GenerateEngine.from_pretrained(lone, select("cpu"), ALONE, with_tokenizer=False)
+        GenerateEngine.from_pretrained(
+            lone, EngineSection(max_batch_size=64), select("cpu"), group=ALONE, with_tokenizer=False
+        )
 
 
 def fail_on_rank_1(group: TensorParallelGroup) -> None:

@@ -24,23 +24,22 @@ import torch
 from support import checkpoints as twins
 from support.processes import MAIN, clean_environ
 from support.tokenizers import write_tokenizer
+from transformers import GenerationMixin
 
 from gptneox.config.errors import ConfigError
 from gptneox.config.model import ModelConfig
-from gptneox.config.settings import PerformanceSection
+from gptneox.config.settings import EngineSection, PerformanceSection
 from gptneox.devices import create, select
 from gptneox.devices.cache import FloatKV
 from gptneox.devices.device import Device
 from gptneox.engine.generate import GenerateEngine
+from gptneox.engine.paged import blocks_needed
 from gptneox.evaluation import report
 from gptneox.evaluation.report import COLUMNS, comparison, percentile, read_result, summarize
 from gptneox.evaluation.timing import (
-    FlashStopwatch,
-    PagedStopwatch,
     StepTime,
     Stopwatch,
     Timing,
-    blocks_needed,
     decode_flops,
     prefill_flops,
     random_prompts,
@@ -109,12 +108,17 @@ def cli(
 def stopwatch_of(path: str, checkpoint: Path, **settings: Any) -> Stopwatch:
     if path == "paged":
         settings = {"enable_prefix_caching": False, "max_batch_size": 2} | settings
-        return PagedStopwatch(twins.load_engine(checkpoint, select("cpu"), **settings))
+        return Stopwatch(twins.load_engine(checkpoint, select("cpu"), **settings))
     group = TensorParallelGroup()
     engine = GenerateEngine.from_pretrained(
-        checkpoint, select("cpu"), group, dtype="float32", with_tokenizer=False
+        checkpoint,
+        EngineSection(max_batch_size=64),
+        select("cpu"),
+        group=group,
+        dtype="float32",
+        with_tokenizer=False,
     )
-    return FlashStopwatch(engine)
+    return Stopwatch(engine)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -248,9 +252,11 @@ def test_time_is_booked_where_it_is_spent(
         monkeypatch.setattr(runner, "step", delayed(runner.step, 0.04))
         monkeypatch.setattr(runner, "_sample", delayed(runner._sample, 0.06))
     else:
-        model = type(engine.model)
-        prepare = model.prepare_inputs_for_generation
-        monkeypatch.setattr(model, "prepare_inputs_for_generation", delayed(prepare, 0.02))
+        model = type(engine.adapter)
+        prepare = GenerationMixin.prepare_inputs_for_generation
+        monkeypatch.setattr(
+            GenerationMixin, "prepare_inputs_for_generation", delayed(prepare, 0.02)
+        )
         monkeypatch.setattr(model, "forward", delayed(model.forward, 0.04))
         update = model._update_model_kwargs_for_generation
         monkeypatch.setattr(model, "_update_model_kwargs_for_generation", delayed(update, 0.06))

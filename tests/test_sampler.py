@@ -18,9 +18,10 @@ from transformers import (
 )
 
 from gptneox.engine.sampler import (
-    NonFiniteLogits,
     Sampler,
+    describe_non_finite,
     filtered_probs,
+    non_finite_rows,
     penalize_repetition,
     token_logprobs,
 )
@@ -31,6 +32,12 @@ V = 50
 
 def sequence(request_id: int = 0, tokens: tuple[int, ...] = (1, 2), **params: Any) -> Sequence:
     return Sequence.create(request_id, tokens, SamplingParams(**params))
+
+
+def sample(logits: torch.Tensor, seqs: list[Sequence], sampler: Sampler | None = None) -> list[int]:
+    """The token of each row."""
+    token_ids: list[int] = (sampler or Sampler()).choose(logits, seqs)[:-1].tolist()
+    return token_ids
 
 
 def random_logits(rows: int, seed: int = 0, *, ties: bool = False) -> torch.Tensor:
@@ -121,7 +128,7 @@ def test_some_token_is_always_left(seed: int, top_p: float, top_k: int, temperat
 def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     logits = random_logits(8, seed=3) * 100
     seqs = [sequence(i, temperature=temperature, seed=i) for i in range(8)]
-    assert Sampler()(logits, seqs) == logits.argmax(-1).tolist()
+    assert sample(logits, seqs) == logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -130,24 +137,24 @@ def test_extreme_penalties_still_choose_a_token(penalty: float, temperature: flo
     logits = random_logits(1, seed=6)
     logits[0, 1] = 0.0
     seq = sequence(tokens=tuple(range(V)), repetition_penalty=penalty, temperature=temperature)
-    assert 0 <= Sampler()(logits, [seq])[0] < V
+    assert 0 <= sample(logits, [seq])[0] < V
 
 
 def test_greedy_is_argmax_and_mixes_with_sampling() -> None:
     logits = random_logits(6)
     seqs = [sequence(i, temperature=float(i % 2), seed=i) for i in range(6)]
-    token_ids = Sampler()(logits, seqs)
+    token_ids = sample(logits, seqs)
     assert token_ids[::2] == logits[::2].argmax(-1).tolist()
 
 
 def test_greedy_takes_the_penalty_into_account() -> None:
     logits = torch.zeros(1, V)
     logits[0, 4], logits[0, 9] = 3.0, 2.0
-    assert Sampler()(logits, [sequence(tokens=(4,))]) == [4]
-    assert Sampler()(logits, [sequence(tokens=(4,), repetition_penalty=2.0)]) == [9]
+    assert sample(logits, [sequence(tokens=(4,))]) == [4]
+    assert sample(logits, [sequence(tokens=(4,), repetition_penalty=2.0)]) == [9]
     logits = torch.full((1, V), -8.0)
     logits[0, 4], logits[0, 9] = -3.0, -4.0  # a penalty makes a negative logit more negative
-    assert Sampler()(logits, [sequence(tokens=(4,), repetition_penalty=2.0)]) == [9]
+    assert sample(logits, [sequence(tokens=(4,), repetition_penalty=2.0)]) == [9]
 
 
 def draws(seed: int | None, num_mates: int, request_id: int, count: int = 12) -> list[int]:
@@ -160,7 +167,7 @@ def draws(seed: int | None, num_mates: int, request_id: int, count: int = 12) ->
         seqs = [*mates[:step], seq, *mates[step:]]  # its place in the batch changes, too
         batch = random_logits(len(seqs), seed=50 + step)
         batch[seqs.index(seq)] = logits[step]
-        tokens.append(sampler(batch, seqs)[seqs.index(seq)])
+        tokens.append(sample(batch, seqs, sampler)[seqs.index(seq)])
     return tokens
 
 
@@ -177,9 +184,9 @@ def test_a_seed_gives_the_same_text_whatever_the_batch() -> None:
 
 def test_a_finished_request_leaves_nothing_behind() -> None:
     sampler, seq = Sampler(), sequence(3, temperature=1.0, seed=1)
-    first = sampler(random_logits(1), [seq])
+    first = sample(random_logits(1), [seq], sampler)
     sampler.forget(seq)
-    assert sampler(random_logits(1), [seq]) == first  # a new generator
+    assert sample(random_logits(1), [seq], sampler) == first  # a new generator
     sampler.forget(seq)
     sampler.forget(seq)
     assert not sampler._generators
@@ -193,7 +200,7 @@ def test_empirical_distribution(given_params: dict[str, Any]) -> None:
     seq, sampler, num_draws = sequence(**params), Sampler(), 20_000
     counts = torch.zeros(V, dtype=torch.float64)
     for _ in range(num_draws):
-        counts[sampler(logits, [seq])[0]] += 1
+        counts[sample(logits, [seq], sampler)[0]] += 1
     probs = filtered_probs(logits[0], seq.params).double()
     assert counts[probs == 0].sum() == 0
     expected = probs * num_draws
@@ -208,27 +215,29 @@ def test_empirical_distribution(given_params: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_non_finite_logits_name_their_requests(value: float, dtype: torch.dtype) -> None:
+def test_rows_that_are_not_finite(value: float, dtype: torch.dtype) -> None:
     logits = random_logits(4).to(dtype)
     logits[1, 7] = value
     logits[3, 0] = value
     seqs = [sequence(i + 40, temperature=float(i % 2)) for i in range(4)]
-    with pytest.raises(NonFiniteLogits, match="request 41, 43 are not finite"):
-        Sampler()(logits, seqs)
+    assert not Sampler().choose(logits, seqs)[-1]
+    assert non_finite_rows(logits) == [1, 3]
+    assert "request 41 are not finite" in describe_non_finite(41)
 
 
 def test_opposite_infinities_do_not_cancel() -> None:
     logits = random_logits(1)
     logits[0, 0], logits[0, 1] = math.inf, -math.inf
-    with pytest.raises(NonFiniteLogits, match="request 9 "):
-        Sampler()(logits, [sequence(9)])
+    assert not Sampler().choose(logits, [sequence(9)])[-1]
+    assert non_finite_rows(logits) == [0]
 
 
 def test_huge_but_finite_logits_are_no_error() -> None:
     logits = torch.full((2, V), 3e38)
     logits[0, 5] = logits[1, 6] = 3.2e38
     seqs = [sequence(0), sequence(1, temperature=1.0)]
-    assert Sampler()(logits, seqs) == [5, 6]
+    assert sample(logits, seqs) == [5, 6]
+    assert non_finite_rows(logits) == []
 
 
 def test_logprobs_are_of_the_raw_logits() -> None:
@@ -302,4 +311,4 @@ def test_no_new_token_only_to_score_a_prompt() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
 def test_every_accepted_seed_works(seed: int) -> None:
-    assert 0 <= Sampler()(random_logits(1), [sequence(temperature=1.0, seed=seed)])[0] < V
+    assert 0 <= sample(random_logits(1), [sequence(temperature=1.0, seed=seed)])[0] < V

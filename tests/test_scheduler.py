@@ -89,14 +89,17 @@ class Load:
             self.oracle.write(seq, item.num_tokens)
         for item in scheduled:
             self.oracle.read(item.seq, item.seq.num_computed_tokens + item.num_tokens)
-            samples.append(item.samples)
+            samples.append(item.sample_rows)
         self.scheduler.computed(scheduled)
         for item, sampled in zip(scheduled, samples, strict=True):
             seq = item.seq
-            assert sampled == (seq.num_computed_tokens == len(seq.token_ids))
+            reaches_end = seq.num_computed_tokens == len(seq.token_ids)
+            assert sampled == ((item.num_tokens - 1,) if reaches_end else ())
             if not sampled:
                 continue
-            seq.token_ids.append(self.rng.randint(0, 1))
+            # Several tokens may follow from one step; the next one computes all of them.
+            most = min(3 if self.limits.chunked else 1, seq.max_tokens - len(seq.token_ids))
+            seq.token_ids += self.rng.choices((0, 1), k=self.rng.randint(1, most))
             if len(seq.token_ids) == seq.max_tokens or self.rng.random() < 0.05:
                 self.scheduler.finish(seq, "length")
                 del self.live[seq.request_id]
@@ -177,7 +180,7 @@ def test_random_walk(limits: Limits) -> None:
     assert load.num_finished > 100
     if limits.max_batch_size > 1:
         assert load.scheduler.num_preemptions > 10
-    assert (load.manager.num_hit_tokens > 100) == limits.prefix_caching
+    assert (load.manager.num_hit_tokens > 50) == limits.prefix_caching
 
 
 @given(
@@ -251,7 +254,7 @@ def test_a_long_prompt_goes_in_chunks_beside_decoding() -> None:
     for _ in range(5):
         scheduled = load.scheduler.schedule()
         steps.append([(s.seq.request_id, s.num_tokens) for s in scheduled])
-        sampled = [s.seq for s in scheduled if s.samples]
+        sampled = [s.seq for s in scheduled if s.sample_rows]
         load.scheduler.computed(scheduled)
         for seq in sampled:
             seq.token_ids.append(0)

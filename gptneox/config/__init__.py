@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run goes by: config.json (`model`), flags and config.ini (`settings`), the environment."""
+"""Settings of a run: config.json (`model`), flags, config.ini (`settings`), `environment`."""

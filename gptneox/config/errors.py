@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is raised where a setting is wrong."""
+"""The error for a wrong setting."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A setting is wrong; the message names the key, what was found and what is accepted."""
+    """A setting is wrong; the message names the key, its value and what is accepted."""
 
 
 def one_of(section: str, key: str, value: Any, allowed: tuple[Any, ...]) -> None:

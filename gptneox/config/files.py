@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON and text files as users' programs write them."""
+"""Read JSON and text files that users' programs wrote."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from gptneox.file_faults import explain, explain_place
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON object; errors name the file.
 
-    A byte order mark at the start, as editors on Windows write it, is passed over.
+    A byte order mark, which editors on Windows put at the start, is skipped.
 
     Raises:
         FileNotFoundError: the file or its directory does not exist.
-        OSError: there is something of this name that is no readable file.
+        OSError: the path exists, but is not a readable file.
         ConfigError: the content is not a JSON object.
     """
     if reason := explain_place(path):
@@ -42,7 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _without_json(path: Path) -> str:
-    """What the directory is in which a JSON file was expected."""
+    """Why the folder of this path has no such file."""
     if path.parent.is_file():
         return "exists, but is not a directory"
     if not path.parent.exists():
@@ -52,7 +52,7 @@ def _without_json(path: Path) -> str:
     return "holds none"
 
 
-# The marks that Windows programs put before a text; UTF-32's begins with UTF-16's.
+# Byte order marks. UTF-32 comes first: its mark begins with that of UTF-16.
 _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -62,25 +62,25 @@ _BYTE_ORDER_MARKS = {
 
 
 def read_text(path: Path, *, newline: str | None = None) -> str:
-    """A text file of the user's in UTF-8, without the byte-order mark that it may begin with.
+    """Read a UTF-8 text file, without its byte order mark if it has one.
 
     Args:
-        path: anything that can be opened and read to its end; a pipe, too.
-        newline: as of `open`: None makes every line end a line feed, "" keeps them.
+        path: a file or a pipe.
+        newline: as for `open`: None turns every line end into a line feed, "" keeps them.
 
     Raises:
-        ConfigError: it is in another encoding, which is named where it can be told.
-        OSError: it cannot be read.
+        ConfigError: the text is not UTF-8; the message names its encoding where that is clear.
+        OSError: the file cannot be read.
     """
     return decode_text(path.read_bytes(), str(path), newline=newline)
 
 
 def decode_text(data: bytes, origin: str, *, newline: str | None = None) -> str:
-    """`read_text` of bytes that were read before; `origin` is named in errors."""
+    """`read_text` for bytes that are already read; errors name `origin`."""
     name = next((n for mark, n in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "")
     head = data[:4096]
     if len(data) % 2 == 0 and max(head[::2].count(0), head[1::2].count(0)) > len(head) / 5:
-        name = name or "UTF-16"  # mostly of Latin letters: every second byte is zero
+        name = name or "UTF-16"  # in Latin text every second byte is zero
     if name:
         raise ConfigError(
             f"{origin} is {name}; UTF-8 is expected: save it as UTF-8, or convert it with "

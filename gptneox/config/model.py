@@ -31,7 +31,7 @@ ROPE_TYPES = ("default", "linear", "dynamic")
 
 DTYPES = ("float32", "float16", "bfloat16")
 
-# Above these a config.json is taken for damaged, before anything of that size is built.
+# A config.json with larger values is refused as damaged, before anything is allocated.
 MAX_LAYERS, MAX_POSITIONS = 4096, 2**22
 
 
@@ -53,14 +53,14 @@ class ModelConfig:
     rotary_dim: int = 24
     rope_theta: float = 10000.0
     rope_factor: float = 1.0
-    rope_is_dynamic: bool = False  # frequencies change with a text that exceeds the positions
+    rope_is_dynamic: bool = False  # beyond the positions, frequencies depend on the length
     layer_norm_eps: float = 1e-5
     use_parallel_residual: bool = True
     attention_bias: bool = True
     tie_word_embeddings: bool = False
     dtype: str = "float32"
     eos_token_ids: tuple[int, ...] = ()
-    quantize: str = ""  # the method by which the weights were quantized
+    quantize: str = ""  # quantization method of the weights; empty: none
     part_world_size: int = 1  # above 1: the files are one rank's part of a cut checkpoint
 
     @property
@@ -235,7 +235,7 @@ def _file_dtype(raw: Mapping[str, Any], origin: str) -> str:
 
 
 def _quantization(raw: Mapping[str, Any]) -> str:
-    """The method by which config.json says that its weights were quantized; "" for none.
+    """The quantization method that config.json names; "" for none.
 
     Source: MindIE (`quantize`), transformers (`quantization_config`), compressed-tensors
     (`compression_config`, as it was called first), MLX (`quantization`).

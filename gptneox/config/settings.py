@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings of a run: sections of config.ini, and where each value is from.
 
-Defaults live in the dataclasses below and nowhere else. Precedence, applied by `layer`:
-command-line flag > environment variable > config.ini > default.
+A setting is written once, as a field of a dataclass below: name, default, limits, help, variable.
+`python -m gptneox.config.documents` makes config.ini and docs/settings.md from them. Precedence,
+applied by `merge_section`: command-line flag > environment variable > config.ini > default.
 """
 
 from __future__ import annotations
@@ -13,94 +14,157 @@ import logging
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
+from gptneox.config.arguments import given
 from gptneox.config.environment import variables
 from gptneox.config.errors import ConfigError, one_of
 from gptneox.config.files import read_text
 from gptneox.config.model import DTYPES, MAX_POSITIONS
+from gptneox.config.schema import setting, settings_of
 
 logger = logging.getLogger(__name__)
 
 EMBEDDED_CHECKPOINT = Path(__file__).resolve().parents[2] / "weights" / "neox-mini"
 
 
-def _setting(default: Any, comment: str, *, env: str = "", minimum: float | None = None) -> Any:
-    """A field of a settings section. `env` is the variable that overrides config.ini."""
-    metadata = {"comment": comment, "env": env, "minimum": minimum}
-    return field(default=default, metadata=metadata)
+@dataclass(frozen=True)
+class Section:
+    """A section of config.ini; every key is also a setting of the class below."""
+
+    name: ClassVar[str]
+    group: ClassVar[str] = ""  # heading of --help; empty: the keys have no flags
+
+    def __post_init__(self) -> None:
+        """Check choices and limits.
+
+        Raises:
+            ConfigError: a value is not allowed.
+        """
+        for each in settings_of(type(self)):
+            key, value = each.name, getattr(self, each.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"[{self.name}] {key} is {value}; a finite number is expected")
+            if each.minimum is not None and value < each.minimum:
+                expected = f"at least {each.minimum} is expected"
+                raise ConfigError(f"[{self.name}] {key} is {value}; {expected}")
+            if each.maximum is not None and value > each.maximum:
+                expected = f"use {each.minimum} to {each.maximum}"
+                raise ConfigError(f"[{self.name}] {key} is {value}; {expected}")
+            if each.choices:
+                one_of(self.name, key, value, each.choices)
 
 
 @dataclass(frozen=True)
-class ModelSection:
-    """[model]: which checkpoint, on which devices."""
+class ModelSection(Section):
+    """The checkpoint, and the devices it runs on."""
 
-    model_path: str = _setting("", "checkpoint directory; empty: the embedded weights/neox-mini")
-    device: str = _setting("auto", "auto | npu | cuda | cpu; a named device is never replaced")
-    device_ids: str = _setting("0", "device numbers, comma-separated")
-    dtype: str = _setting("auto", "auto (as config.json says) | float16 | bfloat16 | float32")
-    attention: str = _setting("auto", "auto | paged | flash; auto: what the launcher stands for")
-    parallel_backend: str = _setting(
-        "hccl", "hccl | nccl | lccl | gloo; on a CPU always gloo", env="BACKEND"
+    name = group = "model"
+
+    model_path: str = setting(
+        "",
+        "Checkpoint directory; default: the embedded weights/neox-mini.",
+        "A path in config.ini is relative to that file. For tensor parallelism on the flash path: "
+        "the parent of part_model.",
+        parse=given,
+        placeholder="DIR",
     )
-    log_dir: str = _setting("", "directory for log files; empty: none are written")
-    bind_cpu: int = _setting(1, "1: bind each process to the cores near its device", env="BIND_CPU")
+    device: str = setting(
+        "auto",
+        "Device to run on.",
+        "A device that is named is never replaced by another.",
+        choices=("auto", "npu", "cuda", "cpu"),
+    )
+    device_ids: str = setting("0", "Device numbers, joined by commas.", flag_name="")
+    dtype: str = setting(
+        "auto",
+        "Number format; auto: as the checkpoint's config.json says.",
+        choices=("auto", *DTYPES),
+    )
+    attention: str = setting(
+        "auto",
+        "Attention path; auto: what the launcher stands for (run_pa.sh: paged).",
+        choices=("auto", "paged", "flash"),
+    )
+    parallel_backend: str = setting(
+        "hccl",
+        "Collectives: hccl, nccl, lccl or gloo; on a CPU always gloo.",
+        env="BACKEND",
+        flag_name="",
+    )
+    log_dir: str = setting("", "Directory for log files; empty: none are written.", flag_name="")
+    bind_cpu: int = setting(
+        1,
+        "Bind each process to the cores near its device, on a CPU to its share of them.",
+        choices=(0, 1),
+        env="BIND_CPU",
+        flag_name="",
+    )
 
     def __post_init__(self) -> None:
-        one_of("model", "device", self.device, ("auto", "npu", "cuda", "cpu"))
-        one_of("model", "dtype", self.dtype, ("auto", *DTYPES))
-        one_of("model", "attention", self.attention, ("auto", "paged", "flash"))
-        one_of("model", "bind_cpu", self.bind_cpu, (0, 1))
+        super().__post_init__()
         parse_device_ids(self.device_ids)
 
 
 @dataclass(frozen=True)
-class EngineSection:
-    """[engine]: the paged path."""
+class EngineSection(Section):
+    """The engine and its KV cache."""
 
-    block_size: int = _setting(128, "KV-cache tokens per block, 16 to 512", minimum=16)
-    num_blocks: int = _setting(0, "KV-cache blocks; 0: from the memory that is free", minimum=0)
-    max_batch_size: int = _setting(1, "requests running at once", minimum=1)
-    max_prefill_batch_size: int = _setting(
-        0, "prompts started in one step; 0: max_batch_size", minimum=0
+    name = group = "engine"
+
+    block_size: int = setting(128, "KV-cache tokens per block.", minimum=16, maximum=512)
+    num_blocks: int = setting(0, "KV-cache blocks; 0: as many as the free memory holds.", minimum=0)
+    max_batch_size: int = setting(1, "Requests running at once.", minimum=1)
+    max_prefill_batch_size: int = setting(
+        0, "Prompts started in one step; 0: max_batch_size.", minimum=0
     )
-    max_input_length: int = _setting(1024, "expected prompt tokens; sizing only", minimum=1)
-    max_output_length: int = _setting(20, "new tokens per request", minimum=1)
-    max_position_embeddings: int = _setting(
-        0, "positions per request; 0: as config.json says", minimum=0
+    max_input_length: int = setting(
+        1024,
+        "Expected prompt tokens, for sizing only.",
+        "Longer prompts are not cut.",
+        minimum=1,
     )
-    max_prefill_tokens: int = _setting(
-        -1, "prompt tokens per step; -1: max_prefill_batch_size * (max_input + max_output)"
+    max_output_length: int = setting(20, "New tokens per request.", minimum=1, group="generation")
+    max_position_embeddings: int = setting(
+        0,
+        "Positions per request; 0: as the checkpoint's config.json says.",
+        minimum=0,
+        maximum=MAX_POSITIONS,
     )
-    enable_chunked_prefill: bool = _setting(True, "split prompts longer than max_prefill_tokens")
-    enable_prefix_caching: bool = _setting(True, "reuse the blocks of equal prompt beginnings")
-    graphs: str = _setting(
+    max_prefill_tokens: int = setting(
+        -1,
+        "Prompt tokens per step; -1: max_prefill_batch_size * (max_input_length + "
+        "max_output_length).",
+    )
+    enable_chunked_prefill: bool = setting(
+        True, "Split prompts that are longer than max_prefill_tokens."
+    )
+    enable_prefix_caching: bool = setting(True, "Reuse the blocks of equal prompt beginnings.")
+    graphs: str = setting(
         "auto",
-        "auto | on | off: replay decode steps as captured graphs; auto: not on an NPU",
+        "Replay decode steps as captured graphs.",
+        "auto: where the device has them, but not on an NPU, where they have not met a real card "
+        "yet.",
+        choices=("auto", "on", "off"),
         env="GPTNEOX_GRAPHS",
     )
-    memory_fraction: float = _setting(
-        0.9, "share of the free memory the KV cache may take", env="NPU_MEMORY_FRACTION"
+    memory_fraction: float = setting(
+        0.9,
+        "Share of the free memory that the KV cache may take, above 0 up to 1.",
+        env="NPU_MEMORY_FRACTION",
     )
-    reserved_memory_gb: float = _setting(
-        1.0, "GiB kept free beside the KV cache", env="RESERVED_MEMORY_GB", minimum=0
+    reserved_memory_gb: float = setting(
+        1.0, "GiB kept free beside the KV cache.", minimum=0, env="RESERVED_MEMORY_GB"
     )
 
     def __post_init__(self) -> None:
-        one_of("engine", "graphs", self.graphs, ("auto", "on", "off"))
-        if not 16 <= self.block_size <= 512:
-            raise ConfigError(f"[engine] block_size is {self.block_size}; use 16 to 512")
+        super().__post_init__()
         if self.max_prefill_tokens != -1 and self.max_prefill_tokens < 1:
             raise ConfigError(
                 f"[engine] max_prefill_tokens is {self.max_prefill_tokens}; use -1 or a "
                 "positive number"
-            )
-        if self.max_position_embeddings > MAX_POSITIONS:
-            raise ConfigError(
-                f"[engine] max_position_embeddings is {self.max_position_embeddings}; use 0 to "
-                f"{MAX_POSITIONS}"
             )
         if not 0 < self.memory_fraction <= 1:
             raise ConfigError(
@@ -117,38 +181,62 @@ class EngineSection:
 
 
 @dataclass(frozen=True)
-class PrecisionSection:
-    """[precision] (old name [ceval]): the accuracy task."""
+class PrecisionSection(Section):
+    """The accuracy task. The section's old name, [ceval], is still read."""
 
-    mode: str = _setting("boolq", "boolq | mmlu | ceval")
-    work_dir: str = _setting("", "holds data/, receives test_result/; empty: the shipped sets")
-    batch: int = _setting(1, "questions per batch", minimum=1)
-    shot: int = _setting(5, "examples before each question", minimum=0)
-    seq_len_out: int = _setting(32, "new tokens per question, for first_letter", minimum=1)
-    scoring: str = _setting("logits", "logits | first_letter (as the original); mmlu and ceval")
+    name = "precision"
 
-    def __post_init__(self) -> None:
-        one_of("precision", "mode", self.mode, ("boolq", "mmlu", "ceval"))
-        one_of("precision", "scoring", self.scoring, ("logits", "first_letter"))
+    mode: str = setting("boolq", "Question set.", choices=("boolq", "mmlu", "ceval"))
+    work_dir: str = setting(
+        "",
+        "Folder that holds data/ and receives test_result/; empty: the small sets shipped with "
+        "weights/neox-mini.",
+    )
+    batch: int = setting(1, "Questions per batch.", minimum=1)
+    shot: int = setting(
+        5, "Examples before each question of mmlu and ceval; boolq has none.", minimum=0
+    )
+    seq_len_out: int = setting(
+        32, "New tokens per question, where an answer is generated.", minimum=1
+    )
+    scoring: str = setting(
+        "logits",
+        "How mmlu and ceval are answered.",
+        'logits: the likeliest of " A" to " D" as the next token, as lm-evaluation-harness does. '
+        "first_letter: the first letter of the generated text.",
+        choices=("logits", "first_letter"),
+    )
 
 
 @dataclass(frozen=True)
-class PerformanceSection:
-    """[performance]: the speed task."""
+class PerformanceSection(Section):
+    """The speed task."""
 
-    model_name: str = _setting("gpt_neox_20b", "used in the name of the result file")
-    batch_size: int = _setting(1, "rows per batch", minimum=1)
-    max_len_exp: int = _setting(10, "largest power of two", minimum=0)
-    min_len_exp: int = _setting(5, "smallest power of two", minimum=0)
-    case_pair: str = _setting("", "[[in,out],...]; when given, the exponents are ignored")
-    save_file_name: str = _setting("", "result file; empty: a name is made")
-    perf_mode: str = _setting("normal", "normal | detail")
-    skip_decode: int = _setting(0, "1: leave detokenising out of the measured run")
-    repeat: int = _setting(1, "measured runs per case; the times are their means", minimum=1)
+    name = "performance"
+
+    model_name: str = setting("gpt_neox_20b", "Model name in the name of the result file.")
+    batch_size: int = setting(1, "Rows per batch.", minimum=1)
+    max_len_exp: int = setting(
+        10,
+        "Lengths of input and output are the powers of two from 2^min_len_exp to 2^max_len_exp; at "
+        "most 24.",
+        minimum=0,
+    )
+    min_len_exp: int = setting(5, "The exponent of the shortest length.", minimum=0)
+    case_pair: str = setting("", "[[in,out],...]: when given, the exponents are ignored.")
+    save_file_name: str = setting("", "Result file; empty: a name is made.")
+    perf_mode: str = setting(
+        "normal",
+        "How a step is timed; detail splits it into its parts and needs TIMEIT=1.",
+        choices=("normal", "detail"),
+    )
+    skip_decode: int = setting(0, "Leave detokenising out of the measured run.", choices=(0, 1))
+    repeat: int = setting(
+        1, "Measured runs of each case; the times in the result file are their means.", minimum=1
+    )
 
     def __post_init__(self) -> None:
-        one_of("performance", "perf_mode", self.perf_mode, ("normal", "detail"))
-        one_of("performance", "skip_decode", self.skip_decode, (0, 1))
+        super().__post_init__()
         if not self.min_len_exp <= self.max_len_exp <= 24:
             raise ConfigError(
                 f"[performance] min_len_exp is {self.min_len_exp} and max_len_exp is "
@@ -176,14 +264,11 @@ class PerformanceSection:
         return cases
 
 
-SECTIONS: dict[str, type] = {
-    "model": ModelSection,
-    "engine": EngineSection,
-    "precision": PrecisionSection,
-    "performance": PerformanceSection,
+SECTIONS: dict[str, type[Section]] = {
+    cls.name: cls for cls in (ModelSection, EngineSection, PrecisionSection, PerformanceSection)
 }
 
-Section = TypeVar("Section", ModelSection, EngineSection, PrecisionSection, PerformanceSection)
+OneSection = TypeVar("OneSection", bound=Section)
 
 
 def parse_device_ids(text: str) -> list[int]:
@@ -245,9 +330,8 @@ def read_ini(path: Path) -> dict[str, dict[str, str]]:
     return sections
 
 
-def _convert(setting: Field[Any], text: str, origin: str) -> Any:
-    """`text` as the type of the field's default."""
-    kind: Any = type(setting.default)
+def _convert(kind: Any, text: str, origin: str) -> Any:
+    """`text` as a value of the type `kind`."""
     try:
         if kind is bool:
             value: Any = configparser.ConfigParser.BOOLEAN_STATES[text.strip().lower()]
@@ -258,12 +342,12 @@ def _convert(setting: Field[Any], text: str, origin: str) -> Any:
     return value
 
 
-def layer(
-    cls: type[Section],
+def merge_section(
+    cls: type[OneSection],
     flags: Mapping[str, Any],
     ini: Mapping[str, Mapping[str, str]],
     environ: Mapping[str, str] | None = None,
-) -> tuple[Section, dict[str, str]]:
+) -> tuple[OneSection, dict[str, str]]:
     """Build one section and say where each value came from.
 
     Args:
@@ -276,27 +360,20 @@ def layer(
         The section and {key: "flag" | variable name | "config.ini" | "default"}.
     """
     environ = variables() if environ is None else environ
-    name = next(n for n, c in SECTIONS.items() if c is cls)
-    given = ini.get(name, {})
+    in_file = ini.get(cls.name, {})
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for setting in fields(cls):
-        key, variable = setting.name, setting.metadata["env"]
-        default: Any = setting.default
+    for each in settings_of(cls):
+        key, variable, kind = each.name, each.env, type(each.default)
         if flags.get(key) is not None:
             value, source = flags[key], "flag"
         elif variable and environ.get(variable, "") != "":
-            value, source = _convert(setting, environ[variable], variable), variable
-        elif given.get(key, "") != "":
-            value, source = _convert(setting, given[key], f"[{name}] {key}"), "config.ini"
+            value, source = _convert(kind, environ[variable], variable), variable
+        elif in_file.get(key, "") != "":
+            value, source = _convert(kind, in_file[key], f"[{cls.name}] {key}"), "config.ini"
         else:
-            value, source = default, "default"
-        if value == default and source == "config.ini":
+            value, source = each.default, "default"
+        if value == each.default and source == "config.ini":
             source = "default"  # a shipped config.ini repeats the defaults
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"[{name}] {key} is {value}; a finite number is expected")
-        minimum = setting.metadata["minimum"]
-        if minimum is not None and value < minimum:
-            raise ConfigError(f"[{name}] {key} is {value}; at least {minimum:g} is expected")
         values[key], sources[key] = value, source
     return cls(**values), sources

@@ -90,16 +90,15 @@ class BlockManager:
         self.num_queried_tokens += len(seq.token_ids)
 
     def grow(self, seq: Sequence) -> None:
-        """Give a sequence the block its newest token needs, if it needs one.
+        """Give a sequence the blocks that its newest tokens need, if they need any.
 
         Raises:
             NoFreeBlocks: nothing was taken.
         """
-        if len(seq.token_ids) <= len(seq.block_table) * self.block_size:
-            return
-        if not self.free:
-            raise NoFreeBlocks("need 1 block, have 0")
-        seq.block_table.append(self._take())
+        num_new = self.blocks_for(len(seq.token_ids)) - len(seq.block_table)
+        if num_new > len(self.free):
+            raise NoFreeBlocks(f"need {num_new} block(s), have {len(self.free)}")
+        seq.block_table += [self._take() for _ in range(num_new)]
 
     def commit(self, seq: Sequence) -> None:
         """Make the blocks of `seq` that are full and computed available to others."""

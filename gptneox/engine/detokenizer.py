@@ -244,27 +244,30 @@ class Detokenizer:
 
 
 def extend(
-    detokenizer: Detokenizer | None, new: Seq[int], stop_ids: Container[int], *, full: bool
-) -> tuple[str, str]:
-    """Take the new tokens of a sequence: their text, and why the sequence ends with them.
+    detokenizer: Detokenizer | None, new: Seq[int], stop_ids: Container[int], room: int
+) -> tuple[int, str, str]:
+    """Take the new tokens of a sequence one by one, until it ends.
 
     Args:
         detokenizer: None: the sequence has no text.
-        new: the tokens; a stop id among them is the last one, and has no text.
-        stop_ids: ids that end the sequence.
-        full: the sequence has as many tokens as it may have.
+        new: the tokens.
+        stop_ids: ids that end the sequence; they have no text.
+        room: tokens that the sequence may still take.
 
     Returns:
-        What can be shown now, and "stop", "length" or "" (it goes on).
+        How many tokens were taken, the text that can be shown now, and why the sequence ends:
+        "stop", "length" or "" (it goes on).
     """
-    reason = "length" if full else ""
-    if new and new[-1] in stop_ids:
-        reason, new = "stop", new[:-1]
-    text = ""
-    if detokenizer:
-        text = detokenizer.add(new, last=bool(reason))
-        reason = "stop" if detokenizer.stopped else reason
-    return text, reason
+    text, reason = "", "" if room > 0 else "length"
+    for num_taken, token_id in enumerate(new, start=1):
+        is_stop = token_id in stop_ids
+        reason = "stop" if is_stop else "length" if num_taken >= room else ""
+        if detokenizer:
+            text += detokenizer.add([] if is_stop else [token_id], last=bool(reason))
+            reason = "stop" if detokenizer.stopped else reason
+        if reason:
+            return num_taken, text, reason
+    return len(new), text, reason
 
 
 def _possible_stop(text: str, stop: Seq[str]) -> int:

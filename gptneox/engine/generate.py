@@ -3,174 +3,173 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptneox.config.model import ModelConfig
-from gptneox.devices.device import Device
+from gptneox.config.settings import EngineSection
+from gptneox.engine.api import (
+    Completion,
+    Engine,
+    NextToken,
+    RequestFailed,
+    StepStats,
+    check_request,
+)
 from gptneox.engine.detokenizer import Detokenizer, decode, extend
 from gptneox.engine.generation_config import NO_RULES, GenerationRules
-from gptneox.engine.opening import open_checkpoint
-from gptneox.engine.paged import end_of_text
-from gptneox.engine.sampler import restrict
-from gptneox.engine.sequence import InvalidParameter, check_vocabulary
+from gptneox.engine.sampler import describe_non_finite, non_finite_rows, restrict
+from gptneox.engine.sequence import InvalidParameter, SamplingParams
+from gptneox.model import GPTNeoX
 from gptneox.parallel import TensorParallelGroup
 
-logger = logging.getLogger(__name__)
 
+class GenerateEngine(Engine):
+    """Left-padded batches of `settings.max_batch_size` rows, one after another."""
 
-@dataclass
-class FlashOutput:
-    """What one row of a batch became; `token_ids` ends with the end-of-text id, if it came."""
-
-    token_ids: list[int]
-    text: str  # of the new tokens
-    full_text: str  # of prompt and new tokens
-    finish_reason: str  # "stop" | "length"
-
-
-class GenerateEngine:
-    """A model, its tokenizer and `generate` for left-padded batches."""
+    name = "flash"
+    prefers_parts = True
 
     def __init__(
         self,
-        model: Any,
-        config: ModelConfig,
-        tokenizer: Any,
+        model: GPTNeoX,
+        settings: EngineSection,
+        dtype: torch.dtype,
+        *,
+        tokenizer: Any = None,
         rules: GenerationRules = NO_RULES,
     ) -> None:
-        """`from_pretrained` makes one."""
-        self.model, self.config, self.tokenizer, self.rules = model, config, tokenizer, rules
-        self.eos_token_ids = end_of_text(rules, tokenizer)
+        """See `Engine`."""
+        from gptneox.adapter import GPTNeoXForCausalLM  # transformers' generate is slow to import
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        model_path: Path,
-        device: Device,
-        group: TensorParallelGroup,
-        *,
-        dtype: str = "auto",
-        with_tokenizer: bool = True,
-        max_position_embeddings: int = 0,
-    ) -> GenerateEngine:
-        """Load a checkpoint, or this rank's folder of `model_path/part_model` on several ranks.
+        super().__init__(model, settings, dtype, tokenizer=tokenizer, rules=rules)
+        self.adapter: Any = GPTNeoXForCausalLM.around(model)
+        torch.manual_seed(1)  # every rank draws the same random numbers
 
-        Raises:
-            ValueError, FileNotFoundError, RuntimeError: the files are wrong, or memory is short.
+    def check(self, prompt_ids: Seq[int], params: SamplingParams) -> None:
+        """Raise InvalidParameter for a request that can never run, or not on this path."""
+        super().check(prompt_ids, params)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(params, name) is not None:
+                raise InvalidParameter(name, getattr(params, name), "None with --attention flash")
+
+    def complete(
+        self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams]
+    ) -> Iterator[tuple[int, Completion]]:
+        """See `Engine`. All rows of a call share their parameters.
+
+        A seed counts from the first batch of the call; without one, the numbers go on where the
+        last call ended.
         """
-        from transformers import GenerationConfig, GPTNeoXConfig
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        for prompt, p in zip(prompts, each, strict=True):
+            self.check(prompt, p)
+        if any(p != each[0] for p in each):
+            raise InvalidParameter("params", "not alike", "the same for every row of a batch")
+        return self._batches(prompts, each[0]) if each else iter(())
 
-        # The adapter itself, not a copy of it beside the weights: nothing there is executed.
-        from modeling_gpt_neox_ascend import GPTNeoXForCausalLM
+    def _batches(
+        self, prompts: Seq[Seq[int]], params: SamplingParams
+    ) -> Iterator[tuple[int, Completion]]:
+        if params.temperature > 0 and params.seed is not None:
+            torch.manual_seed(params.seed)
+        for first in range(0, len(prompts), self.settings.max_batch_size):
+            batch = prompts[first : first + self.settings.max_batch_size]
+            yield from enumerate(self._generate(batch, params, first), start=first)
 
-        opened = open_checkpoint(
-            model_path,
-            device,
-            group,
-            dtype=dtype,
-            with_tokenizer=with_tokenizer,
-            prefer_parts=True,
-        )
-        for notice in opened.notices:
-            logger.warning(notice)
-        config = opened.config
-        model = GPTNeoXForCausalLM.from_pretrained(
-            str(opened.path),
-            # What `generate` looks at; config.json's further keys are no business of a run.
-            config=GPTNeoXConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.hidden_size,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                max_position_embeddings=config.positions(max_position_embeddings),
-            ),
-            dtype=opened.dtype,
-            device_map=device.name,
-            # Nothing of the file but the rules, which are the same code on both paths.
-            generation_config=GenerationConfig(),  # type: ignore[no-untyped-call]
-            max_position_embeddings=max_position_embeddings,
-        )
-        return cls(model, config, opened.tokenizer, opened.rules)
-
-    @property
-    def max_positions(self) -> int:
-        """Positions of prompt and answer together."""
-        return int(self.model.model.num_positions)
-
-    def generate(
-        self,
-        prompts: Seq[Seq[int]],
-        *,
-        ignore_eos: bool = False,
-        stop: Seq[str] = (),
-        stop_token_ids: Seq[int] = (),
-        **options: Any,
-    ) -> list[FlashOutput]:
-        """One padded batch.
-
-        Args:
-            prompts: token ids.
-            ignore_eos: go on after the end-of-text token.
-            stop: end before any of these strings; special tokens are part of the text.
-            stop_token_ids: ids that end a row, as end-of-text does.
-            options: of transformers' `generate`; `max_new_tokens` is required.
-
-        Raises:
-            InvalidParameter: an empty prompt, an id out of the vocabulary, too many tokens, a
-                stop string without a tokenizer.
-        """
-        new = options["max_new_tokens"]
-        for prompt in prompts:
-            check_prompt(prompt, new, self.config.vocab_size, self.max_positions)
-        check_vocabulary("stop_token_ids", stop_token_ids, self.config.vocab_size)
-        if stop and not self.tokenizer:
-            raise InvalidParameter("stop", list(stop), "no stop string without a tokenizer")
+    def _generate(
+        self, prompts: Seq[Seq[int]], params: SamplingParams, first_id: int
+    ) -> list[Completion]:
+        """One padded batch."""
         input_ids, mask = self._pad(prompts)
-        eos = () if ignore_eos else self.eos_token_ids
-        ends = frozenset((*eos, *stop_token_ids))
-        stop = (*stop, *self.rules.stop_strings) if self.tokenizer else ()
-        rows = [_Row(list(prompt), ends, new, self.tokenizer, stop) for prompt in prompts]
-        batch = _Batch(rows, self.rules, eos, self.model.model.group)
-        output = self.model.generate(
-            input_ids,
-            attention_mask=mask,
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=0,
-            logits_processor=[batch.restrict] if self.rules.restricts else [],
-            stopping_criteria=[batch.ended] if stop or self.rules.max_time else [],
-            **options,
-        )
+        eos = () if params.ignore_eos else self.eos_token_ids
+        ends = frozenset((*eos, *params.stop_token_ids))
+        tokenizer = self.tokenizer if params.detokenize else None
+        stop = (*params.stop, *self.rules.stop_strings) if tokenizer else ()
+        rows = [
+            _Row(list(prompt), ends, params.max_new_tokens, tokenizer, stop) for prompt in prompts
+        ]
+        batch = _Batch(rows, self.rules, eos, self.group)
+        with self._timed(len(prompts), input_ids.shape[1]):
+            output = self.adapter.generate(
+                input_ids,
+                attention_mask=mask,
+                eos_token_id=sorted(ends) or None,
+                pad_token_id=0,
+                logits_processor=[batch.restrict],
+                stopping_criteria=[batch.ended],
+                **_options(params),
+            )
         new_ids = output[:, input_ids.shape[1] :].tolist()
-        return [row.finish(ids) for row, ids in zip(rows, new_ids, strict=True)]
+        return [
+            row.finish(first_id + i, ids)
+            for i, (row, ids) in enumerate(zip(rows, new_ids, strict=True))
+        ]
 
-    def timed(self, prompts: Seq[Seq[int]], **options: Any) -> tuple[list[FlashOutput], float]:
-        """`generate`, and the seconds it took until the device was done."""
-        device = self.model.model.device
+    @contextmanager
+    def _timed(self, num_rows: int, num_prompt: int) -> Iterator[None]:
+        """Account for the steps of one `generate`; a step lasts until the next one begins."""
+        stats, device = self.stats, self.device
+        forwards: list[float] = []  # beginning, end, beginning, … of the forward passes
+
+        def note(*_: Any) -> None:
+            device.synchronize()
+            forwards.append(time.perf_counter())
+
+        starts = self.adapter.starts = []
+        hooks = []
+        if stats.measure:
+            hooks = [
+                self.adapter.register_forward_pre_hook(note),
+                self.adapter.register_forward_hook(note),
+            ]
+        try:
+            yield
+        finally:
+            self.adapter.starts = None
+            for hook in hooks:
+                hook.remove()
         device.synchronize()
-        start = time.perf_counter()
-        outputs = self.generate(prompts, **options)
-        device.synchronize()
-        return outputs, time.perf_counter() - start
+        for i, end in enumerate([*starts[1:], time.perf_counter()]):
+            step = StepStats(
+                start=starts[i],
+                seconds=end - starts[i],
+                num_prefill_tokens=0 if i else num_rows * num_prompt,
+                num_decode_tokens=num_rows if i else 0,
+                num_context_tokens=num_rows * (num_prompt + i),
+            )
+            if stats.measure:
+                step.prepare_s = forwards[2 * i] - starts[i]
+                step.forward_s = forwards[2 * i + 1] - forwards[2 * i]
+            stats.add(step, num_rows)
+
+    @torch.inference_mode()
+    def score_next(self, prompts: Seq[Seq[int]], token_ids: Seq[int]) -> list[NextToken]:
+        """See `Engine`; a call is one padded batch."""
+        logits = self.next_logits(prompts).float()  # [B, V]
+        if rows := non_finite_rows(logits):
+            raise RequestFailed(describe_non_finite(rows[0]))
+        scores = logits.log_softmax(-1)[:, list(token_ids)].tolist()
+        greedy_ids = logits.argmax(-1).tolist()
+        return [NextToken(i, row) for i, row in zip(greedy_ids, scores, strict=True)]
 
     def next_logits(self, prompts: Seq[Seq[int]]) -> Tensor:
         """Logits [B, V] of the token after each prompt, in one padded batch.
 
         Raises:
-            InvalidParameter: as `generate`.
+            InvalidParameter: see `check`.
         """
         for prompt in prompts:
-            check_prompt(prompt, 0, self.config.vocab_size, self.max_positions)
+            vocab_size, params = self.model.config.vocab_size, SamplingParams(max_new_tokens=1)
+            # One position more: the token after the prompt is not computed with.
+            check_request(prompt, params, vocab_size, self.max_positions + 1, has_tokenizer=True)
         input_ids, mask = self._pad(prompts)
-        out = self.model(input_ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+        out = self.adapter(input_ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
         logits = out.logits[:, -1]
         assert isinstance(logits, Tensor)
         return logits
@@ -180,8 +179,24 @@ class GenerateEngine:
         longest = max(len(p) for p in prompts)
         ids = [[0] * (longest - len(p)) + list(p) for p in prompts]
         mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-        device = self.model.model.device.torch_device
+        device = self.device.torch_device
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _options(params: SamplingParams) -> dict[str, Any]:
+    """The same of transformers' `generate`."""
+    options: dict[str, Any] = {
+        "max_new_tokens": params.max_new_tokens,
+        "do_sample": params.temperature > 0,
+        "repetition_penalty": params.repetition_penalty,
+    }
+    if params.temperature > 0:
+        options |= {
+            "temperature": params.temperature,
+            "top_k": max(params.top_k, 0),
+            "top_p": params.top_p,
+        }
+    return options
 
 
 class _Row:
@@ -198,22 +213,29 @@ class _Row:
     def add(self, token_id: int, *, late: bool = False) -> None:
         """Take the next token, if the row has not ended."""
         if not self.reason:
+            room = 1 if late else self.limit - len(self.token_ids)
             self.token_ids.append(token_id)
-            full = late or len(self.token_ids) >= self.limit
-            _, self.reason = extend(self.detokenizer, [token_id], self.ends, full=full)
+            _, _, self.reason = extend(self.detokenizer, [token_id], self.ends, room)
 
-    def finish(self, new_ids: Seq[int]) -> FlashOutput:
+    def finish(self, request_id: int, new_ids: Seq[int]) -> Completion:
         """What the row became; `new_ids` may go on after its end."""
         for token_id in new_ids[len(self.token_ids) :]:
             self.add(token_id)
-        if self.tokenizer is None:
-            return FlashOutput(self.token_ids, "", "", self.reason)
-        shown = self.token_ids[:-1] if self.token_ids[-1] in self.ends else self.token_ids
-        text, full_text = (decode(self.tokenizer, i) for i in (shown, self.prompt + shown))
-        if self.detokenizer:  # a stop string may have cut the end off
-            full_text = full_text[: len(full_text) - len(text) + len(self.detokenizer.text)]
+        text = ""
+        if self.detokenizer:
             text = self.detokenizer.text
-        return FlashOutput(self.token_ids, text, full_text, self.reason)
+        elif self.tokenizer is not None:
+            ended = self.token_ids and self.token_ids[-1] in self.ends
+            text = decode(self.tokenizer, self.token_ids[:-1] if ended else self.token_ids)
+        return Completion(
+            request_id,
+            new_text=text,
+            new_token_ids=self.token_ids,
+            finish_reason=self.reason,
+            error=describe_non_finite(request_id) if self.reason == "error" else "",
+            text=text,
+            token_ids=self.token_ids,
+        )
 
 
 class _Batch:
@@ -231,13 +253,21 @@ class _Batch:
         self.started = time.perf_counter()
 
     def restrict(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """A logits processor: input_ids [B, padded + new], scores [B, V]."""
+        """A logits processor: input_ids [B, padded + new], scores [B, V].
+
+        A row whose scores are not finite ends here; what is chosen for it is not looked at.
+        """
+        for i in non_finite_rows(scores):
+            self.rows[i].reason = self.rows[i].reason or "error"
+            scores = scores.index_fill(0, torch.tensor(i, device=scores.device), 0.0)
+        if not self.rules.restricts:
+            return scores
         scores = scores.clone()
         for i, row in enumerate(self.rows):
             num_prompt = len(row.prompt)
             token_ids = input_ids[i, self.width - num_prompt :].tolist()
-            wanted = self.rules.restrict(token_ids, num_prompt, num_prompt + row.limit, self.eos)
-            scores[i] = restrict(scores[i], *wanted)
+            limits = self.rules.restrict(token_ids, num_prompt, num_prompt + row.limit, self.eos)
+            scores[i] = restrict(scores[i], *limits)
         return scores
 
     def ended(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
@@ -249,19 +279,3 @@ class _Batch:
         for row, token_id in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
             row.add(token_id, late=late)
         return torch.tensor([bool(row.reason) for row in self.rows], device=input_ids.device)
-
-
-def check_prompt(
-    prompt: Seq[int], max_new_tokens: int, vocab_size: int, max_positions: int
-) -> None:
-    """Raise InvalidParameter for a prompt that a batch cannot take."""
-    if not prompt:
-        raise InvalidParameter("prompt", "", "at least one token")
-    check_vocabulary("prompt", prompt, vocab_size)
-    if len(prompt) + max_new_tokens > max_positions:
-        raise InvalidParameter(
-            "max_new_tokens",
-            max_new_tokens,
-            f"prompt ({len(prompt)} tokens) + new tokens within the model's {max_positions} "
-            "positions",
-        )

@@ -3,93 +3,26 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EngineSection
-from gptneox.devices.device import Device
+from gptneox.engine.api import Completion, Engine, NextToken, StepStats, raise_failure
 from gptneox.engine.block_manager import BlockManager
 from gptneox.engine.detokenizer import Detokenizer, extend
 from gptneox.engine.generation_config import NO_RULES, GenerationRules
-from gptneox.engine.opening import open_checkpoint
-from gptneox.engine.runner import ModelRunner
+from gptneox.engine.runner import ModelRunner, StepResult
+from gptneox.engine.sampler import describe_non_finite
 from gptneox.engine.scheduler import Scheduled, Scheduler
-from gptneox.engine.sequence import (
-    InvalidParameter,
-    SamplingParams,
-    Sequence,
-    TokenLogprobs,
-    check_vocabulary,
-)
+from gptneox.engine.sequence import InvalidParameter, SamplingParams, Sequence
 from gptneox.kv_cache import PagedKVCache
 from gptneox.model import GPTNeoX
-from gptneox.parallel import TensorParallelGroup
-from gptneox.weights.load import load_model
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class RequestOutput:
-    """What one step added to a request; when `finished`, everything there is."""
-
-    request_id: int
-    new_text: str
-    new_token_ids: list[int]
-    finished: bool = False
-    finish_reason: str = ""
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-
-
-@dataclass
-class StepStats:
-    """One step: what it computed and how long it took."""
-
-    seconds: float
-    num_prefill_tokens: int
-    num_decode_tokens: int
-    num_context_tokens: int  # cached tokens that attention read
-    prepare_s: float = 0.0  # of `seconds`: before the model; 0 unless the runner measures
-    forward_s: float = 0.0  # of `seconds`: the model, logits included; 0 likewise
-
-
-@dataclass
-class EngineStats:
-    """Sums over all steps. A step with any prompt token counts as prefill."""
-
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    num_prefill_tokens: int = 0
-    num_decode_tokens: int = 0
-    num_decode_steps: int = 0
-    num_decode_context_tokens: int = 0
-    num_output_tokens: int = 0
-    steps: list[StepStats] | None = None  # every single step, when a list is given
-
-    def add(self, step: StepStats, num_sampled: int) -> None:
-        """Account for one step."""
-        self.num_output_tokens += num_sampled
-        if step.num_prefill_tokens:
-            self.prefill_s += step.seconds
-            self.num_prefill_tokens += step.num_prefill_tokens
-        else:
-            self.decode_s += step.seconds
-            self.num_decode_tokens += step.num_decode_tokens
-            self.num_decode_steps += 1
-            self.num_decode_context_tokens += step.num_context_tokens
-        if self.steps is not None:
-            self.steps.append(step)
 
 
 @dataclass
@@ -102,12 +35,14 @@ class _Request:
     started: float = 0.0  # perf_counter of its first step
 
 
-class PagedEngine:
+class PagedEngine(Engine):
     """Continuous batching over a paged cache.
 
-    `add_request` checks and queues, `step` computes, `abort` cancels between steps. Every rank
-    of a tensor-parallel run owns one and calls the same methods in the same order.
+    `add_request` checks and queues, `step` computes, `abort` cancels between steps; `complete`
+    and `generate` do all of it for a list of prompts.
     """
+
+    name = "paged"
 
     def __init__(
         self,
@@ -118,16 +53,12 @@ class PagedEngine:
         tokenizer: Any = None,
         rules: GenerationRules = NO_RULES,
     ) -> None:
-        """Make an engine around a loaded model; `from_pretrained` does all of it.
+        """See `Engine`.
 
         Raises:
             RuntimeError: the memory holds not even one block.
         """
-        self.model, self.settings, self.tokenizer = model, settings, tokenizer
-        self.rules = rules
-        self.eos_token_ids = end_of_text(self.rules, tokenizer)
-        self.max_positions = model.num_positions
-        self.dtype = dtype
+        super().__init__(model, settings, dtype, tokenizer=tokenizer, rules=rules)
         config, ranks = model.config, model.group.world_size
         free = model.device.memory().free
         block_bytes = model.size.token_bytes * settings.block_size
@@ -155,105 +86,143 @@ class PagedEngine:
             enable_chunked_prefill=settings.enable_chunked_prefill,
         )
         self.runner = ModelRunner(model, cache)
-        self.stats = EngineStats()
         self._requests: dict[int, _Request] = {}
         self._next_id = 0
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model_path: Path,
-        settings: EngineSection,
-        device: Device,
-        *,
-        dtype: str = "auto",
-        group: TensorParallelGroup | None = None,
-        with_tokenizer: bool = True,
-        trust_remote_code: bool = False,
-        show_progress: bool = False,
-    ) -> PagedEngine:
-        """Load a checkpoint directory.
-
-        Raises:
-            ValueError, FileNotFoundError: the files are wrong; see `ModelConfig`, `Checkpoint`
-                and `load_tokenizer`.
-            RuntimeError: not enough memory.
-        """
-        group = group or TensorParallelGroup()
-        opened = open_checkpoint(
-            model_path,
-            device,
-            group,
-            dtype=dtype,
-            with_tokenizer=with_tokenizer,
-            trust_remote_code=trust_remote_code,
-        )
-        for notice in opened.notices:
-            logger.warning(notice)
-        positions = settings.max_position_embeddings
-        model = GPTNeoX(opened.config, device, group, positions, settings.graphs)
-        load_model(model, opened.path, opened.dtype, show_progress=show_progress)
-        return cls(model, settings, opened.dtype, tokenizer=opened.tokenizer, rules=opened.rules)
+        self._undelivered: list[Completion] = []  # computed while another caller was waiting
 
     # -- requests --------------------------------------------------------------------------------
+
+    def check(self, prompt_ids: Seq[int], params: SamplingParams) -> None:
+        """Raise InvalidParameter for a request that can never run, the cache included."""
+        super().check(prompt_ids, params)
+        check_fits_cache(len(prompt_ids), params, self.block_manager)
 
     def add_request(self, prompt_ids: Seq[int], params: SamplingParams) -> int:
         """Check and queue a request; returns its id.
 
         Raises:
-            InvalidParameter: an empty prompt, an id out of the vocabulary, more tokens than
-                positions or than the whole cache holds, a stop string without a tokenizer.
+            InvalidParameter: see `check`.
         """
-        self._check(prompt_ids, params)
+        self.check(prompt_ids, params)
         eos = () if params.ignore_eos else self.eos_token_ids
         seq = Sequence.create(self._next_id, prompt_ids, params, self.rules, eos)
         self._next_id += 1
         detokenizer = None
-        if self.tokenizer:
+        if self.tokenizer and params.detokenize:
             detokenizer = Detokenizer(self.tokenizer, params.stop + self.rules.stop_strings)
         stop_ids = frozenset((*params.stop_token_ids, *eos))
         self._requests[seq.request_id] = _Request(seq, detokenizer, stop_ids)
         self.scheduler.add(seq)
         return seq.request_id
 
-    def _check(self, prompt_ids: Seq[int], params: SamplingParams) -> None:
-        check_request(prompt_ids, params, self.model.config.vocab_size, self.max_positions,
-            self.block_manager, has_tokenizer=self.tokenizer is not None)  # fmt: skip
-
     def abort(self, request_id: int) -> None:
         """Forget a request, wherever it is; unknown and finished ones are fine."""
+        self._undelivered = [c for c in self._undelivered if c.request_id != request_id]
         if request := self._requests.pop(request_id, None):
             self._end(request.seq, "abort")
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` would compute something."""
-        return self.scheduler.has_work
+        """Whether `step` would return or compute something."""
+        return bool(self._undelivered) or self.scheduler.has_work
 
-    def step(self) -> list[RequestOutput]:
+    def step(self) -> list[Completion]:
         """Compute one step; returns what it added, one entry per request that moved on.
 
-        Raises:
-            NonFiniteLogits: see `Sampler`.
+        Completions that a `complete` of another caller computed meanwhile come first.
         """
+        earlier, self._undelivered = self._undelivered, []
+        return earlier + (self._compute() if self.scheduler.has_work else [])
+
+    def stream(self) -> Iterator[Completion]:
+        """Step until nothing is left; yields everything as it comes."""
+        while self.has_work:
+            yield from self.step()
+
+    def complete(
+        self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams]
+    ) -> Iterator[tuple[int, Completion]]:
+        """See `Engine`. Other callers' requests go on beside these; `step` hands theirs over."""
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        for prompt, p in zip(prompts, each, strict=True):
+            self.check(prompt, p)
+        return self._deliver(prompts, each)
+
+    def _deliver(
+        self, prompts: Seq[Seq[int]], params: Seq[SamplingParams]
+    ) -> Iterator[tuple[int, Completion]]:
+        """Queue requests and step until they have all finished."""
+        pairs = zip(prompts, params, strict=True)
+        index = {self.add_request(*pair): i for i, pair in enumerate(pairs)}
+        waiting = set(index)
+        try:
+            while waiting:
+                completions = self.step()
+                self._undelivered = [c for c in completions if c.request_id not in index]
+                for completion in completions:
+                    if completion.request_id in index:
+                        if completion.finished:
+                            waiting.remove(completion.request_id)
+                        yield index[completion.request_id], completion
+                if not self.scheduler.has_work:  # the rest was aborted
+                    waiting.intersection_update(c.request_id for c in self._undelivered)
+        finally:
+            for request_id in waiting:
+                self.abort(request_id)
+
+    def score_next(self, prompts: Seq[Seq[int]], token_ids: Seq[int]) -> list[NextToken]:
+        """See `Engine`."""
+        params = SamplingParams(
+            max_new_tokens=1,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=0,
+            logprob_token_ids=tuple(token_ids),
+        )
+        completions = self.generate(prompts, params)
+        raise_failure(completions)
+        scores = []
+        for completion in completions:
+            top = [entry.top for entry in completion.logprobs]  # empty on ranks above 0
+            scores.append(
+                NextToken(completion.token_ids[0], [t[i] for t in top for i in token_ids])
+            )
+        return scores
+
+    def check_batch(self, prompt_lens: Seq[int], num_new: int) -> None:
+        """See `Engine`."""
+        super().check_batch(prompt_lens, num_new)
+        manager = self.block_manager
+        needed = blocks_needed(prompt_lens, num_new, manager.block_size)
+        if needed > manager.num_blocks:
+            raise ValueError(
+                f"out of memory: {len(prompt_lens)} rows of up to {max(prompt_lens)} + {num_new} "
+                f"tokens need {needed} KV-cache blocks, {manager.num_blocks} are there"
+            )
+
+    def describe_cache(self) -> str:
+        """See `Engine`."""
+        manager = self.block_manager
+        return f", {manager.num_blocks} KV-cache blocks of {manager.block_size} tokens"
+
+    # -- inside a step ---------------------------------------------------------------------------
+
+    def _compute(self) -> list[Completion]:
         scheduled = self.scheduler.schedule()
-        device = self.model.device
         start = time.perf_counter()
-        token_ids = self.runner.run(scheduled)
-        device.synchronize()
-        self._account(scheduled, len(token_ids), time.perf_counter() - start)
-        samples = [item.samples for item in scheduled]
+        result = self.runner.run(scheduled, measure=self.stats.measure)
+        self.model.device.synchronize()
+        self._account(scheduled, result, start)
         self.scheduler.computed(scheduled)
         late = self._late(scheduled, start)
-        remaining = iter(token_ids)
-        outputs = []
-        for item, samples_now in zip(scheduled, samples, strict=True):
-            if samples_now:
-                wanted = item.seq.params.max_new_tokens > 0
-                new = [next(remaining)] if wanted else []
-                request = self._requests[item.seq.request_id]
-                outputs.append(self._advance(request, new, late=item.seq.request_id in late))
-        return outputs
+        completions = []
+        for item, new in zip(scheduled, result.token_ids, strict=True):
+            request = self._requests[item.seq.request_id]
+            if item.seq.request_id in result.failed:
+                completions.append(self._fail(request))
+            elif new or item.seq.num_computed_tokens == len(item.seq.token_ids):
+                completions.append(self._advance(request, new, late=item.seq.request_id in late))
+        return completions
 
     def _late(self, scheduled: list[Scheduled], now: float) -> set[int]:
         """Requests whose time is over; the clock of rank 0 counts."""
@@ -266,65 +235,58 @@ class PagedEngine:
         late = {r.seq.request_id for r in requests if now - r.started > limit}
         return set(self.model.group.broadcast_object(late))
 
-    def generate(
-        self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams]
-    ) -> list[RequestOutput]:
-        """Run prompts to their end; returns the finished outputs in the order of the prompts.
-
-        All requests are checked before the first is computed.
-        """
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        for prompt, p in zip(prompts, each, strict=True):
-            self._check(prompt, p)
-        ids = [self.add_request(prompt, p) for prompt, p in zip(prompts, each, strict=True)]
-        try:
-            finished = {out.request_id: out for out in self.stream() if out.finished}
-        except BaseException:
-            for request_id in ids:
-                self.abort(request_id)
-            raise
-        return [finished[i] for i in ids]
-
-    def stream(self) -> Iterator[RequestOutput]:
-        """Step until nothing is left; yields every output as it comes."""
-        while self.has_work:
-            yield from self.step()
-
-    def reset_stats(self, *, keep_steps: bool = False) -> None:
-        """Start counting anew; `keep_steps` records every single step."""
-        self.stats = EngineStats(steps=[] if keep_steps else None)
-
-    # -- inside a step ---------------------------------------------------------------------------
-
-    def _advance(self, request: _Request, new: list[int], *, late: bool) -> RequestOutput:
-        """Add new tokens to a request and end it where it has to end."""
+    def _advance(self, request: _Request, new: list[int], *, late: bool) -> Completion:
+        """Add new tokens to a request, one by one, and end it where it has to end."""
         seq = request.seq
-        seq.token_ids += new
-        full = late or seq.num_output_tokens >= seq.params.max_new_tokens
-        text, reason = extend(request.detokenizer, new, request.stop_ids, full=full)
-        output = RequestOutput(seq.request_id, text, new)
+        room = seq.params.max_new_tokens - seq.num_output_tokens
+        room = min(room, len(new)) if late else room
+        num_taken, text, reason = extend(request.detokenizer, new, request.stop_ids, room)
+        seq.token_ids += new[:num_taken]
+        completion = Completion(seq.request_id, text, new[:num_taken])
         if reason:
-            output.finished, output.finish_reason = True, reason
-            output.text = request.detokenizer.text if request.detokenizer else ""
-            output.token_ids = seq.output_ids
-            output.logprobs, output.prompt_logprobs = seq.logprobs, seq.prompt_logprobs
-            del self._requests[seq.request_id]
-            self._end(seq, reason)
-        return output
+            self._finish(request, completion, reason)
+        return completion
+
+    def _fail(self, request: _Request) -> Completion:
+        """End a request whose logits are not finite; the others go on."""
+        completion = Completion(request.seq.request_id)
+        completion.error = describe_non_finite(request.seq.request_id)
+        self._finish(request, completion, "error")
+        return completion
+
+    def _finish(self, request: _Request, completion: Completion, reason: str) -> None:
+        seq = request.seq
+        completion.finish_reason = reason
+        completion.text = request.detokenizer.text if request.detokenizer else ""
+        completion.token_ids = seq.output_ids
+        completion.logprobs = seq.logprobs[: seq.num_output_tokens]
+        completion.prompt_logprobs = seq.prompt_logprobs
+        del self._requests[seq.request_id]
+        self._end(seq, reason)
 
     def _end(self, seq: Sequence, reason: str) -> None:
         self.scheduler.finish(seq, reason)
         self.runner.sampler.forget(seq)
 
-    def _account(self, scheduled: list[Scheduled], num_sampled: int, seconds: float) -> None:
+    def _account(self, scheduled: list[Scheduled], result: StepResult, start: float) -> None:
         prompt = [s for s in scheduled if s.seq.num_computed_tokens < s.seq.num_prompt_tokens]
         num_prefill = sum(s.num_tokens for s in prompt)
-        num_tokens = sum(s.num_tokens for s in scheduled)
-        context = sum(s.seq.num_computed_tokens + s.num_tokens for s in scheduled)
-        step = StepStats(seconds, num_prefill, num_tokens - num_prefill, context)
-        if self.runner.measure:
-            step.prepare_s, step.forward_s = self.runner.prepare_s, self.runner.forward_s
-        self.stats.add(step, num_sampled)
+        step = StepStats(
+            start=start,
+            seconds=time.perf_counter() - start,
+            num_prefill_tokens=num_prefill,
+            num_decode_tokens=sum(s.num_tokens for s in scheduled) - num_prefill,
+            num_context_tokens=sum(s.seq.num_computed_tokens + s.num_tokens for s in scheduled),
+            prepare_s=result.prepare_s,
+            forward_s=result.forward_s,
+        )
+        self.stats.add(step, sum(map(len, result.token_ids)))
+
+
+def blocks_needed(prompt_lens: Seq[int], num_new: int, block_size: int) -> int:
+    """KV-cache blocks with which all rows run side by side; the scheduler keeps spare ones."""
+    spare = len(prompt_lens) - 1
+    return spare + sum(-(-(n + num_new) // block_size) for n in prompt_lens)
 
 
 def affordable_blocks(settings: EngineSection, block_bytes: int, free: int) -> int:
@@ -368,50 +330,13 @@ def check_blocks(num_blocks: int, settings: EngineSection, block_bytes: int, fre
         )
 
 
-def check_request(
-    prompt_ids: Seq[int],
-    params: SamplingParams,
-    vocab_size: int,
-    max_positions: int,
-    blocks: BlockManager,
-    *,
-    has_tokenizer: bool,
-) -> None:
-    """Raise InvalidParameter for a request that can never run."""
-    if not len(prompt_ids):
-        raise InvalidParameter(
-            "prompt", "", "at least one token (--input_ids 0 starts from nothing)"
-        )
-    check_vocabulary("prompt", prompt_ids, vocab_size)
-    check_vocabulary("logprob_token_ids", params.logprob_token_ids, vocab_size)
-    check_vocabulary("stop_token_ids", params.stop_token_ids, vocab_size)
-    num_tokens = len(prompt_ids) + params.max_new_tokens
-    if num_tokens > max_positions:
-        raise InvalidParameter(
-            "max_new_tokens",
-            params.max_new_tokens,
-            f"prompt ({len(prompt_ids)} tokens) + new tokens within the model's "
-            f"{max_positions} positions, so at most "
-            f"{max(0, max_positions - len(prompt_ids))},",
-        )
-    needed = blocks.blocks_for(num_tokens)
+def check_fits_cache(num_prompt: int, params: SamplingParams, blocks: BlockManager) -> None:
+    """Raise InvalidParameter for a request that not even an empty cache holds."""
+    needed = blocks.blocks_for(num_prompt + params.max_new_tokens)
     if needed > blocks.num_blocks:
         raise InvalidParameter(
             "prompt",
-            f"{len(prompt_ids)} tokens + {params.max_new_tokens} new",
+            f"{num_prompt} tokens + {params.max_new_tokens} new",
             f"a request of at most {blocks.num_blocks} KV-cache blocks, "
             f"not {needed}, (raise --num_blocks)",
         )
-    if params.stop and not has_tokenizer:
-        raise InvalidParameter("stop", list(params.stop), "no stop string without a tokenizer")
-
-
-def end_of_text(rules: GenerationRules, tokenizer: Any) -> tuple[int, ...]:
-    """End-of-text ids as transformers' `generate` takes them, which does not ask the tokenizer.
-
-    The tokenizer's counts only where generation_config.json is absent and config.json silent.
-    """
-    if rules.eos_token_ids is not None:
-        return rules.eos_token_ids
-    named = None if tokenizer is None else tokenizer.eos_token_id
-    return () if named is None else (named,)

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gptneox.devices.step import ForwardBatch
-from gptneox.engine.sampler import Sampler, check_finite, read_choice, token_logprobs
+from gptneox.engine.sampler import Sampler, non_finite_rows, token_logprobs
 from gptneox.engine.scheduler import Scheduled
 from gptneox.engine.sequence import Sequence
 from gptneox.kv_cache import PagedKVCache
@@ -17,6 +18,16 @@ from gptneox.model import GPTNeoX
 
 # Rows of prompt logits held at once: V = 50432 in fp32 takes 51 MB.
 _LOGIT_ROWS = 256
+
+
+@dataclass
+class StepResult:
+    """What a step of the model gave; every rank has the same."""
+
+    token_ids: list[list[int]]  # of each scheduled item: one for each of its `sample_rows`
+    failed: set[int]  # ids of the requests whose logits are NaN or infinite
+    prepare_s: float = 0.0  # before the model, when measured
+    forward_s: float = 0.0  # the model, logits included, when measured
 
 
 class ModelRunner:
@@ -27,37 +38,41 @@ class ModelRunner:
         self.group, self.device = model.group, model.device.torch_device
         self.sampler = Sampler(model.ops)
         self.step = model.ops.capture(self._forward)
-        self.measure = False  # wait for the device after the model, to time it by itself
-        self.prepare_s = self.forward_s = 0.0  # of the last step that sampled, when measured
 
     @torch.inference_mode()
-    def run(self, scheduled: list[Scheduled]) -> list[int]:
-        """Compute one step; returns a new token id for each item that `samples`, in order.
+    def run(self, scheduled: list[Scheduled], *, measure: bool = False) -> StepResult:
+        """Compute one step.
 
         Log-probabilities are appended to the sequences that asked for them (on rank 0).
+
+        Args:
+            scheduled: what to compute.
+            measure: wait for the device after the model, to time it by itself.
         """
         started = time.perf_counter()
-        self.prepare_s = self.forward_s = 0.0
         batch = self.prepare(scheduled)
         prepared = time.perf_counter()
         hidden = self.step(batch)  # [T, C]
-        self._score_prompts(scheduled, hidden)
-        rows, seqs, row = [], [], 0
+        failed = self._score_prompts(scheduled, hidden)
+        rows, seqs, first = [], [], 0
         for item in scheduled:
-            row += item.num_tokens
-            if item.samples and item.seq.params.max_new_tokens:
-                rows.append(row - 1)
-                seqs.append(item.seq)
-        if not rows:
-            return []
-        if len(rows) < hidden.shape[0]:
-            hidden = hidden[self._upload(rows, torch.int64)]
-        logits = self.model.compute_logits(hidden)
-        if self.measure:
+            rows += [first + row for row in item.sample_rows]
+            seqs += [item.seq] * len(item.sample_rows)
+            first += item.num_tokens
+        logits = None
+        if rows:
+            if len(rows) < hidden.shape[0]:
+                hidden = hidden[self._upload(rows, torch.int64)]
+            logits = self.model.compute_logits(hidden)
+        result = StepResult([[] for _ in scheduled], failed)
+        if measure:
             self.model.device.synchronize()
-            self.prepare_s = prepared - started
-            self.forward_s = time.perf_counter() - prepared
-        return self._sample(logits, seqs)
+            result.prepare_s = prepared - started
+            result.forward_s = time.perf_counter() - prepared
+        if logits is not None:
+            token_ids = iter(self._sample(logits, seqs, failed))
+            result.token_ids = [[next(token_ids) for _ in item.sample_rows] for item in scheduled]
+        return result
 
     def prepare(self, scheduled: list[Scheduled]) -> ForwardBatch:
         """The step's tensors; sequences with one token come first, as the scheduler sorted them."""
@@ -102,13 +117,20 @@ class ModelRunner:
         assert isinstance(hidden, Tensor)
         return hidden
 
-    def _sample(self, logits: Tensor, seqs: list[Sequence]) -> list[int]:
-        """Rank 0 chooses, every rank learns the choice."""
+    def _sample(self, logits: Tensor, seqs: list[Sequence], failed: set[int]) -> list[int]:
+        """Rank 0 chooses and every rank learns the choice; adds to `failed`.
+
+        logits: [S, V], a row for each of the S entries of `seqs`.
+        """
         if self.group.rank == 0:
             choice = self.sampler.choose(logits, seqs)
         else:
             choice = torch.empty(len(seqs) + 1, dtype=torch.int64, device=self.device)
-        token_ids = read_choice(self.group.broadcast(choice), logits, seqs)
+        # The one place where a step waits for the device.
+        *token_ids, is_finite = self.group.broadcast(choice).tolist()
+        if not is_finite:
+            rows = self.group.broadcast_object(non_finite_rows(logits))
+            failed.update(seqs[row].request_id for row in rows)
         if self.group.rank == 0:
             for i, seq in enumerate(seqs):
                 if seq.params.logprobs is not None:
@@ -120,9 +142,12 @@ class ModelRunner:
                     )
         return token_ids
 
-    def _score_prompts(self, scheduled: list[Scheduled], hidden: Tensor) -> None:
-        """Log-probabilities of prompt tokens, for requests that asked; a few rows at a time."""
-        row = 0
+    def _score_prompts(self, scheduled: list[Scheduled], hidden: Tensor) -> set[int]:
+        """Log-probabilities of prompt tokens, for requests that asked; a few rows at a time.
+
+        Returns the ids of the requests whose logits are not finite.
+        """
+        first, failed = 0, set()
         for item in scheduled:
             seq, start = item.seq, item.seq.num_computed_tokens
             num_top = seq.params.prompt_logprobs
@@ -132,10 +157,12 @@ class ModelRunner:
                 end = min(start + item.num_tokens, seq.num_prompt_tokens - 1)
                 for p in range(max(start, seq.num_scored_tokens), end, _LOGIT_ROWS):
                     targets = seq.token_ids[p + 1 : min(p + _LOGIT_ROWS, end) + 1]
-                    rows = hidden[row + p - start : row + p - start + len(targets)]
+                    rows = hidden[first + p - start : first + p - start + len(targets)]
                     logits = self.model.compute_logits(rows)
+                    if self.group.broadcast_object(bool(non_finite_rows(logits))):
+                        failed.add(seq.request_id)
                     if self.group.rank == 0:
-                        check_finite(logits, [seq.request_id] * len(targets))
                         seq.prompt_logprobs += token_logprobs(logits, targets, num_top)
                     seq.num_scored_tokens = p + len(targets)
-            row += item.num_tokens
+            first += item.num_tokens
+        return failed

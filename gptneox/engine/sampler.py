@@ -15,10 +15,6 @@ from gptneox.devices.operators import Operators
 from gptneox.engine.sequence import SamplingParams, Sequence, TokenLogprobs
 
 
-class NonFiniteLogits(RuntimeError):
-    """The model's output is NaN or infinite: nothing sensible can be sampled from it."""
-
-
 class Sampler:
     """Greedy or random choice per sequence, independent of what else is in the batch.
 
@@ -31,22 +27,16 @@ class Sampler:
         self._ops = ops or Operators(Device())
         self._generators: dict[int, torch.Generator] = {}
 
-    def __call__(self, logits: Tensor, seqs: Seq[Sequence]) -> list[int]:
-        """Choose one token for each row.
+    def choose(self, logits: Tensor, seqs: Seq[Sequence]) -> Tensor:
+        """Choose one token for each row, on the device; waits for no result.
 
         Args:
             logits: [S, V], any float dtype.
-            seqs: the S sequences the rows belong to.
+            seqs: the S sequences the rows belong to; one may have several rows.
 
-        Raises:
-            NonFiniteLogits: a logit is NaN or infinite; the message names the requests.
-        """
-        return read_choice(self.choose(logits, seqs), logits, seqs)
-
-    def choose(self, logits: Tensor, seqs: Seq[Sequence]) -> Tensor:
-        """The choice of each row on the device, for `read_choice`; waits for no result.
-
-        Returns [S + 1] int64: S tokens, and whether the sum of all logits is finite.
+        Returns:
+            [S + 1] int64: S token ids, and whether the sum of all logits is finite (else ask
+            `non_finite_rows`).
         """
         logits = logits.float()
         choice = self._ops.greedy(logits)
@@ -84,34 +74,20 @@ class Sampler:
         return self._generators[seq.request_id]
 
 
-def read_choice(choice: Tensor, logits: Tensor, seqs: Seq[Sequence]) -> list[int]:
-    """The token ids of `Sampler.choose`; the one place where a step waits for the device.
-
-    Raises:
-        NonFiniteLogits: see `Sampler`.
-    """
-    *token_ids, finite = choice.tolist()
-    if not finite:
-        check_finite(logits, [seq.request_id for seq in seqs])
-    return token_ids
-
-
-def check_finite(logits: Tensor, request_ids: Seq[int]) -> None:
-    """Raise NonFiniteLogits if a logit is NaN or infinite.
-
-    Args:
-        logits: [S, V].
-        request_ids: whose request each of the S rows is.
-    """
+def non_finite_rows(logits: Tensor) -> list[int]:
+    """The rows of logits [S, V] that hold NaN or infinity: nothing can be sampled from them."""
     if math.isfinite(logits.sum(dtype=torch.float32).item()):
-        return
-    finite = torch.isfinite(logits).all(-1).tolist()
-    bad = dict.fromkeys(i for i, ok in zip(request_ids, finite, strict=True) if not ok)
-    if bad:  # otherwise only the sum overflowed
-        raise NonFiniteLogits(
-            f"the logits of request {', '.join(map(str, bad))} are not finite: the weights hold "
-            "NaN or Inf, or the dtype overflows; try --dtype float32 and check the checkpoint"
-        )
+        return []
+    finite = torch.isfinite(logits).all(-1).tolist()  # all of them where only the sum overflowed
+    return [i for i, ok in enumerate(finite) if not ok]
+
+
+def describe_non_finite(request_id: int) -> str:
+    """For the user, why a request failed."""
+    return (
+        f"the logits of request {request_id} are not finite: the weights hold NaN or Inf, or the "
+        "dtype overflows; try --dtype float32 and check the checkpoint"
+    )
 
 
 def penalize_repetition(logits: Tensor, token_ids: list[int], penalty: float) -> Tensor:
@@ -152,7 +128,7 @@ def filtered_probs(logits: Tensor, params: SamplingParams) -> Tensor:
     if params.top_p < 1:
         values, order = logits.sort(descending=True)
         probs = values.softmax(-1)
-        outside = probs.cumsum(-1) - probs >= params.top_p  # what comes before already suffices
+        outside = probs.cumsum(-1) - probs >= params.top_p  # higher-ranked tokens reach top_p
         logits = logits.masked_fill(outside.scatter(0, order, outside), -math.inf)
     return logits.softmax(-1)
 
@@ -166,7 +142,7 @@ def token_logprobs(
         logits: [S, V]; the softmax is fp32 and over the raw logits, before any filter.
         token_ids: S ids.
         num_top: 0: only `extra_ids` are in `top`.
-        extra_ids: tokens whose value is wanted however unlikely they are.
+        extra_ids: tokens that are in `top` however unlikely they are.
     """
     logprobs = logits.float().log_softmax(-1)
     ids = torch.tensor(token_ids, device=logits.device).unsqueeze(-1)

@@ -16,15 +16,22 @@ from gptneox.engine.sequence import Sequence, Status
 
 @dataclass(frozen=True)
 class Scheduled:
-    """`num_tokens` tokens of a sequence, from its first one that is not computed."""
+    """`num_tokens` tokens of a sequence, from its first one that is not computed.
+
+    `sample_rows` are those of them after which a token is sampled, in order: normally the
+    newest token of the sequence alone, and none while a prompt is not complete.
+    """
 
     seq: Sequence
     num_tokens: int
+    sample_rows: tuple[int, ...] = ()
 
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches the sequence's newest token, so that the next one follows."""
-        return self.seq.num_computed_tokens + self.num_tokens == len(self.seq.token_ids)
+
+def _scheduled(seq: Sequence, num_tokens: int, start: int) -> Scheduled:
+    """The next `num_tokens` tokens of a sequence of which `start` are computed."""
+    reaches_end = start + num_tokens == len(seq.token_ids)
+    samples = reaches_end and seq.params.max_new_tokens > 0
+    return Scheduled(seq, num_tokens, (num_tokens - 1,) if samples else ())
 
 
 class Scheduler:
@@ -61,7 +68,7 @@ class Scheduler:
         """The next step: sequences with one token first, then longer chunks.
 
         Running sequences come before waiting ones. One that needs a block when none is free
-        sends the youngest back to the queue, where it is computed anew later. The oldest can
+        sends the youngest back to the queue, to be computed again later. The oldest can
         always go on, because each request fits an empty cache: no state is ever stuck.
         """
         budget = self.prefill_budget
@@ -70,19 +77,19 @@ class Scheduler:
         while position < len(self.running):
             seq = self.running[position]
             num_left = len(seq.token_ids) - seq.num_computed_tokens
+            if not self._grow(seq):
+                break  # it was itself the youngest
             if num_left > 1:
                 num_left = min(num_left, budget) if self.enable_chunked_prefill else num_left
                 budget -= num_left
-            elif not self._grow(seq):
-                break  # it was itself the youngest
             position += 1
             if num_left > 0:
-                scheduled.append(Scheduled(seq, num_left))
+                scheduled.append(_scheduled(seq, num_left, seq.num_computed_tokens))
         scheduled += self._admit(budget, has_prefill=budget < self.prefill_budget)
         return sorted(scheduled, key=lambda s: s.num_tokens > 1)  # stable
 
     def _grow(self, seq: Sequence) -> bool:
-        """Get room for the newest token of `seq`; False when it had to be preempted itself."""
+        """Get blocks for all tokens of `seq`; False when it had to be preempted itself."""
         while True:
             try:
                 self.block_manager.grow(seq)
@@ -116,19 +123,19 @@ class Scheduler:
             elif num_left > budget and (has_prefill or admitted):
                 break  # a prompt above the budget runs whole, in a step without other prompts
             try:
-                # One spare block for each running sequence, lest they preempt it at once.
+                # One spare block for each running sequence, or the next step preempts this one.
                 self.block_manager.start(seq, shared, keep_free=len(self.running))
             except NoFreeBlocks:
                 break
             self.waiting.popleft()
             seq.status = Status.RUNNING
             self.running.append(seq)
-            admitted.append(Scheduled(seq, num_left))
+            admitted.append(_scheduled(seq, num_left, seq.num_computed_tokens))
             budget -= num_left
         return admitted
 
     def computed(self, scheduled: list[Scheduled]) -> None:
-        """Note that a step is done: its tokens are in the cache."""
+        """A step is done: its tokens are in the cache."""
         for item in scheduled:
             item.seq.num_computed_tokens += item.num_tokens
             self.block_manager.commit(item.seq)

@@ -41,6 +41,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    detokenize: bool = True  # False: the completion has no text
     logprobs: int | None = None  # alternatives returned beside each new token's log-probability
     prompt_logprobs: int | None = None  # the same for each prompt token but the first,
     prompt_logprobs_start: int = 1  # from this one on
@@ -123,8 +124,8 @@ class Sequence:
     num_computed_tokens: int = 0  # leading tokens whose K and V are in the cache
     num_committed_blocks: int = 0  # leading blocks known to the prefix cache,
     content_id: int = 0  # and the identity of what they hold
-    num_scored_tokens: int = 0  # prompt tokens after the first that need no log-probability more
-    finish_reason: str = ""  # "stop" | "length" | "abort"
+    num_scored_tokens: int = 0  # prompt tokens after the first that are already scored
+    finish_reason: str = ""  # "stop" | "length" | "abort" | "error"
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     rules: GenerationRules = NO_RULES  # of the checkpoint

@@ -35,7 +35,9 @@ from gptneox.cli import read_settings
 from gptneox.config.errors import ConfigError
 from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EMBEDDED_CHECKPOINT
-from gptneox.engine.paged import RequestOutput
+from gptneox.engine.api import Completion, raise_failure
+from gptneox.engine.loop import EngineLoop
+from gptneox.engine.paged import PagedEngine
 from gptneox.engine.sequence import SamplingParams
 from gptneox.evaluation.lm_eval_options import MAX_GEN_TOKS, read_options
 from gptneox.session import load_engine, start
@@ -105,36 +107,29 @@ class GPTNeoXLM(TemplateLM):  # type: ignore[misc]  # lm_eval is optional and ha
         except SystemExit as error:
             raise ConfigError(f"--model_args: {', '.join(engine)} are not all known") from error
         place, self._group = start(settings)
-        self._engine = load_engine(settings, place, self._group)
-        self.tokenizer = self._engine.tokenizer
+        loaded = load_engine(settings, place, self._group)
+        assert isinstance(loaded, PagedEngine)
+        self._engine, self._loop = loaded, EngineLoop(loaded)
+        self.tokenizer = loaded.tokenizer
         self._batch_size, self._device = int(batch_size), place.torch_device
         self._add_bos_token = add_bos_token
         if self._group.rank > 0:
-            self._follow()
-        if self._group.world_size > 1:
-            atexit.register(self._group.broadcast_object, None)
-
-    def _follow(self) -> None:
-        """Compute what rank 0 computes until it ends."""
-        while (work := self._group.broadcast_object(None)) is not None:
-            self._engine.generate(*work)
-        sys.exit(0)
-
-    def _generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
-        self._group.broadcast_object((prompts, params))
-        return self._engine.generate(prompts, params)
+            self._loop.follow()
+            sys.exit(0)
+        atexit.register(self._loop.stop)
 
     def _run(
         self, work: list[tuple[list[int], SamplingParams]], what: str, hide: bool
-    ) -> list[RequestOutput]:
+    ) -> list[Completion]:
         """Finished outputs of all requests in order, with a progress bar."""
-        outputs: list[RequestOutput] = []
+        outputs: list[Completion] = []
         # A few batches at once, so that the engine is full while the bar moves.
         chunk_size = 8 * self._batch_size
         remaining = iter(work)
         with tqdm(total=len(work), desc=what, disable=hide) as bar:
             while chunk := list(islice(remaining, chunk_size)):
-                outputs += self._generate([c[0] for c in chunk], [c[1] for c in chunk])
+                outputs += self._loop.generate([c[0] for c in chunk], [c[1] for c in chunk])
+                raise_failure(outputs[-len(chunk) :])
                 bar.update(len(chunk))
         return outputs
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gptneox.config.errors import ConfigError
-from gptneox.evaluation.runner import Runner
+from gptneox.engine.api import Engine, raise_failure
+from gptneox.engine.sequence import SamplingParams
 
 NO_ANSWER = "-1"
 LETTERS = ("A", "B", "C", "D")
@@ -79,7 +80,7 @@ class Scorer(Protocol):
         """Raise ConfigError if questions cannot be answered this way with `tokenizer`."""
         ...
 
-    def predict(self, runner: Runner, prompts: Seq[Seq[int]]) -> list[Prediction]:
+    def predict(self, engine: Engine, prompts: Seq[Seq[int]]) -> list[Prediction]:
         """One prediction per prompt; on ranks above 0 their values mean nothing."""
         ...
 
@@ -119,14 +120,14 @@ class NextTokenScorer:
         """See `Scorer`."""
         self.token_ids(tokenizer)
 
-    def predict(self, runner: Runner, prompts: Seq[Seq[int]]) -> list[Prediction]:
+    def predict(self, engine: Engine, prompts: Seq[Seq[int]]) -> list[Prediction]:
         """See `Scorer`."""
-        rows = runner.score_next(prompts, self.token_ids(runner.tokenizer))
+        rows = engine.score_next(prompts, self.token_ids(engine.tokenizer))
         predictions = []
         for row in rows:
             logprobs = dict(zip(self.texts, row.logprobs, strict=False))  # rank > 0: empty
             value = max(logprobs, key=logprobs.__getitem__) if logprobs else NO_ANSWER
-            text = runner.tokenizer.decode([row.greedy_id])
+            text = engine.tokenizer.decode([row.greedy_id])
             predictions.append(Prediction(value, [row.greedy_id], text, logprobs))
         return predictions
 
@@ -152,10 +153,11 @@ class GenerationScorer:
     def check(self, tokenizer: Any) -> None:
         """See `Scorer`."""
 
-    def predict(self, runner: Runner, prompts: Seq[Seq[int]]) -> list[Prediction]:
+    def predict(self, engine: Engine, prompts: Seq[Seq[int]]) -> list[Prediction]:
         """See `Scorer`."""
-        answers = runner.generate(prompts, self.num_new_tokens)
-        return [Prediction(self._extract(a.text), a.token_ids, a.text) for a in answers]
+        completions = engine.generate(prompts, SamplingParams(max_new_tokens=self.num_new_tokens))
+        raise_failure(completions)
+        return [Prediction(self._extract(c.text), c.token_ids, c.text) for c in completions]
 
     def is_correct(self, value: str, answer: str) -> bool:
         """See `Scorer`."""
@@ -237,7 +239,7 @@ class QuestionFailed(RuntimeError):
 def evaluate(
     questions: Seq[Question],
     scorer: Scorer,
-    runner: Runner,
+    engine: Engine,
     batch_size: int,
     on_result: Callable[[list[Result]], None],
     *,
@@ -249,7 +251,7 @@ def evaluate(
     Args:
         questions: what is left to ask; a batch is a run of consecutive ones.
         scorer: how they are answered.
-        runner: the model.
+        engine: the loaded model.
         batch_size: questions per batch.
         on_result: called on rank 0 after each batch, with one result per question in order.
         max_prompt_tokens: a limit below the model's positions, such as the protocol's 2000.
@@ -259,24 +261,24 @@ def evaluate(
         ConfigError: the tokenizer does not fit the scorer.
         QuestionFailed: a batch failed and `go_on` is False.
     """
-    scorer.check(runner.tokenizer)
-    limit = runner.max_positions - scorer.num_new_tokens
+    scorer.check(engine.tokenizer)
+    limit = engine.max_positions - scorer.num_new_tokens
     limit = min(limit, limit if max_prompt_tokens is None else max_prompt_tokens)
     for first in range(0, len(questions), batch_size):
         batch = questions[first : first + batch_size]
-        results = _ask(batch, scorer, runner, limit, go_on=go_on)
-        if runner.group.rank == 0:
+        results = _ask(batch, scorer, engine, limit, go_on=go_on)
+        if engine.group.rank == 0:
             on_result(results)
 
 
 def _ask(
-    batch: Seq[Question], scorer: Scorer, runner: Runner, limit: int, *, go_on: bool
+    batch: Seq[Question], scorer: Scorer, engine: Engine, limit: int, *, go_on: bool
 ) -> list[Result]:
-    prompts = [question.fit(runner.tokenizer, limit) for question in batch]
+    prompts = [question.fit(engine.tokenizer, limit) for question in batch]
     fitting = [prompt.ids for prompt in prompts if prompt]
     error = ""
     try:
-        predictions = iter(scorer.predict(runner, fitting) if fitting else [])
+        predictions = iter(scorer.predict(engine, fitting) if fitting else [])
     except (ValueError, RuntimeError) as failure:
         where = f"question {batch[0].index}" + (
             f" to {batch[-1].index}" if len(batch) > 1 else f" ({batch[0].subject})"

@@ -7,24 +7,17 @@ Every moment between start and end belongs to exactly one part, so the parts add
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from gptneox.config.model import ModelConfig
-from gptneox.devices.device import Device
+from gptneox.engine.api import Engine, StepStats, raise_failure
 from gptneox.engine.detokenizer import decode
-from gptneox.engine.generate import GenerateEngine
-from gptneox.engine.paged import PagedEngine
 from gptneox.engine.sequence import SamplingParams
-from gptneox.parallel import TensorParallelGroup
-from gptneox.weights.size import ModelSize
 
 
 @dataclass
@@ -86,17 +79,14 @@ class Timing:
         return {name: seconds * 1e3 for name, seconds in parts.items()}
 
 
-class Stopwatch(Protocol):
-    """Runs a batch on one path and times it. Every rank calls it alike."""
+class Stopwatch:
+    """Runs a batch on an engine and times it. Every rank calls it alike."""
 
-    path: str  # "paged" | "flash"
-    config: ModelConfig
-    device: Device
-    group: TensorParallelGroup
-    dtype: torch.dtype
-    size: ModelSize
-    max_positions: int
-    tokenizer: Any
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.path, self.tokenizer = engine, engine.name, engine.tokenizer
+        self.config, self.dtype, self.size = engine.model.config, engine.dtype, engine.model.size
+        self.device, self.group = engine.device, engine.group
+        self.max_positions = engine.max_positions
 
     def run(
         self,
@@ -113,194 +103,43 @@ class Stopwatch(Protocol):
             prompts: token ids.
             num_new: new tokens per prompt.
             split: wait for the device around each forward, to tell it from what surrounds it.
-            detokenize: turn the answers into text, as part of the response time.
+            detokenize: turn the answers into text, as part of the response time; at the end, in
+                one go.
             ignore_eos: go on after the end-of-text token.
 
         Raises:
             ValueError: the prompts do not fit the model or the cache.
+            RequestFailed: the model's output is NaN or infinite.
         """
-        ...
-
-
-class PagedStopwatch:
-    """Times the paged engine, step by step."""
-
-    path = "paged"
-
-    def __init__(self, engine: PagedEngine) -> None:
-        self.engine, self.tokenizer = engine, engine.tokenizer
-        self.config, self.dtype, self.size = engine.model.config, engine.dtype, engine.model.size
-        self.device, self.group = engine.model.device, engine.model.group
-        self.max_positions = engine.max_positions
-
-    def run(
-        self,
-        prompts: Seq[Seq[int]],
-        num_new: int,
-        *,
-        split: bool = False,
-        detokenize: bool = True,
-        ignore_eos: bool = True,
-    ) -> Timing:
-        """See `Stopwatch`."""
-        self._check_room(prompts, num_new)
-        engine, params = self.engine, SamplingParams(max_new_tokens=num_new, ignore_eos=ignore_eos)
-        engine.reset_stats(keep_steps=True)
-        ids: list[int] = []
-        steps: list[StepTime] = []
-        answers: dict[int, list[int]] = {}
-        engine.tokenizer, engine.runner.measure = None, split  # text is made at the end, in one go
-        try:
-            self.group.barrier()
-            self.device.synchronize()
-            start = last = time.perf_counter()
-            for prompt in prompts:
-                ids.append(engine.add_request(prompt, params))
-            set_up_s = -start + (last := time.perf_counter())
-            while engine.has_work:
-                outputs = engine.step()
-                now = time.perf_counter()
-                steps.append(self._step(now - last, split, sampled=bool(outputs)))
-                last = now
-                answers.update((o.request_id, o.token_ids) for o in outputs if o.finished)
-        finally:
-            engine.tokenizer, engine.runner.measure = self.tokenizer, False
-            for request_id in ids:  # after an error nothing may stay behind
-                engine.abort(request_id)
-        token_ids = [answers[i] for i in ids]
-        texts = _texts(self.tokenizer, token_ids) if detokenize else []
-        detokenize_s = time.perf_counter() - last if detokenize else 0.0
-        return Timing(set_up_s, steps, detokenize_s, split, token_ids, texts)
-
-    def _step(self, total_s: float, split: bool, *, sampled: bool) -> StepTime:
-        assert self.engine.stats.steps is not None, "step times were not kept"
-        stats = self.engine.stats.steps[-1]
-        step = StepTime(bool(stats.num_prefill_tokens), total_s)
-        if split and sampled:
-            step.pre_s, step.forward_s = stats.prepare_s, stats.forward_s
-            step.post_s = total_s - step.pre_s - step.forward_s
-        elif split:  # a part of a prompt, after which nothing is waited for
-            step.forward_s = total_s
-        return step
-
-    def _check_room(self, prompts: Seq[Seq[int]], num_new: int) -> None:
-        """All rows must run at once, or the figures would be those of a smaller batch."""
-        manager, limit = self.engine.block_manager, self.engine.settings.max_batch_size
-        if len(prompts) > limit:
-            raise ValueError(
-                f"{len(prompts)} rows, but the engine runs {limit} at once; raise max_batch_size"
-            )
-        longest = max(len(p) for p in prompts) + num_new
-        if longest > self.max_positions:
-            raise ValueError(
-                f"{longest} positions are needed, the model has {self.max_positions}; shorten the "
-                "prompt or the output"
-            )
-        needed = blocks_needed([len(p) for p in prompts], num_new, manager.block_size)
-        if needed > manager.num_blocks:
-            raise ValueError(
-                f"out of memory: {len(prompts)} rows of up to {max(map(len, prompts))} + {num_new} "
-                f"tokens need {needed} KV-cache blocks, {manager.num_blocks} are there"
-            )
-
-
-def blocks_needed(prompt_lens: Seq[int], num_new: int, block_size: int) -> int:
-    """KV-cache blocks with which all rows run side by side; the scheduler keeps spare ones."""
-    spare = len(prompt_lens) - 1
-    return spare + sum(-(-(n + num_new) // block_size) for n in prompt_lens)
-
-
-class FlashStopwatch:
-    """Times `generate` of transformers through hooks on the model."""
-
-    path = "flash"
-
-    def __init__(self, engine: GenerateEngine) -> None:
-        self.engine, self.tokenizer = engine, engine.tokenizer
-        model = engine.model.model
-        self.config, self.device, self.group = engine.config, model.device, model.group
-        self.size = model.size
-        self.dtype = model.gpt_neox.embed_in.weight.dtype
-        self.max_positions = engine.max_positions
-
-    def run(
-        self,
-        prompts: Seq[Seq[int]],
-        num_new: int,
-        *,
-        split: bool = False,
-        detokenize: bool = True,
-        ignore_eos: bool = True,
-    ) -> Timing:
-        """See `Stopwatch`."""
         engine = self.engine
-        engine.tokenizer = None
-        try:
-            with self._stamps(split) as stamps:
-                self.group.barrier()
-                self.device.synchronize()
-                start = time.perf_counter()
-                outputs = engine.generate(
-                    prompts, max_new_tokens=num_new, do_sample=False, ignore_eos=ignore_eos
-                )
-                self.device.synchronize()
-                end = time.perf_counter()
-        finally:
-            engine.tokenizer = self.tokenizer
-        token_ids = [output.token_ids for output in outputs]
+        engine.check_batch([len(prompt) for prompt in prompts], num_new)
+        params = SamplingParams(max_new_tokens=num_new, ignore_eos=ignore_eos, detokenize=False)
+        engine.reset_stats(keep_steps=True, measure=split)
+        self.group.barrier()
+        self.device.synchronize()
+        start = time.perf_counter()
+        completions = engine.generate(prompts, params)
+        self.device.synchronize()
+        end = time.perf_counter()
+        raise_failure(completions)
+        token_ids = [completion.token_ids for completion in completions]
         texts = _texts(self.tokenizer, token_ids) if detokenize else []
         detokenize_s = time.perf_counter() - end if detokenize else 0.0
-        steps = []
-        for i, stamp in enumerate(stamps):
-            next_s = stamps[i + 1].prepare if i + 1 < len(stamps) else end
-            step = StepTime(i == 0, next_s - stamp.prepare)
-            if split:
-                step.pre_s = stamp.begin - stamp.prepare
-                step.forward_s = stamp.end - stamp.begin
-                step.post_s = next_s - stamp.end
-            steps.append(step)
-        set_up_s = stamps[0].prepare - start
+        steps = _step_times(engine.stats.steps or [], end, split=split)
+        set_up_s = end - start - sum(step.total_s for step in steps)
         return Timing(set_up_s, steps, detokenize_s, split, token_ids, texts)
 
-    @contextmanager
-    def _stamps(self, split: bool) -> Iterator[list[_Stamp]]:
-        """Within, each loop of `generate` adds the moments it passes."""
-        model, synchronize = self.engine.model, self.device.synchronize
-        stamps: list[_Stamp] = []
-        prepare_inputs = model.prepare_inputs_for_generation
 
-        @wraps(prepare_inputs)  # transformers reads its signature
-        def prepare(*args: Any, **kwargs: Any) -> Any:
-            stamps.append(_Stamp(time.perf_counter()))
-            return prepare_inputs(*args, **kwargs)
-
-        def begin(*_: Any) -> None:
-            synchronize()
-            stamps[-1].begin = time.perf_counter()
-
-        def end(*_: Any) -> None:
-            synchronize()
-            stamps[-1].end = time.perf_counter()
-
-        model.prepare_inputs_for_generation = prepare  # hides the method of the class
-        hooks = []
+def _step_times(stats: Seq[StepStats], end: float, *, split: bool) -> list[StepTime]:
+    """Each step from its beginning to that of the next one; the last one to `end`."""
+    times = []
+    for step, next_start in zip(stats, [*(s.start for s in stats[1:]), end], strict=True):
+        time_ = StepTime(bool(step.num_prefill_tokens), next_start - step.start)
         if split:
-            hooks = [model.register_forward_pre_hook(begin), model.register_forward_hook(end)]
-        try:
-            yield stamps
-        finally:
-            del model.prepare_inputs_for_generation
-            for hook in hooks:
-                hook.remove()
-
-
-@dataclass
-class _Stamp:
-    """Moments of one loop."""
-
-    prepare: float
-    begin: float = 0.0
-    end: float = 0.0
+            time_.pre_s, time_.forward_s = step.prepare_s, step.forward_s
+            time_.post_s = time_.total_s - step.prepare_s - step.forward_s
+        times.append(time_)
+    return times
 
 
 def _texts(tokenizer: Any, token_ids: Seq[Seq[int]]) -> list[str]:

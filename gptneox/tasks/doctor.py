@@ -18,20 +18,23 @@ from gptneox.config.errors import ConfigError
 from gptneox.config.model import ModelConfig
 from gptneox.devices import DEVICES, create
 from gptneox.devices.device import Device, Finding
+from gptneox.engine.api import check_request
 from gptneox.engine.block_manager import BlockManager
-from gptneox.engine.generate import check_prompt
 from gptneox.engine.opening import Opened, check_loading, open_checkpoint
-from gptneox.engine.paged import affordable_blocks, check_blocks, check_request, count_blocks
+from gptneox.engine.paged import affordable_blocks, check_blocks, check_fits_cache, count_blocks
 from gptneox.model import GPTNeoX
+from gptneox.output import check_results
 from gptneox.parallel import TensorParallelGroup
-from gptneox.prompts import make_prompts, read_texts
-from gptneox.tasks.flash_inference import (
+from gptneox.prompts import (
     DEMO_PROMPTS,
     WARM_UP_PROMPT,
-    num_new_tokens,
-    refuse_paged_only,
+    demo_params,
+    fit_output_length,
+    is_demonstration,
+    make_prompts,
+    read_texts,
 )
-from gptneox.tasks.inference import check_results, fit_output_length
+from gptneox.session import refuse_paged_only
 
 PACKAGES = {"torch": "2.7", "transformers": "5.0", "safetensors": ""}
 MARKS = {True: "ok  ", None: "note", False: "FAIL"}
@@ -119,8 +122,7 @@ def checkpoint(settings: Settings, device: Device, ranks: Ranks) -> list[Finding
     findings = []
     try:
         refuse_unbuilt(settings)
-        if is_flash:
-            refuse_paged_only(settings)
+        refuse_paged_only(settings)
         check_results(settings)
     except (ValueError, OSError) as error:
         findings.append(_failure("settings", error))
@@ -185,24 +187,23 @@ def prompts(
     settings: Settings, opened: Opened, num_positions: int, blocks: BlockManager | None
 ) -> list[Finding]:
     """Those of the command line; `blocks` of the paged path. Pipes are left to the run."""
-    args, vocab_size = settings.args, opened.config.vocab_size
-    is_demo = blocks is None and not (args.input_texts or args.input_ids)
-    if args.interactive:
+    is_demo = is_demonstration(settings)
+    vocab_size, has_tokenizer = opened.config.vocab_size, opened.tokenizer is not None
+    if settings.args.interactive:
         return []
     try:
         texts = [WARM_UP_PROMPT, *DEMO_PROMPTS]
         if not is_demo:
             texts = read_texts(settings, TensorParallelGroup(), leave_pipes=True)
         for prompt in make_prompts(settings, texts, opened.tokenizer):
-            if blocks is None:
-                new = num_new_tokens(settings, demo=is_demo)
-                check_prompt(prompt.ids, new, vocab_size, num_positions)
-                continue
             params = fit_output_length(settings, num_positions, prompt)
-            has_tokenizer = opened.tokenizer is not None
+            if is_demo:
+                params = demo_params(settings)
             check_request(
-                prompt.ids, params, vocab_size, num_positions, blocks, has_tokenizer=has_tokenizer
+                prompt.ids, params, vocab_size, num_positions, has_tokenizer=has_tokenizer
             )
+            if blocks:
+                check_fits_cache(len(prompt.ids), params, blocks)
     except (ValueError, OSError) as error:
         return [_failure("prompts", error)]
     return []

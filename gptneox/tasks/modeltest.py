@@ -31,13 +31,12 @@ from gptneox.devices.device import Device
 from gptneox.evaluation import datasets
 from gptneox.evaluation.datasets import Dataset
 from gptneox.evaluation.report import counted, csv_text, say, table
-from gptneox.evaluation.runner import load_runner
 from gptneox.evaluation.scoring import Result, evaluate
 from gptneox.evaluation.timing import Stopwatch, Timing, max_over_ranks, random_prompts
 from gptneox.files import check_writable, write_file
 from gptneox.parallel import TensorParallelGroup
 from gptneox.prompts import encode
-from gptneox.session import start
+from gptneox.session import load_engine, start
 from gptneox.tasks.modeltest_plan import Plan, parse
 from gptneox.tasks.performance import load, versions
 from gptneox.tasks.precision import SHIPPED_SETS
@@ -132,9 +131,10 @@ def apply(settings: Settings, plan: Plan) -> Settings:
     prefill = plan.prefill_batch_size or engine.max_prefill_batch_size
     if plan.prefill_length and not plan.prefill_batch_size:
         prefill = max(1, plan.prefill_length // max(i for i, _ in plan.cases))
-    settings.args.trust_remote_code = settings.args.trust_remote_code or plan.trust_remote_code
+    trusts = settings.args.trust_remote_code or plan.trust_remote_code
     return replace(
         settings,
+        args=replace(settings.args, trust_remote_code=trusts),
         model=replace(settings.model, model_path=str(plan.model_path), attention=plan.attention),
         engine=replace(engine, max_position_embeddings=positions, max_prefill_batch_size=prefill),
         performance=PerformanceSection(),
@@ -479,7 +479,8 @@ class ModelTest:
         """Every question, for each batch size; a failed question counts as wrong."""
         plan = self.plan
         sizes = plan.batch_sizes[0]
-        runner = load_runner(self.settings, self.device, self.group, max(sizes))
+        section = replace(self.settings.engine, max_batch_size=max(sizes))
+        engine = load_engine(self.settings, self.device, self.group, section)
         self.notes.append(f"questions: {', '.join(str(path) for path in dataset.files[:3])} …")
         self.notes.append(f"scoring: {dataset.scorer.name}, shot {dataset.num_examples}")
         for size in sizes:
@@ -488,7 +489,7 @@ class ModelTest:
                 evaluate(
                     dataset.questions,
                     dataset.scorer,
-                    runner,
+                    engine,
                     size,
                     partial(_note, book, bar),
                     max_prompt_tokens=dataset.max_prompt_tokens,

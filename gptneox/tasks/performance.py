@@ -21,16 +21,12 @@ from gptneox.config.errors import ConfigError
 from gptneox.config.settings import EngineSection
 from gptneox.devices.cache import FloatKV
 from gptneox.devices.device import Device
-from gptneox.engine.generate import GenerateEngine
 from gptneox.engine.generation_config import NO_RULES
-from gptneox.engine.paged import PagedEngine, affordable_blocks
+from gptneox.engine.paged import affordable_blocks, blocks_needed
 from gptneox.evaluation import report
 from gptneox.evaluation.timing import (
-    FlashStopwatch,
-    PagedStopwatch,
     Stopwatch,
     Timing,
-    blocks_needed,
     decode_flops,
     max_over_ranks,
     prefill_flops,
@@ -38,7 +34,7 @@ from gptneox.evaluation.timing import (
 )
 from gptneox.files import safe_name
 from gptneox.parallel import TensorParallelGroup
-from gptneox.session import start
+from gptneox.session import load_engine, start
 from gptneox.weights.load import find_part
 from gptneox.weights.size import ModelSize
 
@@ -69,7 +65,7 @@ def run(settings: Settings) -> None:
         ValueError, OSError, RuntimeError: with a message for the user.
     """
     for name in _REFUSED_FLAGS:
-        if getattr(settings.args, name):
+        if settings.given.get(name):
             raise ConfigError(f"--{name} does not go with --task performance; see [performance]")
     section, environment = settings.performance, settings.environment
     cases = section.cases()
@@ -164,30 +160,12 @@ def load(
     batch_size: int,
 ) -> Stopwatch:
     """The engine of the chosen path, with room for the largest case."""
-    with_tokenizer = settings.args.load_tokenizer and not settings.performance.skip_decode
-    if settings.attention == "flash":
-        flash = GenerateEngine.from_pretrained(
-            settings.model_path,
-            device,
-            group,
-            dtype=settings.model.dtype,
-            with_tokenizer=with_tokenizer,
-            max_position_embeddings=settings.engine.max_position_embeddings,
-        )
-        flash.rules = NO_RULES  # nothing may end a row of the length to measure
-        return FlashStopwatch(flash)
-    engine = PagedEngine.from_pretrained(
-        settings.model_path,
-        engine_section(settings, device, group, cases, batch_size),
-        device,
-        dtype=settings.model.dtype,
-        group=group,
-        with_tokenizer=with_tokenizer,
-        trust_remote_code=settings.args.trust_remote_code,
-        show_progress=True,
+    section = engine_section(settings, device, group, cases, batch_size)
+    engine = load_engine(
+        settings, device, group, section, with_tokenizer=not settings.performance.skip_decode
     )
-    engine.rules = NO_RULES
-    return PagedStopwatch(engine)
+    engine.rules = NO_RULES  # nothing may end a row of the length to measure
+    return Stopwatch(engine)
 
 
 def engine_section(
@@ -205,16 +183,15 @@ def engine_section(
         max_output_length=max(o for _, o in cases),
         enable_prefix_caching=False,
     )
-    if section.num_blocks:
+    if section.num_blocks or settings.attention == "flash":
         return section
     # Exactly the blocks that are needed, where they fit; else the engine takes what there is.
     needed = max(blocks_needed([i] * batch_size, o, section.block_size) for i, o in cases)
     _, config = find_part(settings.model_path, group)
     dtype, _ = device.resolve_dtype(config.dtype, settings.model.dtype)
     size = ModelSize(config, dtype, FloatKV(dtype), group.world_size)
-    block_bytes = size.token_bytes * section.block_size
     free = device.memory().free - size.weight_bytes
-    fits = needed <= affordable_blocks(section, block_bytes, free)
+    fits = needed <= affordable_blocks(section, size.token_bytes * section.block_size, free)
     return replace(section, num_blocks=needed if group.broadcast_object(fits) else 0)
 
 

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,13 +20,14 @@ from tqdm import tqdm
 from gptneox.cli import Settings
 from gptneox.config.errors import ConfigError
 from gptneox.config.settings import EMBEDDED_CHECKPOINT, PrecisionSection
+from gptneox.engine.api import Engine
 from gptneox.engine.detokenizer import load_tokenizer
 from gptneox.evaluation.datasets import Dataset, read_boolq, read_ceval, read_mmlu
-from gptneox.evaluation.runner import Runner, content_hash, load_runner, model_files
+from gptneox.evaluation.fingerprint import content_hash, model_files
 from gptneox.evaluation.scoring import NO_ANSWER, Question, QuestionFailed, Result, evaluate
 from gptneox.evaluation.subjects import HARD_SUBJECTS
 from gptneox.files import check_writable, lock, write_file
-from gptneox.session import start
+from gptneox.session import load_engine, start
 from gptneox.weights.load import find_part
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def run(settings: Settings) -> None:
         ValueError, OSError, RuntimeError: with a message for the user.
     """
     for name in _REFUSED_FLAGS:
-        if getattr(settings.args, name):
+        if settings.given.get(name):
             raise ConfigError(f"--{name} does not go with --task precision; see [precision]")
     section = settings.precision
     dataset = read_dataset(section)
@@ -73,17 +74,18 @@ def run(settings: Settings) -> None:
         books.log_settings({**asdict(section), "device": device.describe()})
     num_done = group.broadcast_object(num_done)
 
-    runner: Runner | None = None
+    engine: Engine | None = None
 
     def tokenizer() -> Any:
-        if runner is not None:
-            return runner.tokenizer
+        if engine is not None:
+            return engine.tokenizer
         return load_tokenizer(path, config.vocab_size)
 
     try:
         if num_done < len(dataset.questions):
-            runner = load_runner(settings, device, group, section.batch)
-            ask(dataset, runner, section.batch, num_done, books)
+            batch = replace(settings.engine, max_batch_size=section.batch)
+            engine = load_engine(settings, device, group, batch)
+            ask(dataset, engine, section.batch, num_done, books)
         if books:
             report(books, books.count_too_long(tokenizer, prompt_limit(dataset, positions)))
     finally:
@@ -173,7 +175,7 @@ def make_fingerprint(
 
 
 def ask(
-    dataset: Dataset, runner: Runner, batch_size: int, num_done: int, books: Books | None
+    dataset: Dataset, engine: Engine, batch_size: int, num_done: int, books: Books | None
 ) -> None:
     """Ask what is left; rank 0 writes down each batch before the next one is computed.
 
@@ -194,7 +196,7 @@ def ask(
             evaluate(
                 dataset.questions[num_done:],
                 dataset.scorer,
-                runner,
+                engine,
                 batch_size,
                 on_result,
                 max_prompt_tokens=dataset.max_prompt_tokens,

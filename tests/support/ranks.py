@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import modeling_gpt_neox_ascend  # noqa: F401  # slow to import: once, before the ranks are forked
+import gptneox.adapter  # noqa: F401  # slow to import: once, before the ranks are forked
 from gptneox.config.settings import EngineSection
 from gptneox.devices import select
 from gptneox.engine.generate import GenerateEngine
@@ -241,20 +241,25 @@ def _paged_steps(engine: PagedEngine, token_ids: list[int]) -> Steps:
 def flash(group: TensorParallelGroup, path: Path, prompts: Seq[list[int]], num_new: int) -> Answers:
     """Greedy answers of the left-padded batch, and logits of each prompt alone."""
     engine = GenerateEngine.from_pretrained(
-        path, select("cpu"), group, dtype="float32", with_tokenizer=False
+        path,
+        EngineSection(max_batch_size=64),
+        select("cpu"),
+        group=group,
+        dtype="float32",
+        with_tokenizer=False,
     )
-    outputs = engine.generate(prompts, ignore_eos=True, max_new_tokens=num_new, do_sample=False)
+    outputs = engine.generate(prompts, SamplingParams(max_new_tokens=num_new, ignore_eos=True))
     new_ids = [output.token_ids for output in outputs]
     steps = [_flash_steps(engine, p, new[0]) for p, new in zip(prompts, new_ids, strict=True)]
     return _answers(group, new_ids, steps)
 
 
 def _flash_steps(engine: GenerateEngine, prompt: list[int], token_id: int) -> Steps:
-    group = engine.model.model.group  # the adapter makes its own
+    group = engine.group
     cache, steps = None, []
     for token_ids in (prompt, [token_id]):
         before = group.num_all_reduces
-        output = engine.model(torch.tensor([token_ids]), past_key_values=cache)
+        output = engine.adapter(torch.tensor([token_ids]), past_key_values=cache)
         cache = output.past_key_values
         steps.append((output.logits[0], group.num_all_reduces - before))
     return steps

@@ -137,7 +137,7 @@ def test_prefix_cache_hit(twin, engine):
 
 def test_flash_path(twin, npu):
     """A batch padded on the left, one without padding, and their next tokens."""
-    from modeling_gpt_neox_ascend import GPTNeoXForCausalLM
+    from gptneox.adapter import GPTNeoXForCausalLM
 
     model = GPTNeoXForCausalLM.from_pretrained(str(twin.path), dtype="auto", device_map="npu")
     assert model.gpt_neox.embed_in.weight.dtype == DTYPE

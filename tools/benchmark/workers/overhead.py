@@ -20,6 +20,7 @@ from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EngineSection
 from gptneox.engine.detokenizer import Detokenizer
 from gptneox.engine.paged import PagedEngine
+from gptneox.engine.runner import StepResult
 from gptneox.engine.scheduler import Scheduled, Scheduler
 from gptneox.engine.sequence import SamplingParams
 from gptneox.model import GPTNeoX
@@ -51,7 +52,7 @@ class Overhead(Ours):
         generator = random.Random(0)
         vocab_size = self.engine.model.config.vocab_size
         steps: list[dict[str, float]] = []
-        with _stopwatches(self.engine) as taken:
+        with _stopwatches() as taken:
             for is_measured in (False, True, True):
                 for _ in range(batch):
                     self.add([generator.randrange(1, vocab_size) for _ in range(prompt)], output)
@@ -69,7 +70,7 @@ class Overhead(Ours):
     def _time_steps(self, taken: dict[str, float]) -> list[dict[str, float]]:
         """Every decode step, in seconds by part."""
         engine, steps = self.engine, []
-        engine.reset_stats(keep_steps=True)
+        engine.reset_stats(keep_steps=True, measure=True)  # waits for the device after the model
         assert engine.stats.steps is not None, "steps are kept"
         while engine.has_work:
             taken.update(dict.fromkeys(taken, 0.0))
@@ -98,8 +99,8 @@ class Overhead(Ours):
         model.size = measure(model, {}, dtype)
         engine = PagedEngine(model, section, dtype)
 
-        def pretend(scheduled: list[Scheduled]) -> list[int]:
-            return [1 for item in scheduled if item.samples]
+        def pretend(scheduled: list[Scheduled], **_: bool) -> StepResult:
+            return StepResult([[1] * len(item.sample_rows) for item in scheduled], set())
 
         generator = random.Random(0)
         requests = []
@@ -119,7 +120,7 @@ class Overhead(Ours):
 
 
 @contextmanager
-def _stopwatches(engine: PagedEngine) -> Iterator[dict[str, float]]:
+def _stopwatches() -> Iterator[dict[str, float]]:
     """Seconds that parts of a step take add up in what is yielded."""
     taken = dict.fromkeys(("schedule", "detokenize"), 0.0)
 
@@ -138,13 +139,11 @@ def _stopwatches(engine: PagedEngine) -> Iterator[dict[str, float]]:
         ("detokenize", Detokenizer, "add"),
     )
     originals = [getattr(place, method) for _, place, method in places]
-    engine.runner.measure = True  # waits for the device after the model
     try:
         for (name, place, method), original in zip(places, originals, strict=True):
             setattr(place, method, timed(name, original))
         yield taken
     finally:
-        engine.runner.measure = False
         for (_, place, method), original in zip(places, originals, strict=True):
             setattr(place, method, original)
 

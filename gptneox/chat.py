@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--interactive`: the prompt loop."""
+
+from __future__ import annotations
+
+from gptneox.cli import Settings
+from gptneox.engine.loop import EngineLoop
+from gptneox.engine.paged import PagedEngine
+from gptneox.prompts import encode
+from gptneox.terminal import Interrupts, LineEditor
+
+
+def run(engine: PagedEngine, settings: Settings) -> None:
+    """Read a prompt, stream its continuation, again; every prompt stands alone.
+
+    Ctrl-C stops the answer, not the program; /exit or Ctrl-D ends it. Rank 0 alone reads.
+    """
+    loop = EngineLoop(engine)
+    if engine.group.rank > 0:
+        with Interrupts():
+            loop.follow()
+        return
+    editor = LineEditor(settings.environment.state_home)
+    print("Each line is continued by the model. Ctrl-C stops an answer, /exit ends.")
+    with Interrupts() as interrupts:
+        while True:
+            with loop.idle():
+                text = interrupts.read_line(editor)
+            if text is None or text.strip() in ("/exit", "/quit"):
+                loop.stop()
+                return
+            if not text:
+                continue
+            try:
+                number = loop.add(encode(engine.tokenizer, text, "the prompt"), settings.sampling)
+            except ValueError as error:
+                print(f"error: {error}")
+                continue
+            _stream_answer(loop, number, interrupts)
+
+
+def _stream_answer(loop: EngineLoop, number: int, interrupts: Interrupts) -> None:
+    """Print an answer while it grows, until it ends or Ctrl-C stops it."""
+    end = ""
+    while loop.has_work:
+        if interrupts.noted and not end:
+            loop.abort(number)
+            end = " [stopped]"
+        for _, completion in loop.round():
+            print(completion.new_text, end="", flush=True)
+            if completion.error:
+                end = f"error: {completion.error}"
+    interrupts.noted = False
+    print(end)

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every engine offers: prompts in, completions out, and how long each step took."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from gptneox.config.settings import EngineSection
+from gptneox.devices.device import Device
+from gptneox.engine.generation_config import NO_RULES, GenerationRules
+from gptneox.engine.opening import open_checkpoint
+from gptneox.engine.sequence import (
+    InvalidParameter,
+    SamplingParams,
+    TokenLogprobs,
+    check_vocabulary,
+)
+from gptneox.model import GPTNeoX
+from gptneox.parallel import TensorParallelGroup
+from gptneox.weights.load import load_model
+
+logger = logging.getLogger(__name__)
+
+_Engine = TypeVar("_Engine", bound="Engine")
+
+
+class RequestFailed(RuntimeError):
+    """A request ended without its answer; the message says why."""
+
+
+@dataclass
+class Completion:
+    """What the last step added to the answer of a request; once finished, the whole answer."""
+
+    request_id: int
+    new_text: str = ""
+    new_token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = ""  # "stop" | "length" | "error"; "": the request goes on
+    error: str = ""  # why it failed; what there was until then is kept
+    # All of the answer, once finished. `token_ids` ends with the end-of-text id, if it came.
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing follows."""
+        return bool(self.finish_reason)
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """The distribution after a prompt: its likeliest token, and log p of the tokens asked for.
+
+    On ranks above 0 of the paged engine `logprobs` is empty: rank 0 keeps them.
+    """
+
+    greedy_id: int
+    logprobs: list[float]
+
+
+@dataclass
+class StepStats:
+    """One step: when it began, what it computed, how long it took."""
+
+    start: float  # perf_counter
+    seconds: float
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_context_tokens: int  # cached tokens that attention read
+    prepare_s: float = 0.0  # of `seconds`: before the model; 0 unless measured
+    forward_s: float = 0.0  # of `seconds`: the model, logits included; 0 unless measured
+
+
+@dataclass
+class EngineStats:
+    """Sums over all steps. A step with any prompt token counts as prefill."""
+
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+    num_decode_steps: int = 0
+    num_decode_context_tokens: int = 0
+    num_output_tokens: int = 0
+    steps: list[StepStats] | None = None  # every single step, when a list is given
+    measure: bool = False  # wait for the device around each forward pass, to time it by itself
+
+    def add(self, step: StepStats, num_sampled: int) -> None:
+        """Account for one step."""
+        self.num_output_tokens += num_sampled
+        if step.num_prefill_tokens:
+            self.prefill_s += step.seconds
+            self.num_prefill_tokens += step.num_prefill_tokens
+        else:
+            self.decode_s += step.seconds
+            self.num_decode_tokens += step.num_decode_tokens
+            self.num_decode_steps += 1
+            self.num_decode_context_tokens += step.num_context_tokens
+        if self.steps is not None:
+            self.steps.append(step)
+
+
+class Engine(ABC):
+    """A loaded model with its tokenizer.
+
+    Every rank of a tensor-parallel run owns one and calls the same methods in the same order.
+    """
+
+    name: ClassVar[str]  # as --attention
+    prefers_parts: ClassVar[bool] = False  # see `rank_directory`
+
+    def __init__(
+        self,
+        model: GPTNeoX,
+        settings: EngineSection,
+        dtype: torch.dtype,
+        *,
+        tokenizer: Any = None,
+        rules: GenerationRules = NO_RULES,
+    ) -> None:
+        """Make an engine around a loaded model; `from_pretrained` does all of it.
+
+        Args:
+            model: with its weights.
+            settings: of the engine.
+            dtype: of weights and cache.
+            tokenizer: None: ids in, ids out.
+            rules: what the checkpoint forbids, forces and ends with.
+        """
+        self.model, self.settings, self.dtype = model, settings, dtype
+        self.tokenizer, self.rules = tokenizer, rules
+        self.eos_token_ids = end_of_text(rules, tokenizer)
+        self.stats = EngineStats()
+
+    @classmethod
+    def from_pretrained(
+        cls: type[_Engine],
+        model_path: Path,
+        settings: EngineSection,
+        device: Device,
+        *,
+        dtype: str = "auto",
+        group: TensorParallelGroup | None = None,
+        with_tokenizer: bool = True,
+        trust_remote_code: bool = False,
+        show_progress: bool = False,
+    ) -> _Engine:
+        """Load a checkpoint directory, or this rank's folder of a cut one.
+
+        Raises:
+            ValueError, FileNotFoundError: the files are wrong; see `open_checkpoint`.
+            RuntimeError: not enough memory.
+        """
+        group = group or TensorParallelGroup()
+        opened = open_checkpoint(
+            model_path,
+            device,
+            group,
+            dtype=dtype,
+            with_tokenizer=with_tokenizer,
+            trust_remote_code=trust_remote_code,
+            prefer_parts=cls.prefers_parts,
+        )
+        for notice in opened.notices:
+            logger.warning(notice)
+        positions = settings.max_position_embeddings
+        model = GPTNeoX(opened.config, device, group, positions, settings.graphs)
+        load_model(model, opened.path, opened.dtype, show_progress=show_progress)
+        return cls(model, settings, opened.dtype, tokenizer=opened.tokenizer, rules=opened.rules)
+
+    @property
+    def device(self) -> Device:
+        """Where the model is."""
+        return self.model.device
+
+    @property
+    def group(self) -> TensorParallelGroup:
+        """The ranks that share the model."""
+        return self.model.group
+
+    @property
+    def max_positions(self) -> int:
+        """Positions of prompt and answer together."""
+        return self.model.num_positions
+
+    def check(self, prompt_ids: Seq[int], params: SamplingParams) -> None:
+        """Raise InvalidParameter for a request that can never run."""
+        check_request(
+            prompt_ids,
+            params,
+            self.model.config.vocab_size,
+            self.max_positions,
+            has_tokenizer=self.tokenizer is not None,
+        )
+
+    @abstractmethod
+    def complete(
+        self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams]
+    ) -> Iterator[tuple[int, Completion]]:
+        """Answer prompts; yields what each step adds, with the index of the prompt.
+
+        All prompts are checked before the first is computed. Abandoning the iterator aborts what
+        is not finished.
+
+        Raises:
+            InvalidParameter: see `check`.
+        """
+
+    def generate(
+        self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams]
+    ) -> list[Completion]:
+        """The finished completions of all prompts, in their order; see `complete`."""
+        done = {i: c for i, c in self.complete(prompts, params) if c.finished}
+        return [done[i] for i in range(len(prompts))]
+
+    @abstractmethod
+    def score_next(self, prompts: Seq[Seq[int]], token_ids: Seq[int]) -> list[NextToken]:
+        """log p of each of `token_ids` as the token after each prompt; the softmax is fp32.
+
+        Raises:
+            RequestFailed: the model's output is NaN or infinite.
+            InvalidParameter: see `check`.
+        """
+
+    def check_batch(self, prompt_lens: Seq[int], num_new: int) -> None:
+        """Raise ValueError unless all rows can run side by side, as figures for a batch need."""
+        limit = self.settings.max_batch_size
+        if len(prompt_lens) > limit:
+            raise ValueError(
+                f"{len(prompt_lens)} rows, but the engine runs {limit} at once; raise "
+                "max_batch_size"
+            )
+        longest = max(prompt_lens) + num_new
+        if longest > self.max_positions:
+            raise ValueError(
+                f"{longest} positions are needed, the model has {self.max_positions}; shorten the "
+                "prompt or the output"
+            )
+
+    def describe_cache(self) -> str:
+        """The size of the KV cache for the log, after a comma; empty where it grows with use."""
+        return ""
+
+    def reset_stats(self, *, keep_steps: bool = False, measure: bool = False) -> None:
+        """Count from zero.
+
+        Args:
+            keep_steps: record every single step.
+            measure: time each forward pass by itself.
+        """
+        self.stats = EngineStats(steps=[] if keep_steps else None, measure=measure)
+
+
+def raise_failure(completions: Iterable[Completion]) -> None:
+    """Raise RequestFailed for the first completion that has an error."""
+    for completion in completions:
+        if completion.error:
+            raise RequestFailed(completion.error)
+
+
+def check_request(
+    prompt_ids: Seq[int],
+    params: SamplingParams,
+    vocab_size: int,
+    max_positions: int,
+    *,
+    has_tokenizer: bool,
+) -> None:
+    """Raise InvalidParameter for a request that a model can never answer."""
+    if not len(prompt_ids):
+        raise InvalidParameter(
+            "prompt", "", "at least one token (--input_ids 0 starts from nothing)"
+        )
+    check_vocabulary("prompt", prompt_ids, vocab_size)
+    check_vocabulary("logprob_token_ids", params.logprob_token_ids, vocab_size)
+    check_vocabulary("stop_token_ids", params.stop_token_ids, vocab_size)
+    if len(prompt_ids) + params.max_new_tokens > max_positions:
+        raise InvalidParameter(
+            "max_new_tokens",
+            params.max_new_tokens,
+            f"prompt ({len(prompt_ids)} tokens) + new tokens within the model's "
+            f"{max_positions} positions, so at most "
+            f"{max(0, max_positions - len(prompt_ids))},",
+        )
+    if params.stop and not (has_tokenizer and params.detokenize):
+        raise InvalidParameter("stop", list(params.stop), "no stop string without a tokenizer")
+
+
+def end_of_text(rules: GenerationRules, tokenizer: Any) -> tuple[int, ...]:
+    """End-of-text ids as transformers' `generate` takes them, which does not ask the tokenizer.
+
+    The tokenizer's counts only where generation_config.json is absent and config.json silent.
+    """
+    if rules.eos_token_ids is not None:
+        return rules.eos_token_ids
+    named = None if tokenizer is None else tokenizer.eos_token_id
+    return () if named is None else (named,)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One loop for several ranks: rank 0 takes commands, every rank applies them, then all step.
+
+Each round rank 0 broadcasts the commands that came since the last one. Every rank applies them in
+the same order to its own engine and computes one step, so that all engines stay alike.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from gptneox.engine.api import Completion
+from gptneox.engine.paged import PagedEngine
+from gptneox.engine.sequence import SamplingParams
+
+# Collectives give up after ten minutes (NCCL's default, the shortest); the others hear earlier.
+HEARTBEAT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Add:
+    """Queue a request."""
+
+    number: int  # of the request, in the order of `EngineLoop.add`
+    prompt_ids: list[int]
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class Abort:
+    """Forget a request."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End the loop; what is not finished is forgotten."""
+
+
+Command = Add | Abort | Stop
+
+
+class EngineLoop:
+    """Runs the engines of all ranks in step.
+
+    Rank 0 calls `add`, `abort` and `round`; the other ranks call `follow`, which returns when rank
+    0 calls `stop`. `add` and `abort` may be called from other threads than `round`.
+    """
+
+    def __init__(self, engine: PagedEngine) -> None:
+        self.engine, self.group = engine, engine.group
+        self._commands: list[Command] = []
+        self._request_ids: dict[int, int] = {}  # number -> request id of the engine
+        self._numbers: dict[int, int] = {}  # and back
+        self._next_number = 0
+        self._lock = threading.Lock()  # of the commands
+        self._in_round = threading.Lock()  # a heartbeat is a round, too
+        self._stopped = False
+
+    def add(self, prompt_ids: Seq[int], params: SamplingParams) -> int:
+        """Check a request now and queue it with the next round; returns its number.
+
+        Raises:
+            InvalidParameter: see `PagedEngine.check`.
+        """
+        self.engine.check(prompt_ids, params)
+        with self._lock:
+            number = self._next_number
+            self._next_number += 1
+            self._commands.append(Add(number, list(prompt_ids), params))
+        return number
+
+    def abort(self, number: int) -> None:
+        """Forget a request with the next round; unknown and finished ones are fine."""
+        with self._lock:
+            self._commands.append(Abort(number))
+
+    def stop(self) -> None:
+        """End the loop on every rank."""
+        if not self._stopped:
+            with self._lock:
+                self._commands.append(Stop())
+            self.round()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a round would do something."""
+        return bool(self._commands) or self.engine.has_work
+
+    def round(self) -> list[tuple[int, Completion]]:
+        """Send the commands, apply them, compute one step if there is work for one.
+
+        Returns:
+            What the step added, with the numbers of the requests.
+        """
+        with self._in_round:
+            with self._lock:
+                commands, self._commands = self._commands, []
+            return self._advance(self._exchange(commands))
+
+    def follow(self) -> None:
+        """On ranks above 0: do what rank 0 does until it stops."""
+        while not self._stopped:
+            self._advance(self._exchange([]))
+
+    def generate(self, prompts: Seq[Seq[int]], params: Seq[SamplingParams]) -> list[Completion]:
+        """On rank 0: the finished completions of all prompts, in their order.
+
+        All are checked before the first is computed.
+
+        Raises:
+            InvalidParameter: see `PagedEngine.check`.
+        """
+        for prompt, p in zip(prompts, params, strict=True):
+            self.engine.check(prompt, p)
+        index = {self.add(*pair): i for i, pair in enumerate(zip(prompts, params, strict=True))}
+        done: dict[int, Completion] = {}
+        while len(done) < len(index):
+            done |= {index[n]: c for n, c in self.round() if c.finished and n in index}
+        return [done[i] for i in range(len(prompts))]
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Within, rank 0 waits for something else, and a thread keeps the other ranks waiting."""
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(HEARTBEAT_S):
+                self.round()
+
+        thread = threading.Thread(target=beat, daemon=True)
+        if self.group.world_size > 1:
+            thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            if thread.is_alive():
+                thread.join()
+
+    def _advance(self, commands: Seq[Command]) -> list[tuple[int, Completion]]:
+        for command in commands:
+            self._apply(command)
+        if self._stopped or not self.engine.has_work:
+            return []
+        completions = [(self._numbers[c.request_id], c) for c in self.engine.step()]
+        for number, completion in completions:
+            if completion.finished:
+                self._forget(number)
+        return completions
+
+    def _apply(self, command: Command) -> None:
+        if isinstance(command, Add):
+            request_id = self.engine.add_request(command.prompt_ids, command.params)
+            self._request_ids[command.number] = request_id
+            self._numbers[request_id] = command.number
+        elif isinstance(command, Abort):
+            if command.number in self._request_ids:
+                self.engine.abort(self._request_ids[command.number])
+                self._forget(command.number)
+        else:
+            for number in list(self._request_ids):
+                self._apply(Abort(number))
+            self._stopped = True
+
+    def _forget(self, number: int) -> None:
+        del self._numbers[self._request_ids.pop(number)]
+
+    def _exchange(self, commands: Seq[Command]) -> Seq[Command]:
+        """Rank 0's commands on every rank; without any it costs one broadcast of one number."""
+        if self.group.world_size == 1:
+            return commands
+        size = torch.tensor([len(commands)], device=self.engine.device.torch_device)
+        if not int(self.group.broadcast(size).item()):
+            return []
+        received: Seq[Command] = self.group.broadcast_object(commands)
+        return received

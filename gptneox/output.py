@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers on the terminal and in files, and the summary of a run."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import TextIO
+
+from gptneox.cli import Settings
+from gptneox.engine.api import Completion, Engine, EngineStats
+from gptneox.files import check_writable, lock, write_file
+from gptneox.prompts import Prompt
+
+logger = logging.getLogger(__name__)
+
+BENCHMARK_COLUMNS = (
+    "batch_size",
+    "input_seq_len",
+    "output_seq_len",
+    "e2e_time(ms)",
+    "prefill_time(ms)",
+    "decoder_token_time(ms)",
+    "prefill_count",
+    "prefill_token_times",
+    "decode_token_times",
+    "max_generate_batch_size",
+    "prefill_average_time(ms)",
+)
+
+
+def check_results(settings: Settings) -> None:
+    """Refuse files that cannot be written before anything is computed; rank 0 writes them.
+
+    Raises:
+        OSError: see `check_writable`.
+    """
+    environment = settings.environment
+    if environment.rank == 0 and settings.args.output_file:
+        check_writable(settings.args.output_file)
+    if environment.rank == 0 and environment.benchmark_enabled:
+        check_writable(_benchmark_file(environment.benchmark_path))
+
+
+class Printer:
+    """Writes answers in the order of the prompts, whole or while they grow."""
+
+    def __init__(
+        self, prompts: Seq[Prompt], stream: bool, out: TextIO | None, *, go_on: bool = False
+    ) -> None:
+        """`out` is None on ranks that print nothing; `go_on` without it when it cannot be written.
+
+        A file that takes the answers, too, must not be lost with the reader of `| head`.
+        """
+        self.prompts, self.stream, self.out, self.go_on = prompts, stream, out, go_on
+        self._texts = [""] * len(prompts)
+        self._finished: dict[int, Completion] = {}
+        self._current, self._num_shown = 0, -1  # -1: the question is not printed yet
+
+    def add(self, index: int, output: Completion, has_text: bool) -> None:
+        """Take a step's output of prompt `index` and print what is due."""
+        if has_text:
+            self._texts[index] += output.new_text
+        else:
+            new = ",".join(map(str, output.new_token_ids))
+            self._texts[index] += ("," if self._texts[index] and new else "") + new
+        if output.finished:
+            self._finished[index] = output
+        try:
+            while self.out and self._current < len(self.prompts) and self._print_current():
+                self._current, self._num_shown = self._current + 1, -1
+        except OSError:
+            if not self.go_on:
+                raise
+            self.out = None
+
+    def _print_current(self) -> bool:
+        """Print the answer whose turn it is as far as possible; True when it is complete."""
+        i = self._current
+        done = self._finished.get(i)
+        if not (self.stream or done) or self.out is None:
+            return False
+        if done and done.error and self._num_shown < 0:
+            return True  # it has no answer; the run ends with its error
+        if self._num_shown < 0:
+            print(f"Question[{i}]: {self.prompts[i].shown}", file=self.out)
+            print(f"Answer[{i}]: ", end="", file=self.out)
+            self._num_shown = 0
+        print(self._texts[i][self._num_shown :], end="", file=self.out, flush=True)
+        self._num_shown = len(self._texts[i])
+        if done:
+            print(f"\nGenerate[{i}] token num: ({i}, {len(done.token_ids)})", file=self.out)
+        return done is not None
+
+
+def write_output_file(path: Path, prompts: Seq[Prompt], outputs: Seq[Completion]) -> None:
+    """JSON lines, complete or not there at all.
+
+    Raises:
+        OSError: see `write_file`.
+    """
+    lines = []
+    for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        record = {
+            "index": i,
+            "prompt": prompt.shown,
+            "prompt_ids": prompt.ids,
+            "text": output.text,
+            "token_ids": output.token_ids,
+            "finish_reason": output.finish_reason,
+        }
+        if output.error:
+            record["error"] = output.error
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    write_file(path, "".join(lines))
+
+
+def benchmark_row(
+    stats: EngineStats, batch_size: int, prompts: Seq[Prompt], outputs: Seq[Completion]
+) -> dict[str, str]:
+    """Times in ms with two decimals; lengths are those of the longest request."""
+    assert stats.steps is not None, "step times were not kept"
+    prefill = [s.seconds for s in stats.steps if s.num_prefill_tokens]
+    decode = [s.seconds for s in stats.steps if not s.num_prefill_tokens]
+    output_len = max(len(o.token_ids) for o in outputs)
+    per_token = sum(decode) / (output_len - 1) if output_len > 1 else 0.0
+    values = (
+        str(len(prompts)),
+        str(max(len(p.ids) for p in prompts)),
+        str(output_len),
+        f"{(sum(prefill) + sum(decode)) * 1e3:.2f}",
+        f"{sum(prefill) * 1e3:.2f}",
+        f"{per_token * 1e3:.2f}",
+        str(len(prefill)),
+        ",".join(f"{s:.6f}" for s in prefill),
+        ",".join(f"{s:.6f}" for s in decode),
+        str(batch_size),
+        f"{sum(prefill) / len(prompts) * 1e3:.2f}",
+    )
+    return dict(zip(BENCHMARK_COLUMNS, values, strict=True))
+
+
+def _benchmark_file(path: str) -> Path:
+    return Path(path or "benchmark_result/benchmark.csv")
+
+
+def write_benchmark(
+    path: str, engine: Engine, prompts: Seq[Prompt], outputs: Seq[Completion]
+) -> None:
+    """Write ATB_LLM_BENCHMARK_FILEPATH anew, or add a row to ./benchmark_result/benchmark.csv.
+
+    The default file is shared by all runs in a directory: rows are added under a lock, so that
+    runs side by side lose nothing.
+    """
+    row = benchmark_row(engine.stats, engine.settings.max_batch_size, prompts, outputs)
+    target, text = _benchmark_file(path), io.StringIO()
+    writer = csv.DictWriter(text, BENCHMARK_COLUMNS)
+    writer.writeheader()
+    header = text.getvalue()
+    writer.writerow(row)
+    if path or (target.exists() and not target.is_file()):
+        write_file(target, text.getvalue())
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("a", encoding="utf-8", newline="") as file:
+            lock(file, wait=True)
+            is_new = file.seek(0, os.SEEK_END) == 0
+            file.write(text.getvalue() if is_new else text.getvalue().removeprefix(header))
+    logger.info("benchmark written to %s", target)
+
+
+def print_summary(engine: Engine) -> None:
+    """Prefill and decode speed, and the share of the memory bandwidth that decoding reached."""
+    stats, size = engine.stats, engine.model.size
+    if stats.prefill_s:
+        rate = stats.num_prefill_tokens / stats.prefill_s
+        print(
+            f"prefill: {stats.num_prefill_tokens} tokens, {rate:.1f} tokens/s, "
+            f"{stats.prefill_s * 1e3:.1f} ms"
+        )
+    if not stats.decode_s:
+        return
+    # Bytes one rank reads: its part of the weights once per step, and the cached K and V.
+    read = stats.num_decode_steps * size.decode_weight_bytes
+    read += stats.num_decode_context_tokens * size.token_bytes
+    achieved = read / stats.decode_s
+    limit = engine.model.device.measure_bandwidth()
+    print(
+        f"decode: {stats.num_decode_tokens} tokens, "
+        f"{stats.num_decode_tokens / stats.decode_s:.1f} tokens/s, "
+        f"{stats.decode_s / stats.num_decode_steps * 1e3:.2f} ms per step, "
+        f"{achieved / 1e9:.1f} GB/s = {achieved / limit:.0%} of the "
+        f"{limit / 1e9:.1f} GB/s measured memory bandwidth"
+    )

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""engine/loop.py: rank 0 takes commands, every rank does the same."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from support import checkpoints
+from support.ranks import Teams, open_teams
+
+from gptneox.config.settings import EngineSection
+from gptneox.devices import select
+from gptneox.engine import loop as loop_module
+from gptneox.engine.loop import EngineLoop
+from gptneox.engine.paged import PagedEngine
+from gptneox.engine.sequence import InvalidParameter, SamplingParams
+from gptneox.parallel import TensorParallelGroup
+
+PARAMS = SamplingParams(max_new_tokens=12, ignore_eos=True)
+LONG = SamplingParams(max_new_tokens=100, ignore_eos=True)
+PROMPTS = checkpoints.prompts((5, 17, 3, 9), 288, seed=3)
+
+
+@pytest.fixture(scope="module")
+def teams() -> Iterator[Teams]:
+    with open_teams() as opened:
+        yield opened
+
+
+def run(teams: Teams, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What each rank's call gives; one rank needs no process of its own."""
+    if world_size == 1:
+        return [function(TensorParallelGroup(), *args)]
+    return teams(world_size).run(function, *args)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("loop")
+    checkpoints.write_checkpoint(directory, checkpoints.FAMILY["gpt-neox-20b"], sharpness=2.0)
+    return directory
+
+
+def open_loop(group: TensorParallelGroup, path: Path) -> EngineLoop:
+    section = EngineSection(max_batch_size=4, num_blocks=40, block_size=16)
+    engine = PagedEngine.from_pretrained(
+        path, section, select("cpu"), group=group, dtype="float32", with_tokenizer=False
+    )
+    return EngineLoop(engine)
+
+
+def drain(loop: EngineLoop) -> dict[int, list[int]]:
+    """New tokens of the requests that finish."""
+    done = {}
+    while loop.has_work:
+        done |= {number: c.token_ids for number, c in loop.round() if c.finished}
+    return done
+
+
+@pytest.fixture(scope="module")
+def expected(path: Path) -> list[list[int]]:
+    engine = open_loop(TensorParallelGroup(), path).engine
+    return [c.token_ids for c in engine.generate(PROMPTS, PARAMS)]
+
+
+def mixed(group: TensorParallelGroup, path: Path) -> tuple[dict[int, list[int]], int, int]:
+    """Requests that come while others run, one that is aborted, all of it twice."""
+    loop = open_loop(group, path)
+    done: dict[int, list[int]] = {}
+    if group.rank > 0:
+        loop.follow()
+    else:
+        first = loop.add(PROMPTS[0], PARAMS)
+        aborted = loop.add(PROMPTS[1], LONG)
+        for _ in range(4):
+            done |= {number: c.token_ids for number, c in loop.round() if c.finished}
+        loop.abort(aborted)
+        loop.abort(aborted)
+        loop.abort(77)
+        second = loop.add(PROMPTS[2], PARAMS)
+        done |= drain(loop)
+        assert set(done) == {first, second}
+        outputs = loop.generate([PROMPTS[1], PROMPTS[3]], [PARAMS, PARAMS])
+        done |= {7 + i: c.token_ids for i, c in enumerate(outputs)}
+        loop.add(PROMPTS[0], LONG)  # forgotten when the loop ends
+        loop.stop()
+        loop.stop()
+    engine = loop.engine
+    assert not engine.has_work
+    engine.block_manager.check([])
+    return done, engine.stats.num_output_tokens, engine.stats.num_decode_steps
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_ranks_stay_alike(
+    world_size: int, path: Path, expected: list[list[int]], teams: Teams
+) -> None:
+    answers = run(teams, world_size, mixed, path)
+    done = answers[0][0]
+    assert [done[i] for i in (0, 7, 2, 8)] == expected
+    assert len({answer[1:] for answer in answers}) == 1, "the same steps on every rank"
+
+
+def test_what_is_wrong_is_refused_before_others_hear_of_it(path: Path) -> None:
+    loop = open_loop(TensorParallelGroup(), path)
+    with pytest.raises(InvalidParameter, match="at least one token"):
+        loop.add([], PARAMS)
+    with pytest.raises(InvalidParameter, match="9999"):
+        loop.generate([PROMPTS[0], [9999]], [PARAMS, PARAMS])
+    assert not loop.has_work
+
+
+def failing(group: TensorParallelGroup, path: Path, bad: int) -> list[tuple[list[int], str]]:
+    loop = open_loop(group, path)
+    if group.rank > 0:
+        loop.follow()
+        return []
+    outputs = loop.generate([PROMPTS[0], [4, bad], PROMPTS[2]], [PARAMS] * 3)
+    again = loop.generate([PROMPTS[3]], [PARAMS])
+    loop.stop()
+    return [(c.token_ids, c.finish_reason) for c in outputs + again]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_failing_request_ends_alone_on_every_rank(
+    world_size: int, path: Path, expected: list[list[int]], teams: Teams, tmp_path: Path
+) -> None:
+    """The row of one token in the embedding holds NaN; the loop goes on after it."""
+    used = {token for prompt in PROMPTS for token in prompt} | {t for ids in expected for t in ids}
+    bad = next(token for token in range(288) if token not in used)
+    copied = checkpoints.copy_checkpoint(path, tmp_path / "copied")
+    tensors = load_file(copied / "model.safetensors")
+    tensors["gpt_neox.embed_in.weight"][bad] = float("nan")
+    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
+    [answers, *_] = run(teams, world_size, failing, copied, bad)
+    reasons = [reason for _, reason in answers]
+    assert reasons == ["length", "error", "length", "length"]
+    assert [ids for ids, reason in answers if reason == "length"] == [
+        expected[0],
+        expected[2],
+        expected[3],
+    ]
+
+
+def waiting(group: TensorParallelGroup, path: Path) -> tuple[int, list[list[int]]]:
+    """Rank 0 does something else for a while; the others hear from it."""
+    loop_module.HEARTBEAT_S = 0.05
+    loop = open_loop(group, path)
+    rounds = 0
+    advance = loop._advance
+
+    def count(*args):
+        nonlocal rounds
+        rounds += 1
+        return advance(*args)
+
+    loop._advance = count
+    if group.rank > 0:
+        loop.follow()
+        return rounds, []
+    with loop.idle():
+        time.sleep(0.5)
+    outputs = loop.generate(PROMPTS[:1], [PARAMS])
+    loop.stop()
+    return rounds, [c.token_ids for c in outputs]
+
+
+def test_ranks_that_wait_hear_from_rank_0(
+    path: Path, expected: list[list[int]], teams: Teams
+) -> None:
+    (rounds, answers), (followed, _) = teams(2).run(waiting, path)
+    assert rounds == followed
+    assert rounds > 3 + 12, "heartbeats besides the steps"
+    assert answers == expected[:1]
