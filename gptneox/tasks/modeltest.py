@@ -41,7 +41,7 @@ from gptneox.session import load_engine, start
 from gptneox.tasks.modeltest_plan import Plan, parse
 from gptneox.tasks.performance import load, versions
 from gptneox.tasks.precision import SHIPPED_SETS
-from gptneox.weights.load import rank_directory
+from gptneox.weights.load import find_part
 
 logger = logging.getLogger(__name__)
 
@@ -198,10 +198,8 @@ class ModelTest:
 
     def __post_init__(self) -> None:
         """Say which dtype computes, remember how the results are called, and try their folder."""
-        path = rank_directory(
-            self.settings.model_path, self.group, prefer_parts=self.plan.attention == "flash"
-        )
-        self.config = ModelConfig.from_pretrained(path)
+        is_flash = self.plan.attention == "flash"
+        _, self.config = find_part(self.settings.model_path, self.group, prefer_parts=is_flash)
         dtype, notice = self.device.resolve_dtype(self.config.dtype, self.settings.model.dtype)
         self.compute_dtype = str(dtype).removeprefix("torch.")
         self.notes = [notice] if notice else []
