@@ -26,6 +26,7 @@ from tqdm import tqdm
 from gptneox.cli import Settings
 from gptneox.config.errors import ConfigError
 from gptneox.config.model import ModelConfig
+from gptneox.config.places import CHECKOUT
 from gptneox.config.settings import PerformanceSection
 from gptneox.devices.device import Device
 from gptneox.evaluation import datasets
@@ -40,11 +41,12 @@ from gptneox.session import load_engine, start
 from gptneox.tasks.modeltest_plan import Plan, parse
 from gptneox.tasks.performance import load, versions
 from gptneox.tasks.precision import SHIPPED_SETS
-from gptneox.weights.load import rank_directory
+from gptneox.weights.load import find_part
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[2] / "tests" / "modeltest"
+# Holds data/ and receives outputs/; of an installed package the current folder does.
+ROOT = CHECKOUT / "tests" / "modeltest" if CHECKOUT else Path()
 BEIJING = timezone(timedelta(hours=8))  # of the time in file names, as the original's
 DTYPE_TOKENS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 CASE_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)
@@ -196,10 +198,8 @@ class ModelTest:
 
     def __post_init__(self) -> None:
         """Say which dtype computes, remember how the results are called, and try their folder."""
-        path = rank_directory(
-            self.settings.model_path, self.group, prefer_parts=self.plan.attention == "flash"
-        )
-        self.config = ModelConfig.from_pretrained(path)
+        is_flash = self.plan.attention == "flash"
+        _, self.config = find_part(self.settings.model_path, self.group, prefer_parts=is_flash)
         dtype, notice = self.device.resolve_dtype(self.config.dtype, self.settings.model.dtype)
         self.compute_dtype = str(dtype).removeprefix("torch.")
         self.notes = [notice] if notice else []

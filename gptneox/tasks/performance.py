@@ -18,16 +18,15 @@ from tqdm import tqdm
 
 from gptneox.cli import Settings
 from gptneox.config.errors import ConfigError
-from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EngineSection
+from gptneox.devices.cache import FloatKV
 from gptneox.devices.device import Device
 from gptneox.engine.generation_config import NO_RULES
-from gptneox.engine.paged import blocks_needed
+from gptneox.engine.paged import affordable_blocks, blocks_needed
 from gptneox.evaluation import report
 from gptneox.evaluation.timing import (
     Stopwatch,
     Timing,
-    decode_bytes,
     decode_flops,
     max_over_ranks,
     prefill_flops,
@@ -36,7 +35,8 @@ from gptneox.evaluation.timing import (
 from gptneox.files import safe_name
 from gptneox.parallel import TensorParallelGroup
 from gptneox.session import load_engine, start
-from gptneox.weights.load import rank_directory
+from gptneox.weights.load import find_part
+from gptneox.weights.size import ModelSize
 
 logger = logging.getLogger(__name__)
 
@@ -132,10 +132,8 @@ def check_cases(settings: Settings, cases: Seq[Case]) -> None:
     """
     environment = settings.environment
     ranks = TensorParallelGroup(environment.rank, environment.world_size)
-    flash = settings.attention == "flash"
-    config = ModelConfig.from_pretrained(
-        rank_directory(settings.model_path, ranks, prefer_parts=flash)
-    )
+    is_flash = settings.attention == "flash"
+    _, config = find_part(settings.model_path, ranks, prefer_parts=is_flash)
     limit = config.positions(settings.engine.max_position_embeddings)
     for input_len, output_len in cases:
         if input_len + output_len > limit:
@@ -189,13 +187,11 @@ def engine_section(
         return section
     # Exactly the blocks that are needed, where they fit; else the engine takes what there is.
     needed = max(blocks_needed([i] * batch_size, o, section.block_size) for i, o in cases)
-    config = ModelConfig.from_pretrained(rank_directory(settings.model_path, group))
+    _, config = find_part(settings.model_path, group)
     dtype, _ = device.resolve_dtype(config.dtype, settings.model.dtype)
-    ranks, itemsize = group.world_size, dtype.itemsize
-    block_bytes = config.kv_bytes_per_token(itemsize, ranks) * section.block_size
-    free = device.memory().free - config.num_parameters * itemsize // ranks
-    free -= int(section.reserved_memory_gb * 2**30)
-    fits = needed * block_bytes <= free * section.memory_fraction
+    size = ModelSize(config, dtype, FloatKV(dtype), group.world_size)
+    free = device.memory().free - size.weight_bytes
+    fits = needed <= affordable_blocks(section, size.token_bytes * section.block_size, free)
     return replace(section, num_blocks=needed if group.broadcast_object(fits) else 0)
 
 
@@ -308,12 +304,12 @@ def speed(
 
     Rates of decoding count whole steps; bytes and operations are those of one rank.
     """
-    config, ranks = stopwatch.config, stopwatch.group.world_size
+    config, size, ranks = stopwatch.config, stopwatch.size, stopwatch.group.world_size
     input_len, output_len = case
     speeds: dict[str, float | None] = dict.fromkeys(report.SPEED_KEYS)
     if first_s := times["first_ms"] / 1e3:
         flops = prefill_flops(config, batch_size, input_len) / ranks
-        weights = decode_bytes(config, stopwatch.dtype.itemsize, ranks, batch_size, input_len)
+        weights = size.decode_bytes(batch_size, input_len)
         speeds["prefill_tokens_per_s"] = batch_size * input_len / first_s
         speeds["prefill_tflop_per_s"] = flops / first_s / 1e12
         speeds["prefill_share_of_matmul"] = flops / first_s / limits.matmul
@@ -321,7 +317,7 @@ def speed(
     step_s = (times["next_ms"] + times["pre_ms"] + times["post_ms"]) / 1e3
     if step_s > 0 and output_len > 1:
         context = input_len + output_len / 2  # mean over the steps that follow the first token
-        num_bytes = decode_bytes(config, stopwatch.dtype.itemsize, ranks, batch_size, context)
+        num_bytes = size.decode_bytes(batch_size, context)
         flops = decode_flops(config, batch_size, context) / ranks
         speeds["decode_tokens_per_s"] = batch_size / step_s
         speeds["decode_gb_per_s"] = num_bytes / step_s / 1e9
@@ -342,7 +338,7 @@ def describe_run(settings: Settings, stopwatch: Stopwatch, limits: Limits) -> di
     notes = []
     if config.dtype != dtype:
         notes.append(f"{config.dtype} weights were computed in {dtype}")
-    weights = config.num_decode_parameters * stopwatch.dtype.itemsize / stopwatch.group.world_size
+    weights = stopwatch.size.decode_weight_bytes
     cache = cache_bytes() if device.torch_device.type == "cpu" else 0
     if weights < cache:
         notes.append(

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from gptneox.cli import Settings
 from gptneox.config.errors import ConfigError
-from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EMBEDDED_CHECKPOINT, PrecisionSection
 from gptneox.engine.api import Engine
 from gptneox.engine.detokenizer import load_tokenizer
@@ -29,7 +28,7 @@ from gptneox.evaluation.scoring import NO_ANSWER, Question, QuestionFailed, Resu
 from gptneox.evaluation.subjects import HARD_SUBJECTS
 from gptneox.files import check_writable, lock, write_file
 from gptneox.session import load_engine, start
-from gptneox.weights.load import rank_directory
+from gptneox.weights.load import find_part
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +55,8 @@ def run(settings: Settings) -> None:
     section = settings.precision
     dataset = read_dataset(section)
     device, group = start(settings)
-    path = rank_directory(settings.model_path, group, prefer_parts=settings.attention == "flash")
-    config = ModelConfig.from_pretrained(path)
+    is_flash = settings.attention == "flash"
+    path, config = find_part(settings.model_path, group, prefer_parts=is_flash)
     positions = config.positions(settings.engine.max_position_embeddings)
     dtype, _ = device.resolve_dtype(config.dtype, settings.model.dtype)
     protocol = describe_protocol(dataset, prompt_limit(dataset, positions))

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What torch_npu needs around it (CANN, NNAL, matching versions), and what to type for it."""
+"""What torch_npu needs (CANN, NNAL, matching versions), and the commands that provide it."""
 
 from __future__ import annotations
 
 import re
-import socket
 from pathlib import Path
 
 import torch
 
 from gptneox.devices.device import Finding
+from gptneox.devices.switches import HCCL_PORTS, LAST_BASE_PORT, busy_port
 
 CANN_SCRIPTS = (
     "/usr/local/Ascend/ascend-toolkit/set_env.sh",
@@ -46,8 +46,8 @@ def explain_import_error(error: BaseException) -> str:
 
 def release(version: str) -> str:
     """2.7.1 of 2.7.1.post2 or 2.7.1+cpu."""
-    found = re.match(r"\d+\.\d+\.\d+", version)
-    return found[0] if found else version
+    match = re.match(r"\d+\.\d+\.\d+", version)
+    return match[0] if match else version
 
 
 def version_conflict(torch_version: str, npu_version: str) -> str:
@@ -97,17 +97,14 @@ def cann_findings(npu_version: str, home: str) -> list[Finding]:
     if not home:
         text = f"set_env.sh has not been sourced; type: {cann_remedy()}"
         return [*findings, Finding(None, "CANN", text)]
-    found = cann_version(Path(home))
-    wanted = CANN_VERSIONS.get(release(npu_version), "")
-    if not found:
+    installed = cann_version(Path(home))
+    oldest = CANN_VERSIONS.get(release(npu_version), "")
+    if not installed:
         return [*findings, Finding(None, "CANN", f"version not readable below {home}")]
-    if wanted and version_key(found) < version_key(wanted):
-        text = f"{found} is older than {wanted}, which torch_npu {npu_version} is made for"
+    if oldest and version_key(installed) < version_key(oldest):
+        text = f"{installed} is older than {oldest}, which torch_npu {npu_version} is made for"
         return [*findings, Finding(None, "CANN", text)]
-    return [*findings, Finding(True, "CANN", f"{found} ({wanted or 'no'} minimum known)")]
-
-
-HCCL_PORTS = 16  # host ports from HCCL_IF_BASE_PORT on. Source: CANN's list of HCCL variables.
+    return [*findings, Finding(True, "CANN", f"{installed} ({oldest or 'no'} minimum known)")]
 
 
 def hccl_finding(base: int, port_range: str) -> Finding:
@@ -115,21 +112,9 @@ def hccl_finding(base: int, port_range: str) -> Finding:
     topic = "HCCL ports"
     if port_range:
         return Finding(True, topic, f"HCCL_HOST_SOCKET_PORT_RANGE={port_range}")
-    taken = _taken(base)
+    taken = busy_port(base)
     if not taken:
         return Finding(True, topic, f"{base} to {base + HCCL_PORTS - 1} are free")
-    free = next((p for p in range(base, 65521, HCCL_PORTS) if not _taken(p)), base)
+    free = next((p for p in range(base, LAST_BASE_PORT + 1, HCCL_PORTS) if not busy_port(p)), base)
     text = f"{taken} is taken; run_pa.sh takes others, else type: export HCCL_IF_BASE_PORT={free}"
     return Finding(None, topic, text)
-
-
-def _taken(base: int) -> int:
-    """The first of HCCL's ports that cannot be bound on every address; 0: none."""
-    for port in range(base, min(base + HCCL_PORTS, 65536)):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-            except OSError:
-                return port
-    return 0
