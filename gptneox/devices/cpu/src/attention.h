@@ -678,7 +678,7 @@ template <typename Y, typename C>
 void prefill(
     const Step& step, const float* q, const Cache<C>& keys, const Cache<C>& values, Y* y) {
   if constexpr (Format<C>::kStep == 2) {
-    if (is_blocked<Format<C>>(step.num_tokens - step.num_decodes)) {
+    if (is_blocked<Format<C>>(step.num_tokens - step.num_decodes, step.head_dim)) {
       return prefill_by<true>(step, q, keys, values, y);
     }
   }

@@ -18,6 +18,9 @@ namespace gptneox {
 constexpr int64_t kBlockedRows = 32;
 constexpr int64_t kNever = int64_t{1} << 62;
 
+// Over fewer entries of K the error of the two parts shows beside that of sums in fp32.
+constexpr int64_t kSplitDepth = 256;
+
 // From how many rows on a product is blocked, by the weights' format. The register tile is faster
 // below; a trial after loading the library finds the number.
 struct BlockedFrom {
@@ -30,8 +33,9 @@ inline BlockedFrom blocked_from;
 template <typename F>
 constexpr bool kCanBlock = std::is_same_v<typename F::Weight, float> || GPTNEOX_BF16_DOT;
 
+// Whether the blocked kernels multiply so many rows of activations of `depth` entries.
 template <typename F>
-inline bool is_blocked(int64_t rows) {
+inline bool is_blocked(int64_t rows, int64_t depth) {
   using W = typename F::Weight;
   if constexpr (!kCanBlock<F>) {
     return false;
@@ -40,7 +44,7 @@ inline bool is_blocked(int64_t rows) {
   } else if constexpr (std::is_same_v<W, c10::BFloat16>) {
     return rows >= blocked_from.bf16;
   } else {
-    return rows >= blocked_from.fp16;
+    return rows >= blocked_from.fp16 && depth >= kSplitDepth;
   }
 }
 

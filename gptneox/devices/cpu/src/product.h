@@ -86,9 +86,6 @@ struct Blocks {
   bool blocked = false;
 
   // In memory of its own, kept for the next time.
-  void resize(int64_t num_rows, int64_t depth) {
-    resize(num_rows, depth, is_blocked<F>(num_rows));
-  }
   void resize(int64_t num_rows, int64_t depth, bool for_blocked) {
     bind(nullptr, num_rows, depth, for_blocked);
     if (static_cast<int64_t>(own_.size()) < rows * steps) {
@@ -97,9 +94,6 @@ struct Blocks {
     data_ = own_.data();
   }
   // In memory for `count(num_rows, depth)` scalars.
-  void bind(Scalar* data, int64_t num_rows, int64_t depth) {
-    bind(data, num_rows, depth, is_blocked<F>(num_rows));
-  }
   void bind(Scalar* data, int64_t num_rows, int64_t depth, bool for_blocked) {
     data_ = data;
     rows = num_rows;
