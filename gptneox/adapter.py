@@ -191,14 +191,14 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *_: Any, **__: Any
     ) -> None:
         """Give `generate` our cache unless it has one or wants none."""
-        given = model_kwargs.get("past_key_values")
-        _check_cache(given)
+        cache = model_kwargs.get("past_key_values")
+        _check_cache(cache)
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation {generation_config.cache_implementation!r} is not served; "
                 "leave it out"
             )
-        if given is None and generation_config.use_cache is not False:
+        if cache is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache()
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -43,12 +43,12 @@ def _stream_answer(loop: EngineLoop, number: int, interrupts: Interrupts) -> Non
     """Print an answer while it grows, until it ends or Ctrl-C stops it."""
     end = ""
     while loop.has_work:
-        if interrupts.noted and not end:
+        if interrupts.pending and not end:
             loop.abort(number)
             end = " [stopped]"
         for _, completion in loop.round():
             print(completion.new_text, end="", flush=True)
             if completion.error:
                 end = f"error: {completion.error}"
-    interrupts.noted = False
+    interrupts.pending = False
     print(end)

@@ -34,10 +34,10 @@ def check_writable(path: Path) -> None:
         OSError: it will not; the message says why.
     """
     try:
-        target, found = _find(path)
-        if found is None:
+        target, status = _stat_target(path)
+        if status is None:
             _try_folder(target.parent)
-        elif not os.access(target if stat.S_ISREG(found.st_mode) else path, os.W_OK):
+        elif not os.access(target if stat.S_ISREG(status.st_mode) else path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         reason = error.strerror or str(error)
@@ -56,17 +56,17 @@ def write_file(path: Path, content: str | bytes) -> None:
         OSError: a folder, a disk or a socket has that name, or the writing failed.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
-    target, found = _find(path)
-    if found is None:
+    target, status = _stat_target(path)
+    if status is None:
         target.parent.mkdir(parents=True, exist_ok=True)
         _replace(target, None, data)
-    elif (descriptor := _open_descriptor(found)) is not None:
+    elif (descriptor := _open_descriptor(status)) is not None:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         with os.fdopen(os.dup(descriptor), "wb") as file:
             file.write(data)
-    elif stat.S_ISREG(found.st_mode):
-        _replace(target, found, data)
+    elif stat.S_ISREG(status.st_mode):
+        _replace(target, status, data)
     else:
         with path.open("wb") as file:
             file.write(data)
@@ -74,21 +74,21 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 def is_regular(path: Path) -> bool:
     """Whether it is a file of its own, or will be one, so that others can lie beside it."""
-    _, found = _find(path)
-    return found is None or (stat.S_ISREG(found.st_mode) and _open_descriptor(found) is None)
+    _, status = _stat_target(path)
+    return status is None or (stat.S_ISREG(status.st_mode) and _open_descriptor(status) is None)
 
 
-def _find(path: Path) -> tuple[Path, os.stat_result | None]:
+def _stat_target(path: Path) -> tuple[Path, os.stat_result | None]:
     """Where `path` leads, and what is there; None: nothing yet."""
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         return Path(os.path.realpath(path)), None
-    if stat.S_ISDIR(found.st_mode):
+    if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(f"{path} is a folder, a file is expected")
-    if stat.S_ISBLK(found.st_mode) or stat.S_ISSOCK(found.st_mode):
+    if stat.S_ISBLK(status.st_mode) or stat.S_ISSOCK(status.st_mode):
         raise OSError(f"{path} is a disk or a socket, a file is expected")
-    return Path(os.path.realpath(path)), found
+    return Path(os.path.realpath(path)), status
 
 
 def _try_folder(folder: Path) -> None:
@@ -99,11 +99,11 @@ def _try_folder(folder: Path) -> None:
         pass
 
 
-def _open_descriptor(found: os.stat_result) -> int | None:
+def _open_descriptor(status: os.stat_result) -> int | None:
     """A descriptor of this process that writes to the file: to replace it would lose the rest."""
     for name in os.listdir("/dev/fd"):  # noqa: PTH208 - numbers, not paths
         try:
-            is_same = os.path.samestat(os.fstat(int(name)), found)
+            is_same = os.path.samestat(os.fstat(int(name)), status)
             mode = fcntl.fcntl(int(name), fcntl.F_GETFL) & os.O_ACCMODE
         except OSError:  # the descriptor of the listing itself
             continue
@@ -112,17 +112,17 @@ def _open_descriptor(found: os.stat_result) -> int | None:
     return None
 
 
-def _replace(target: Path, found: os.stat_result | None, data: bytes) -> None:
+def _replace(target: Path, status: os.stat_result | None, data: bytes) -> None:
     """Through a temporary sibling with the mode of what it replaces."""
     temporary = target.with_name(f".gptneox-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with temporary.open("xb") as file:
             file.write(data)
-        if found:
-            temporary.chmod(stat.S_IMODE(found.st_mode))
+        if status:
+            temporary.chmod(stat.S_IMODE(status.st_mode))
         temporary.replace(target)
     except OSError as error:
-        if found is None or error.errno not in _NOT_REPLACEABLE:
+        if status is None or error.errno not in _NOT_REPLACEABLE:
             raise
         with target.open("r+b") as file:
             file.write(data)

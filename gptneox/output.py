@@ -88,7 +88,7 @@ class Printer:
         if done and done.error and self._num_shown < 0:
             return True  # it has no answer; the run ends with its error
         if self._num_shown < 0:
-            print(f"Question[{i}]: {self.prompts[i].shown}", file=self.out)
+            print(f"Question[{i}]: {self.prompts[i].display}", file=self.out)
             print(f"Answer[{i}]: ", end="", file=self.out)
             self._num_shown = 0
         print(self._texts[i][self._num_shown :], end="", file=self.out, flush=True)
@@ -108,7 +108,7 @@ def write_output_file(path: Path, prompts: Seq[Prompt], outputs: Seq[Completion]
     for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         record = {
             "index": i,
-            "prompt": prompt.shown,
+            "prompt": prompt.display,
             "prompt_ids": prompt.ids,
             "text": output.text,
             "token_ids": output.token_ids,

@@ -23,7 +23,7 @@ from gptneox.config.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 # After this long a rank that waits for the others says so.
-PATIENCE_S = 10.0
+WAIT_NOTICE_S = 10.0
 
 
 @dataclass
@@ -82,7 +82,7 @@ def check_divides(world_size: int, num_heads: int, intermediate_size: int) -> No
 
 
 # Longer than torchrun takes to notice that a rank has ended, and to end the others.
-_WAIT_FOR_THE_CAUSE_S = 3.0
+_FIRST_CAUSE_DELAY_S = 3.0
 
 
 def report_failure(error: BaseException) -> None:
@@ -92,7 +92,7 @@ def report_failure(error: BaseException) -> None:
     it compares whole seconds; so this rank waits, and is ended with the rest.
     """
     if isinstance(error, RuntimeError) and dist.is_initialized() and dist.get_world_size() > 1:
-        time.sleep(_WAIT_FOR_THE_CAUSE_S)
+        time.sleep(_FIRST_CAUSE_DELAY_S)
     handler = get_error_handler()
     handler.initialize()
     handler.record_exception(error)
@@ -107,25 +107,25 @@ def leave_group() -> None:
 def init_group(rank: int, world_size: int, dist_backend: str) -> TensorParallelGroup:
     """Join the processes that torchrun started; one process alone needs nothing."""
     if world_size > 1 and not dist.is_initialized():
-        with _impatience(rank, world_size):
+        with _report_waiting(rank, world_size):
             dist.init_process_group(dist_backend, rank=rank, world_size=world_size)
     return TensorParallelGroup(rank, world_size)
 
 
 @contextlib.contextmanager
-def _impatience(rank: int, world_size: int) -> Iterator[None]:
+def _report_waiting(rank: int, world_size: int) -> Iterator[None]:
     """Say after a while for whom this rank waits; Ctrl-C ends it, which torch's wait would not."""
     others = [str(i) for i in range(world_size) if i != rank]
     named = ", ".join(others if len(others) < 8 else [*others[:3], "…", others[-1]])
     environment = Environment.read()
     text = (
-        f"has waited {PATIENCE_S:.0f} s at {environment.master_addr} port "
+        f"has waited {WAIT_NOTICE_S:.0f} s at {environment.master_addr} port "
         f"{environment.master_port} for rank {named}; start all {world_size} with the same "
         "MASTER_ADDR and MASTER_PORT, or, for a run of one process, unset RANK, LOCAL_RANK and "
         "WORLD_SIZE"
     )
     # an error, which every rank shows: the one that is missing cannot
-    watch = threading.Timer(PATIENCE_S, logger.error, [text])
+    watch = threading.Timer(WAIT_NOTICE_S, logger.error, [text])
     watch.daemon = True
     watch.start()
     is_main = threading.current_thread() is threading.main_thread()

@@ -39,10 +39,10 @@ DEMO_MAX_NEW_TOKENS, DEMO_REPETITION_PENALTY = 64, 1.1
 
 @dataclass(frozen=True)
 class Prompt:
-    """One input: its ids, and how it is shown."""
+    """One input: its ids, and the text that stands for it in the output."""
 
     ids: list[int]
-    shown: str
+    display: str
 
 
 def read_texts(
@@ -69,9 +69,9 @@ def read_texts(
         if sum(word in STDIN_NAMES for word in words) > 1:
             raise ConfigError("--input_texts names standard input twice; it can be read once")
         texts = [
-            check_text(_content(word, f"prompt {i}", group.world_size), f"prompt {i}")
+            check_text(_read_word(word, f"prompt {i}", group.world_size), f"prompt {i}")
             for i, word in enumerate(words)
-            if not (leave_pipes and _is_spent_by_reading(word, f"prompt {i}"))
+            if not (leave_pipes and _reads_only_once(word, f"prompt {i}"))
         ]
     received = group.broadcast_object(texts)
     assert isinstance(received, list)
@@ -136,11 +136,11 @@ def check_text(text: str, what: str) -> str:
 # -- one word of --input_texts -------------------------------------------------------------------
 
 
-def _content(word: str, what: str, world_size: int) -> str:
+def _read_word(word: str, what: str, world_size: int) -> str:
     """What a word stands for: the content of a file or a pipe of this name, else itself."""
     if word in STDIN_NAMES:
         logger.info("%s is read from standard input (Ctrl-D on a terminal ends it)", what)
-        return _decoded(sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1), f"{what}, standard input,")
+        return _decode(sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1), f"{what}, standard input,")
     path = find_file(word, what, world_size)
     if path is None:
         if _FILE_NAME.fullmatch(word):
@@ -159,10 +159,10 @@ def _content(word: str, what: str, world_size: int) -> str:
             data = file.read(MAX_PROMPT_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{what} cannot be read from {word}: {error.strerror}") from error
-    return _decoded(data, f"{what}, {word},")
+    return _decode(data, f"{what}, {word},")
 
 
-def _is_spent_by_reading(word: str, what: str) -> bool:
+def _reads_only_once(word: str, what: str) -> bool:
     """Whether a word stands for a pipe or a terminal."""
     if word in STDIN_NAMES:
         return True
@@ -170,7 +170,7 @@ def _is_spent_by_reading(word: str, what: str) -> bool:
     return path is not None and not path.is_file()
 
 
-def _decoded(data: bytes, origin: str) -> str:
+def _decode(data: bytes, origin: str) -> str:
     if len(data) > MAX_PROMPT_BYTES:
         raise ConfigError(f"{origin} is longer than {MAX_PROMPT_BYTES >> 20} MiB")
     return decode_text(data, origin)

@@ -44,8 +44,8 @@ def refuse_paged_only(settings: Settings) -> None:
         "--stream": settings.args.stream,
         "ATB_LLM_BENCHMARK_ENABLE": settings.environment.benchmark_enabled,
     }
-    for name, given in options.items():
-        if given:
+    for name, is_set in options.items():
+        if is_set:
             raise ConfigError(f"{name} is not served by the flash path; use --attention paged")
 
 

@@ -77,7 +77,7 @@ class LineEditor:
             UnicodeDecodeError: it is not UTF-8.
         """
         if self._readline:
-            with _keys_kept():
+            with _keep_typed_keys():
                 line = input(PROMPT)
             self._remember(line)
             return line
@@ -116,7 +116,7 @@ class LineEditor:
 
 
 @contextlib.contextmanager
-def _keys_kept() -> Iterator[None]:
+def _keep_typed_keys() -> Iterator[None]:
     """Ctrl-C takes the keys typed before it away only here, not in the terminal.
 
     Else a key that readline was promised may be gone when it reads, and it would wait for the
@@ -161,7 +161,7 @@ def _read_history(path: Path | None) -> list[str]:
     """The last prompts of earlier runs; lines that hold none are left out."""
     if path is None or not path.exists():
         return []
-    found = []
+    prompts = []
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             lines = collections.deque(file, MAX_HISTORY)
@@ -174,8 +174,8 @@ def _read_history(path: Path | None) -> list[str]:
         except ValueError:
             continue
         if isinstance(value, str):
-            found.append(value)
-    return found
+            prompts.append(value)
+    return prompts
 
 
 class Interrupts:
@@ -190,50 +190,52 @@ class Interrupts:
     """
 
     def __init__(self) -> None:
-        self.noted = False
+        self.pending = False
         self._reading = False
-        self._before: Any = None
-        self._woken = self._wake = -1  # the two ends of the pipe
-        self._wake_before = -1
-        self._nowhere: Any = None
+        self._previous_handler: Any = None
+        self._wake_read_fd = self._wake_write_fd = -1  # the two ends of the pipe
+        self._previous_wakeup_fd = -1
+        self._null_file: Any = None
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Interrupts:
-        self._woken, self._wake = os.pipe()
-        os.set_blocking(self._wake, False)
-        self._nowhere = Path(os.devnull).open("w", encoding="ascii")
+        self._wake_read_fd, self._wake_write_fd = os.pipe()
+        os.set_blocking(self._wake_write_fd, False)
+        self._null_file = Path(os.devnull).open("w", encoding="ascii")
         # A signal that ends a wait without a handler in Python: that one would run while the
         # KeyboardInterrupt is on its way, which `input` does not survive.
-        faulthandler.register(NUDGE, self._nowhere, all_threads=False)
-        self._before = signal.signal(signal.SIGINT, self._handle)
-        self._wake_before = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        faulthandler.register(NUDGE, self._null_file, all_threads=False)
+        self._previous_handler = signal.signal(signal.SIGINT, self._handle)
+        self._previous_wakeup_fd = signal.set_wakeup_fd(
+            self._wake_write_fd, warn_on_full_buffer=False
+        )
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.set_wakeup_fd(self._wake_before)
-        signal.signal(signal.SIGINT, self._before)
-        os.close(self._wake)
+        signal.set_wakeup_fd(self._previous_wakeup_fd)
+        signal.signal(signal.SIGINT, self._previous_handler)
+        os.close(self._wake_write_fd)
         self._thread.join()
-        os.close(self._woken)
+        os.close(self._wake_read_fd)
         faulthandler.unregister(NUDGE)
-        self._nowhere.close()
+        self._null_file.close()
 
     def _handle(self, *_: object) -> None:
         with contextlib.suppress(BlockingIOError):
-            os.write(self._wake, _HANDLED)
+            os.write(self._wake_write_fd, _HANDLED)
         if self._reading:
             self._reading = False
             raise KeyboardInterrupt
-        self.noted = True
+        self.pending = True
 
     def _watch(self) -> None:
         main = threading.main_thread().ident
         assert main is not None
         is_pending = False
         while True:
-            if select.select([self._woken], [], [], 0.02 if is_pending else None)[0]:
-                if not (signals := os.read(self._woken, 4096)):
+            if select.select([self._wake_read_fd], [], [], 0.02 if is_pending else None)[0]:
+                if not (signals := os.read(self._wake_read_fd, 4096)):
                     return
                 is_pending = signals.rfind(signal.SIGINT) > signals.rfind(_HANDLED)
             elif self._reading:
@@ -244,7 +246,7 @@ class Interrupts:
         while True:
             try:
                 self._reading = True
-                if self.noted:
+                if self.pending:
                     raise KeyboardInterrupt
                 return editor.read()
             except UnicodeDecodeError as error:
@@ -258,7 +260,7 @@ class Interrupts:
                 print()
                 return None
             except KeyboardInterrupt:
-                self._reading = self.noted = False
+                self._reading = self.pending = False
                 print("\n(/exit or Ctrl-D ends)")
             finally:
                 self._reading = False

@@ -739,7 +739,7 @@ def test_log_probabilities_end_with_the_answer(reference: Reference, device: Dev
     [item] = engine.scheduler.schedule()
     seq, start = item.seq, len(prompt) - 1
     result = engine.runner.run([replace(item, sample_rows=tuple(range(start, start + 4)))])
-    engine.scheduler.computed([item])
+    engine.scheduler.mark_computed([item])
     del seq.token_ids[len(prompt) :]  # as a draft that was checked and is now taken
     seq.num_prompt_tokens = len(prompt)
     completion = engine._advance(engine._requests[seq.request_id], result.token_ids[0], late=False)

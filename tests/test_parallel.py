@@ -478,18 +478,18 @@ def test_a_broken_collective_is_not_the_first_cause(teams: Teams, tmp_path: Path
 )  # fmt: skip
 def test_a_rank_that_waits_says_for_whom(rank, world_size, named, monkeypatch, caplog) -> None:
     """And may be interrupted meanwhile: torch waits without looking."""
-    monkeypatch.setattr(parallel, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(parallel, "WAIT_NOTICE_S", 0.05)
     monkeypatch.setenv("MASTER_ADDR", "host0")
     monkeypatch.setenv("MASTER_PORT", "1234")
     before = signal.getsignal(signal.SIGINT)
-    with parallel._impatience(rank, world_size):
+    with parallel._report_waiting(rank, world_size):
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
         time.sleep(0.2)
     assert signal.getsignal(signal.SIGINT) is before
     assert named in caplog.text
     assert "at host0 port 1234" in caplog.text
     caplog.clear()
-    with parallel._impatience(rank, world_size):
+    with parallel._report_waiting(rank, world_size):
         pass
     time.sleep(0.1)
     assert not caplog.text

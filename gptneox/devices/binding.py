@@ -34,20 +34,20 @@ def run_tool(*command: str) -> str:
 
 
 def parse_cpu_list(text: str) -> list[int]:
-    """`0-3,64-67,70` as numbers; what is no such list gives none."""
+    """`0-3,64-67,70` as numbers; empty for any other text."""
     cpus: list[int] = []
     for item in text.strip().split(","):
-        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", item)
-        if not found:
+        span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", item)
+        if not span:
             return []
-        cpus += range(int(found[1]), int(found[2] or found[1]) + 1)
+        cpus += range(int(span[1]), int(span[2] or span[1]) + 1)
     return cpus
 
 
 def parse_address(text: str) -> str:
     """`C1:00.0` or `0000:C1:00.0` in the form of sysfs; empty when it is neither."""
-    found = re.search(r"\b(?:([0-9a-f]{4}):)?([0-9a-f]{2}:[0-9a-f]{2}\.[0-7])\b", text, re.I)
-    return f"{found[1] or '0000'}:{found[2]}".lower() if found else ""
+    match = re.search(r"\b(?:([0-9a-f]{4}):)?([0-9a-f]{2}:[0-9a-f]{2}\.[0-7])\b", text, re.I)
+    return f"{match[1] or '0000'}:{match[2]}".lower() if match else ""
 
 
 def parse_chips(text: str) -> list[tuple[int, int]]:
@@ -61,18 +61,18 @@ def parse_chips(text: str) -> list[tuple[int, int]]:
 
 def parse_bus(text: str) -> str:
     """PCI address from `npu-smi info -t board -i NPU -c CHIP`."""
-    found = re.search(r"PCIe Bus Info\s*:\s*(\S+)", text)
-    return parse_address(found[1]) if found else ""
+    match = re.search(r"PCIe Bus Info\s*:\s*(\S+)", text)
+    return parse_address(match[1]) if match else ""
 
 
 def accelerator_addresses(sysfs: Path) -> list[str]:
     """PCI addresses of this maker's accelerators, in order."""
-    found = []
+    addresses = []
     for device in sorted(sysfs.glob("bus/pci/devices/*")):
         is_ours = _read(device / "vendor") == HUAWEI
         if is_ours and _read(device / "class").startswith(ACCELERATOR_CLASS):
-            found.append(device.name.lower())
-    return found
+            addresses.append(device.name.lower())
+    return addresses
 
 
 def npu_addresses(sysfs: Path = SYSFS, run: Runner = run_tool) -> list[str]:
@@ -86,19 +86,19 @@ def npu_addresses(sysfs: Path = SYSFS, run: Runner = run_tool) -> list[str]:
     if addresses and num_nodes == len(addresses):
         return addresses
     chips = parse_chips(run("npu-smi", "info", "-m"))
-    found = [
+    addresses = [
         parse_bus(run("npu-smi", "info", "-t", "board", "-i", str(npu), "-c", str(chip)))
         for npu, chip in chips
     ]
-    return found if all(found) else []
+    return addresses if all(addresses) else []
 
 
 def numa_node(address: str, sysfs: Path = SYSFS, run: Runner = run_tool) -> int | None:
     """The NUMA node of a PCI device; None when the machine does not say (-1)."""
     text = _read(sysfs / "bus/pci/devices" / address / "numa_node")
     if not text:
-        found = re.search(r"NUMA node:\s*(-?\d+)", run("lspci", "-s", address, "-vvv"))
-        text = found[1] if found else ""
+        match = re.search(r"NUMA node:\s*(-?\d+)", run("lspci", "-s", address, "-vvv"))
+        text = match[1] if match else ""
     return int(text) if text.isdigit() else None
 
 
@@ -106,8 +106,8 @@ def node_cpus(node: int, sysfs: Path = SYSFS, run: Runner = run_tool) -> list[in
     """The cores of a NUMA node."""
     text = _read(sysfs / f"devices/system/node/node{node}/cpulist")
     if not text:
-        found = re.search(rf"NUMA node{node} CPU\(s\):\s*(\S+)", run("lscpu"))
-        text = found[1] if found else ""
+        match = re.search(rf"NUMA node{node} CPU\(s\):\s*(\S+)", run("lscpu"))
+        text = match[1] if match else ""
     return parse_cpu_list(text)
 
 

@@ -68,13 +68,13 @@ def memory(proc: Path = PROC) -> list[tuple[int, int]]:
 
     File pages count as free: the kernel gives them back before it kills.
     """
-    found = []
+    limits = []
     for folder in folders("memory", proc):
         limit = _number(folder / "memory.max", folder / "memory.limit_in_bytes")
         used = _number(folder / "memory.current", folder / "memory.usage_in_bytes")
         if limit is not None:
-            found.append((limit, max(0, limit - (used or 0) + _reclaimable(folder))))
-    return found
+            limits.append((limit, max(0, limit - (used or 0) + _reclaimable(folder))))
+    return limits
 
 
 def cpu_quota(proc: Path = PROC) -> float | None:

@@ -62,7 +62,7 @@ class BlockManager:
             parent = self.contents[block][0]
         return blocks
 
-    def start(self, seq: Sequence, shared: list[int], *, keep_free: int = 0) -> None:
+    def allocate(self, seq: Sequence, shared: list[int], *, keep_free: int = 0) -> None:
         """Give a sequence blocks for all its tokens.
 
         Args:
@@ -82,8 +82,8 @@ class BlockManager:
         for block in shared:
             self.free.pop(block, None)
             self.num_users[block] += 1
-        seq.block_table = shared + [self._take() for _ in range(num_new)]
-        seq.num_committed_blocks = len(shared)
+        seq.block_table = shared + [self._pop_free() for _ in range(num_new)]
+        seq.num_cached_blocks = len(shared)
         seq.content_id = self.contents[shared[-1]][0] if shared else _ROOT
         seq.num_computed_tokens = len(shared) * self.block_size
         self.num_hit_tokens += seq.num_computed_tokens
@@ -98,14 +98,14 @@ class BlockManager:
         num_new = self.blocks_for(len(seq.token_ids)) - len(seq.block_table)
         if num_new > len(self.free):
             raise NoFreeBlocks(f"need {num_new} block(s), have {len(self.free)}")
-        seq.block_table += [self._take() for _ in range(num_new)]
+        seq.block_table += [self._pop_free() for _ in range(num_new)]
 
-    def commit(self, seq: Sequence) -> None:
+    def cache_full_blocks(self, seq: Sequence) -> None:
         """Make the blocks of `seq` that are full and computed available to others."""
         num_full = seq.num_computed_tokens // self.block_size
-        if not self.enable_prefix_caching or num_full == seq.num_committed_blocks:
+        if not self.enable_prefix_caching or num_full == seq.num_cached_blocks:
             return
-        for i in range(seq.num_committed_blocks, num_full):
+        for i in range(seq.num_cached_blocks, num_full):
             tokens = tuple(seq.token_ids[i * self.block_size : (i + 1) * self.block_size])
             key = (seq.content_id, tokens)
             if key not in self.cached:
@@ -114,7 +114,7 @@ class BlockManager:
                 self.contents[block] = (next(self._content_ids), key)
             # Otherwise another block holds the same content; the chain goes on from that one.
             seq.content_id = self.contents[self.cached[key]][0]
-        seq.num_committed_blocks = num_full
+        seq.num_cached_blocks = num_full
 
     def release(self, seq: Sequence) -> None:
         """Take all blocks back; the deepest ones are evicted first, so prefixes live longer."""
@@ -127,7 +127,7 @@ class BlockManager:
             if block not in self.contents:
                 self.free.move_to_end(block, last=False)  # nothing to keep: first to be taken
         seq.block_table = []
-        seq.num_computed_tokens = seq.num_committed_blocks = seq.content_id = 0
+        seq.num_computed_tokens = seq.num_cached_blocks = seq.content_id = 0
 
     def check(self, sequences: list[Sequence]) -> None:
         """Assert that the books balance; `sequences` are all that hold blocks."""
@@ -142,7 +142,7 @@ class BlockManager:
         for block, (_, key) in self.contents.items():
             assert self.cached[key] == block, f"block {block} is not where its content points"
 
-    def _take(self) -> int:
+    def _pop_free(self) -> int:
         """The next block to be used; what it held is forgotten."""
         block, _ = self.free.popitem(last=False)
         if content := self.contents.pop(block, None):

@@ -55,19 +55,19 @@ def load_tokenizer(model_path: Path, vocab_size: int, *, trust_remote_code: bool
 
 def _load(model_path: Path, names: Seq[str], trust_remote_code: bool) -> Any:
     """The tokenizer of the files that are there, `names` being those of which one is needed."""
-    found = {name for name in names if (model_path / name).is_file()}
+    present = {name for name in names if (model_path / name).is_file()}
     settings = read_settings(model_path)
     if trust_remote_code and "AutoTokenizer" in (settings.get("auto_map") or ()):
         return _load_with_own_code(model_path)
-    if "tokenizer.json" in found or {"vocab.json", "merges.txt"} <= found:
-        return _load_fast(model_path, settings, with_json="tokenizer.json" in found)
-    if found & set(MODEL_NAMES):
+    if "tokenizer.json" in present or {"vocab.json", "merges.txt"} <= present:
+        return _load_fast(model_path, settings, with_json="tokenizer.json" in present)
+    if present & set(MODEL_NAMES):
         return SentencePieceTokenizer(model_path)
-    if found:
-        lacking = "merges.txt" if "vocab.json" in found else "vocab.json"
+    if present:
+        missing = "merges.txt" if "vocab.json" in present else "vocab.json"
         raise FileNotFoundError(
-            f"the tokenizer in {model_path} is incomplete: {', '.join(found)} without {lacking}; "
-            f"copy {lacking} there, or tokenizer.json, which is enough by itself"
+            f"the tokenizer in {model_path} is incomplete: {', '.join(present)} without {missing}; "
+            f"copy {missing} there, or tokenizer.json, which is enough by itself"
         )
     raise FileNotFoundError(
         f"no tokenizer in {model_path}: none of {', '.join(names[:-1])}; copy the checkpoint's "
@@ -103,9 +103,12 @@ def _load_fast(model_path: Path, settings: dict[str, Any], *, with_json: bool) -
     tokenizer.model_max_length = sys.maxsize  # the engines know the positions
     # transformers' GPT-NeoX class obeys this key, too; the tokens of the training depend on it.
     before = tokenizer.backend_tokenizer.pre_tokenizer
-    wanted = settings.get("add_prefix_space")
-    if isinstance(wanted, bool) and getattr(before, "add_prefix_space", wanted) != wanted:
-        before.add_prefix_space = wanted
+    add_prefix = settings.get("add_prefix_space")
+    if (
+        isinstance(add_prefix, bool)
+        and getattr(before, "add_prefix_space", add_prefix) != add_prefix
+    ):
+        before.add_prefix_space = add_prefix
         tokenizer.backend_tokenizer.pre_tokenizer = before
     return tokenizer
 
@@ -173,8 +176,8 @@ def decode(tokenizer: Any, token_ids: Seq[int]) -> str:
     """Text of tokens without special ones; padding rows of the vocabulary decode to nothing."""
     # Ids may have gaps, which only a tokenizer's own Python code may stumble over.
     end = math.inf if tokenizer.is_fast else len(tokenizer)
-    known = [t for t in token_ids if 0 <= t < end]
-    text = tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    valid_ids = [t for t in token_ids if 0 <= t < end]
+    text = tokenizer.decode(valid_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
 
@@ -243,7 +246,7 @@ class Detokenizer:
         return shown
 
 
-def extend(
+def append_until_end(
     detokenizer: Detokenizer | None, new: Seq[int], stop_ids: Container[int], room: int
 ) -> tuple[int, str, str]:
     """Take the new tokens of a sequence one by one, until it ends.

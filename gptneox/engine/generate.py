@@ -21,7 +21,7 @@ from gptneox.engine.api import (
     StepStats,
     check_request,
 )
-from gptneox.engine.detokenizer import Detokenizer, decode, extend
+from gptneox.engine.detokenizer import Detokenizer, append_until_end, decode
 from gptneox.engine.generation_config import NO_RULES, GenerationRules
 from gptneox.engine.sampler import describe_non_finite, non_finite_rows, restrict
 from gptneox.engine.sequence import InvalidParameter, SamplingParams
@@ -102,7 +102,7 @@ class GenerateEngine(Engine):
                 eos_token_id=sorted(ends) or None,
                 pad_token_id=0,
                 logits_processor=[batch.restrict],
-                stopping_criteria=[batch.ended],
+                stopping_criteria=[batch.check_ends],
                 **_options(params),
             )
         new_ids = output[:, input_ids.shape[1] :].tolist()
@@ -215,7 +215,7 @@ class _Row:
         if not self.reason:
             room = 1 if late else self.limit - len(self.token_ids)
             self.token_ids.append(token_id)
-            _, _, self.reason = extend(self.detokenizer, [token_id], self.ends, room)
+            _, _, self.reason = append_until_end(self.detokenizer, [token_id], self.ends, room)
 
     def finish(self, request_id: int, new_ids: Seq[int]) -> Completion:
         """What the row became; `new_ids` may go on after its end."""
@@ -270,7 +270,7 @@ class _Batch:
             scores[i] = restrict(scores[i], *limits)
         return scores
 
-    def ended(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+    def check_ends(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         """A stopping criterion; returns [B], true where a row has ended."""
         late = False
         if self.rules.max_time is not None:  # the clock of rank 0 counts

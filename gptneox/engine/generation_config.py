@@ -231,9 +231,9 @@ def _notices(raw: Mapping[str, Any], path: Path) -> list[str]:
     sampling = ["do_sample", *SAMPLING_KEYS] if raw.get("do_sample") is True else []
     if raw.get("repetition_penalty") != 1:
         sampling.append("repetition_penalty")
-    if given := [f"{key} {raw[key]}" for key in sampling if raw.get(key) is not None]:
+    if unused := [f"{key} {raw[key]}" for key in sampling if raw.get(key) is not None]:
         notices.append(
-            f"{path}: not used: {', '.join(given)}; the flags decide how tokens are chosen "
+            f"{path}: not used: {', '.join(unused)}; the flags decide how tokens are chosen "
             "(--temperature, --top_k, --top_p, --repetition_penalty), and without them the "
             "likeliest token is"
         )

@@ -15,7 +15,7 @@ from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EngineSection
 from gptneox.engine.api import Completion, Engine, NextToken, StepStats, raise_failure
 from gptneox.engine.block_manager import BlockManager
-from gptneox.engine.detokenizer import Detokenizer, extend
+from gptneox.engine.detokenizer import Detokenizer, append_until_end
 from gptneox.engine.generation_config import NO_RULES, GenerationRules
 from gptneox.engine.runner import ModelRunner, StepResult
 from gptneox.engine.sampler import describe_non_finite
@@ -213,7 +213,7 @@ class PagedEngine(Engine):
         result = self.runner.run(scheduled, measure=self.stats.measure)
         self.model.device.synchronize()
         self._account(scheduled, result, start)
-        self.scheduler.computed(scheduled)
+        self.scheduler.mark_computed(scheduled)
         late = self._late(scheduled, start)
         completions = []
         for item, new in zip(scheduled, result.token_ids, strict=True):
@@ -240,7 +240,7 @@ class PagedEngine(Engine):
         seq = request.seq
         room = seq.params.max_new_tokens - seq.num_output_tokens
         room = min(room, len(new)) if late else room
-        num_taken, text, reason = extend(request.detokenizer, new, request.stop_ids, room)
+        num_taken, text, reason = append_until_end(request.detokenizer, new, request.stop_ids, room)
         seq.token_ids += new[:num_taken]
         completion = Completion(seq.request_id, text, new[:num_taken])
         if reason:

@@ -114,8 +114,8 @@ def restrict(logits: Tensor, forced: Seq[int], banned: Iterable[int]) -> Tensor:
 
 def _indices(token_ids: Iterable[int], logits: Tensor) -> Tensor:
     """Those of the ids that have a logit, on its device."""
-    known = sorted(i for i in token_ids if 0 <= i < logits.shape[-1])
-    return torch.tensor(known, dtype=torch.int64).to(logits.device, non_blocking=True)
+    valid_ids = sorted(i for i in token_ids if 0 <= i < logits.shape[-1])
+    return torch.tensor(valid_ids, dtype=torch.int64).to(logits.device, non_blocking=True)
 
 
 def filtered_probs(logits: Tensor, params: SamplingParams) -> Tensor:

@@ -124,7 +124,7 @@ class Scheduler:
                 break  # a prompt above the budget runs whole, in a step without other prompts
             try:
                 # One spare block for each running sequence, or the next step preempts this one.
-                self.block_manager.start(seq, shared, keep_free=len(self.running))
+                self.block_manager.allocate(seq, shared, keep_free=len(self.running))
             except NoFreeBlocks:
                 break
             self.waiting.popleft()
@@ -134,11 +134,11 @@ class Scheduler:
             budget -= num_left
         return admitted
 
-    def computed(self, scheduled: list[Scheduled]) -> None:
+    def mark_computed(self, scheduled: list[Scheduled]) -> None:
         """A step is done: its tokens are in the cache."""
         for item in scheduled:
             item.seq.num_computed_tokens += item.num_tokens
-            self.block_manager.commit(item.seq)
+            self.block_manager.cache_full_blocks(item.seq)
 
     def finish(self, seq: Sequence, reason: str) -> None:
         """End a sequence at any point between two steps and free its blocks."""

@@ -122,7 +122,7 @@ class Sequence:
     status: Status = Status.WAITING
     block_table: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0  # leading tokens whose K and V are in the cache
-    num_committed_blocks: int = 0  # leading blocks known to the prefix cache,
+    num_cached_blocks: int = 0  # leading blocks known to the prefix cache,
     content_id: int = 0  # and the identity of what they hold
     num_scored_tokens: int = 0  # prompt tokens after the first that are already scored
     finish_reason: str = ""  # "stop" | "length" | "abort" | "error"

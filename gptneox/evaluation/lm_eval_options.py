@@ -48,16 +48,18 @@ def read_options(options: Mapping[str, Any], num_context: int) -> tuple[Sampling
 
     Source: lm_eval.models.utils.normalize_gen_kwargs, and the options of `generate`.
     """
-    given = {name: value for name, value in options.items() if value not in (None, "", [], {})}
-    until = given.pop("until", [])
+    remaining = {name: value for name, value in options.items() if value not in (None, "", [], {})}
+    until = remaining.pop("until", [])
     stop = [until] if isinstance(until, str) else [text for text in until if text]
-    chosen: dict[str, Any] = {"max_new_tokens": _num_new(given, num_context)}
-    temperature = float(given.pop("temperature", 0.0 if not given.get("do_sample") else 1.0))
-    if not given.pop("do_sample", temperature > 0):
+    chosen: dict[str, Any] = {"max_new_tokens": _num_new(remaining, num_context)}
+    temperature = float(
+        remaining.pop("temperature", 0.0 if not remaining.get("do_sample") else 1.0)
+    )
+    if not remaining.pop("do_sample", temperature > 0):
         temperature = 0.0
     for name, kind in _SERVED.items():
-        if name in given:
-            chosen[name] = kind(given.pop(name))
+        if name in remaining:
+            chosen[name] = kind(remaining.pop(name))
     if temperature == 0.0:  # what only shapes the choice among several tokens is without effect
         chosen.pop("top_k", None)
         chosen.pop("top_p", None)
@@ -65,7 +67,7 @@ def read_options(options: Mapping[str, Any], num_context: int) -> tuple[Sampling
     ignored = _WITHOUT_EFFECT | (set() if temperature > 0 else set(_NEUTRAL_WHEN_SAMPLING))
     unknown = {
         name: value
-        for name, value in given.items()
+        for name, value in remaining.items()
         if name not in ignored and not (name in neutral and neutral[name] == value)
     }
     if unknown:
@@ -78,11 +80,11 @@ def read_options(options: Mapping[str, Any], num_context: int) -> tuple[Sampling
     return SamplingParams(temperature=temperature, stop=shown_stop, **chosen), stop
 
 
-def _num_new(given: dict[str, Any], num_context: int) -> int:
+def _num_new(remaining: dict[str, Any], num_context: int) -> int:
     """Take the options that say how long a text may become; returns the new tokens."""
-    lengths = [given.pop(name, None) for name in _LENGTH_NAMES]
+    lengths = [remaining.pop(name, None) for name in _LENGTH_NAMES]
     num_new = next((int(n) for n in lengths if n is not None), MAX_GEN_TOKS)
-    total = given.pop("max_length", None)
+    total = remaining.pop("max_length", None)
     if total is None:
         return num_new
     if int(total) <= num_context:

@@ -21,11 +21,11 @@ class CacheOracle:
         self._prefixes: dict[int, list[int]] = {}  # request -> identity of each of its prefixes
 
     def prefixes(self, seq: Sequence) -> list[int]:
-        known = self._prefixes.setdefault(seq.request_id, [])
-        for token_id in seq.token_ids[len(known) :]:
-            key = (known[-1] if known else 0, token_id)
-            known.append(self._identities.setdefault(key, len(self._identities) + 1))
-        return known
+        prefixes = self._prefixes.setdefault(seq.request_id, [])
+        for token_id in seq.token_ids[len(prefixes) :]:
+            key = (prefixes[-1] if prefixes else 0, token_id)
+            prefixes.append(self._identities.setdefault(key, len(self._identities) + 1))
+        return prefixes
 
     def write(self, seq: Sequence, num_tokens: int) -> None:
         """Fill the slots of the next `num_tokens`; none of them may be visible to anyone else."""

@@ -227,7 +227,7 @@ def _answers(group: TensorParallelGroup, new_ids: list[list[int]], steps: list[S
 @torch.inference_mode()
 def _paged_steps(engine: PagedEngine, token_ids: list[int]) -> Steps:
     seq = Sequence.create(0, token_ids, SamplingParams())
-    engine.block_manager.start(seq, [])
+    engine.block_manager.allocate(seq, [])
     group, steps = engine.model.group, []
     for num_tokens in (len(token_ids) - 1, 1):
         before = group.num_all_reduces
@@ -340,15 +340,15 @@ class Job:
 
     def processes(self) -> list[int]:
         """All processes of the job's session, torchrun's children too."""
-        found = []
+        pids = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):
                 words = (entry / "stat").read_text().rpartition(")")[2].split()
                 # torchrun starts ranks in sessions of their own; their parent is in ours
                 family = {int(words[1]), int(words[3])}
                 if words[0] != "Z" and self.process.pid in family:
-                    found.append(int(entry.name))
-        return found
+                    pids.append(int(entry.name))
+        return pids
 
     def finish(self, timeout: float = TIMEOUT_S) -> int:
         """The exit status; a job that does not end in time is killed and the test fails."""

@@ -311,7 +311,7 @@ def write_docs(document: Path, sources: Sequence[Path]) -> None:
     Raises:
         UsageError: a source is no result, or the document has not both marks once.
     """
-    found = [read(path) for path in sources]
+    results = [read(path) for path in sources]
     try:
         text = document.read_text(encoding="utf-8")
     except OSError as error:
@@ -323,7 +323,7 @@ def write_docs(document: Path, sources: Sequence[Path]) -> None:
         )
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    body = "\n\n".join(_section(result) for result in found)
+    body = "\n\n".join(_section(result) for result in results)
     write_file(document, f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")
 
 

@@ -58,8 +58,8 @@ def measure(args: Namespace, command: Sequence[str], say: Say) -> int:
         if not args.overhead and args.curve != "requests":
             task = _measure_cases
         task(session, args, cases, result, path)
-        wanted = 1 + len(args.variant) + len(args.against)
-        is_whole = len(session.contestants) == wanted
+        num_engines = 1 + len(args.variant) + len(args.against)
+        is_whole = len(session.contestants) == num_engines
     files = [path]
     if args.plot:
         from benchmark.plots import write_plot
