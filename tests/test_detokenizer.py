@@ -714,7 +714,7 @@ def test_broken_added_tokens_are_named(name: str, content: str, tmp_path: Path) 
 
 def test_a_damaged_sentence_piece_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "spiece.model").write_bytes(b"no model")
-    with pytest.raises(ConfigError, match=r"spiece\.model is no SentencePiece model"):
+    with pytest.raises(ConfigError, match=r"spiece\.model is not a SentencePiece model"):
         load_tokenizer(tmp_path, VOCAB_SIZE)
 
 
