@@ -15,7 +15,7 @@ from gptneox.engine.sequence import SamplingParams, Sequence
 
 @torch.inference_mode()
 def paged_logits(engine: PagedEngine, token_ids: list[int], num_prefill: int) -> Tensor:
-    """Logits [len(token_ids), V] fp32 of one prefill and then one step per token."""
+    """Logits [len(token_ids), V] fp32 of one prefill, followed by one step per token."""
     seq = Sequence.create(0, token_ids, SamplingParams())
     engine.block_manager.allocate(seq, [])
     rows = []

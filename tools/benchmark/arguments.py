@@ -134,7 +134,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def cases(args: argparse.Namespace, max_positions: int) -> list[Case]:
-    """What is measured, in order; lengths of a curve end where the model's positions end.
+    """The cases to measure, in order; a curve's lengths are capped to the model's positions.
 
     Raises:
         UsageError: a case needs more positions than the model has.
@@ -219,7 +219,7 @@ def _engines(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     if unknown := [name for name in names if name not in PEERS]:
         raise argparse.ArgumentTypeError(
-            f"{unknown[0]!r} is no engine known here; use any of {', '.join(PEERS)}"
+            f"{unknown[0]!r} is not a known engine; use any of {', '.join(PEERS)}"
         )
     return names
 
