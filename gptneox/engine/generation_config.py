@@ -256,4 +256,4 @@ def _missing_end(eos: tuple[int, ...] | None, model_path: Path) -> list[str]:
     if eos != () or not path.is_file() or read_json(path).get("eos_token_id") is None:
         return []
     own = model_path / "generation_config.json"
-    return [f"{own} names no eos_token_id, so no text ends early: {path} does not count beside it"]
+    return [f"{own} names no eos_token_id, so no text ends early; the one in {path} is not used"]
