@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from support import checkpoints as twins
+from support import checkpoints
 
 SUBJECTS = ("anatomy", "college_physics", "world_religions")
 NUM_DEV, NUM_VAL, NUM_BOOLQ = 3, 4, 12
@@ -48,8 +48,8 @@ def write_model(
     directory: Path, name: str = "pythia-14m", seed: int = 0, positions: int = 512
 ) -> Path:
     """A random fp32 twin with that tokenizer."""
-    config = twins.FAMILY[name] | {"vocab_size": 352, "max_position_embeddings": positions}
-    twins.write_checkpoint(directory, config, seed)
+    config = checkpoints.FAMILY[name] | {"vocab_size": 352, "max_position_embeddings": positions}
+    checkpoints.write_checkpoint(directory, config, seed)
     make_tokenizer().save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "GPTNeoXTokenizer", "eos_token": "<|endoftext|>", '
