@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPT-NeoX under the interface of transformers, so that its `generate` runs our model.
+"""GPT-NeoX with the interface of transformers, so that its `generate` runs our model.
 
-The flash path puts the adapter around a model that is loaded already. Others load it through
-`AutoModelForCausalLM`, which finds it by the file beside cut weights (modeling_gpt_neox_ascend.py).
+The flash path wraps a loaded model (`around`). Other programs use `AutoModelForCausalLM`, which
+finds the adapter through modeling_gpt_neox_ascend.py in the checkpoint directory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gptneox.weights.load import find_part, load_model
 
 _Adapter = TypeVar("_Adapter", bound="GPTNeoXForCausalLM")
 
-# What AutoModel and users pass along; nothing here changes how the weights are computed with.
+# Options of AutoModel that have no effect on the result.
 _IGNORED_KEYWORDS = {
     "adapter_kwargs",
     "attn_implementation",
@@ -46,7 +46,7 @@ _IGNORED_KEYWORDS = {
 
 
 class NeoXCache(Cache):
-    """`past_key_values` of `generate`, held by a `ContiguousKVCache`."""
+    """`past_key_values` for `generate`, stored in a `ContiguousKVCache`."""
 
     is_compileable = False
 
@@ -59,7 +59,7 @@ class NeoXCache(Cache):
         return self.kv.length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i continues what was row beam_idx[i]."""
+        """Row i becomes a copy of row beam_idx[i]."""
         self.kv.select_rows(beam_idx.to(self.kv.ops.torch_device))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -72,18 +72,18 @@ class NeoXCache(Cache):
         self.reorder_cache(rows)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last positions; the number is negative, as transformers 5 passes it."""
+        """Remove the last positions; the number is negative, as transformers 5 passes it."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): pass a negative number of positions")
         self.kv.truncate(self.kv.length + tokens_to_remove)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all positions."""
         self.kv.truncate(0)
 
 
 class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
-    """The decoder of `gptneox.model` under the interface of transformers."""
+    """`gptneox.model.GPTNeoX` with the interface of transformers."""
 
     config_class = GPTNeoXConfig
     base_model_prefix = "gpt_neox"
@@ -91,19 +91,18 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
     _keys_to_ignore_on_load_missing = None
 
     def __init__(self, config: GPTNeoXConfig, model: GPTNeoX) -> None:
-        """Put the adapter around `model`; see `around` and `from_pretrained`."""
+        """Use `around` or `from_pretrained` instead."""
         super().__init__(config)
-        self._model = (model,)  # in a tuple: its children are registered below under HF's names
+        self._model = (model,)  # a tuple hides it from nn.Module: children get HF's names below
         self.gpt_neox, self.embed_out = model.gpt_neox, model.embed_out
-        self.starts: list[float] | None = None  # a list: each loop of `generate` adds its start
+        self.starts: list[float] | None = None  # if a list, each step of `generate` appends a time
 
     @classmethod
     def around(cls: type[_Adapter], model: GPTNeoX) -> _Adapter:
-        """An adapter around a model that has its weights; nothing is loaded or copied."""
+        """Wrap a model that has its weights; nothing is loaded or copied."""
         config = model.config
         adapter = cls(
-            # What `generate` looks at.
-            GPTNeoXConfig(
+            GPTNeoXConfig(  # only the keys that `generate` reads
                 vocab_size=config.vocab_size,
                 hidden_size=config.hidden_size,
                 num_hidden_layers=config.num_layers,
@@ -131,16 +130,16 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         """Load a checkpoint directory, or this rank's part of one.
 
         Args:
-            pretrained_model_name_or_path: a directory; under torchrun a whole checkpoint is
-                sliced while it is read, and a part must be of this world size.
-            model_args: none are taken.
-            config: read from the directory when not given.
-            dtype: "auto" (default: as config.json says) or a dtype.
+            pretrained_model_name_or_path: a directory. Under torchrun, a whole checkpoint is
+                sliced while it is read; a cut part must have this world size.
+            model_args: must be empty.
+            config: by default read from the directory.
+            dtype: a dtype, or "auto" (default) for the one in config.json.
             torch_dtype: older name of `dtype`.
-            device_map: "auto" or a device name; there is one device per process.
-            generation_config: by default as transformers reads it from the directory.
-            max_position_embeddings: positions of prompt and answer; 0: as config.json says.
-            kwargs: Hugging Face's hub options are accepted and unused; others are refused.
+            device_map: "auto" or a device name; each process uses one device.
+            generation_config: by default read from the directory.
+            max_position_embeddings: positions of prompt and answer; 0 for config.json's value.
+            kwargs: Hugging Face's hub options are ignored; others are refused.
 
         Raises:
             ValueError, FileNotFoundError, RuntimeError: see `gptneox.weights.load.load_model`.
@@ -174,7 +173,7 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
 
     @property
     def model(self) -> GPTNeoX:
-        """The decoder itself."""
+        """The wrapped model."""
         return self._model[0]
 
     def get_input_embeddings(self) -> torch.nn.Module:
@@ -182,25 +181,25 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         return self.gpt_neox.embed_in
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Not possible: the weights are packed for the device. Copy the checkpoint instead."""
+        """Not supported: the weights are packed for the device. Copy the checkpoint instead."""
         raise NotImplementedError("the loaded weights are packed; copy the checkpoint directory")
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *_: Any, **__: Any
     ) -> None:
-        """Give `generate` our cache unless it has one or wants none."""
-        given = model_kwargs.get("past_key_values")
-        _check_cache(given)
+        """Give `generate` our cache, unless it has one or does not use any."""
+        cache = model_kwargs.get("past_key_values")
+        _check_cache(cache)
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation {generation_config.cache_implementation!r} is not served; "
                 "leave it out"
             )
-        if given is None and generation_config.use_cache is not False:
+        if cache is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache()
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Inputs of `forward`, less what `generate` needs for stop strings and hands on."""
+        """Inputs of `forward`, without the tokenizers that `generate` passes for stop strings."""
         if self.starts is not None:
             self.starts.append(time.perf_counter())
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
@@ -239,13 +238,13 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         Args:
             input_ids: [B, S].
             attention_mask: [B, cached + S], 0 at padding; rows may be padded on either side.
-            position_ids: [B, S]; by default a token's place among the unpadded ones.
-            past_key_values: what an earlier call returned.
-            use_cache: False: return no cache.
+            position_ids: [B, S]; by default the index among the unpadded tokens of the row.
+            past_key_values: the cache that an earlier call returned.
+            use_cache: False to return no cache.
             labels: [B, S]; adds `loss`.
-            logits_to_keep: only the last n positions (0: all), or a tensor of positions.
+            logits_to_keep: return the last n positions only (0: all), or a tensor of positions.
             return_dict: must not be False.
-            kwargs: refused unless empty or False (hidden states and attentions are not kept).
+            kwargs: must be None or False (hidden states and attentions are not kept).
 
         Returns:
             logits [B, kept, V] and past_key_values.
@@ -275,7 +274,8 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             cache.kv.advance(s)
             hidden = hidden.view(b, s, -1)[:, keep]
             logits = self.model.compute_logits(hidden.flatten(0, 1)).view(b, hidden.shape[1], -1)
-        # In the weights' dtype, and out here: logits processors of `generate` change it in place.
+        # In the weights' dtype. Copied outside inference mode, because the logits processors of
+        # `generate` change it in place.
         logits = logits.to(self.gpt_neox.embed_in.weight.dtype, copy=True)
         loss = None
         if labels is not None:
@@ -284,7 +284,7 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past)
 
     def _positions(self, key_mask: Tensor | None, b: int, s: int, length: int) -> Tensor:
-        """A token's number among the unpadded ones of its row, [B, S]."""
+        """Index of each token among the unpadded tokens of its row, [B, S]."""
         if key_mask is None:
             device = self.model.device.torch_device
             return torch.arange(length, length + s, device=device).expand(b, s)
@@ -292,21 +292,21 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
 
 
 def _read_config(path: Path) -> GPTNeoXConfig:
-    """config.json with all that transformers wants to know of it."""
+    """config.json as transformers reads it."""
     raw = read_json(path / "config.json")
     try:
         return GPTNeoXConfig.from_dict(raw)
-    except Exception as error:  # its checks raise what they like
+    except Exception as error:  # its checks raise many types
         text = " ".join(str(error).split())
         raise ConfigError(f"{path / 'config.json'}: transformers refuses it: {text}") from error
 
 
 def _read_generation_config(path: Path) -> GenerationConfig:
-    """generation_config.json, else what an older config.json holds of it; as transformers reads."""
+    """generation_config.json, or the same keys of an older config.json."""
     file = path / "generation_config.json"
     if not file.is_file():
         return GenerationConfig.from_model_config(read_json(path / "config.json"))
-    read_json(file)  # refuses what is no object
+    read_json(file)  # its errors name the file
     try:
         return GenerationConfig.from_pretrained(path)
     except (ValueError, TypeError) as error:

@@ -11,9 +11,9 @@ from gptneox.terminal import Interrupts, LineEditor
 
 
 def run(engine: PagedEngine, settings: Settings) -> None:
-    """Read a prompt, stream its continuation, again; every prompt stands alone.
+    """Read prompts and stream their continuations; prompts do not see earlier ones.
 
-    Ctrl-C stops the answer, not the program; /exit or Ctrl-D ends it. Rank 0 alone reads.
+    Ctrl-C stops an answer; /exit or Ctrl-D ends the program. Only rank 0 reads.
     """
     loop = EngineLoop(engine)
     if engine.group.rank > 0:
@@ -40,15 +40,15 @@ def run(engine: PagedEngine, settings: Settings) -> None:
 
 
 def _stream_answer(loop: EngineLoop, number: int, interrupts: Interrupts) -> None:
-    """Print an answer while it grows, until it ends or Ctrl-C stops it."""
+    """Print an answer as it is generated, until it ends or Ctrl-C stops it."""
     end = ""
     while loop.has_work:
-        if interrupts.noted and not end:
+        if interrupts.pending and not end:
             loop.abort(number)
             end = " [stopped]"
         for _, completion in loop.round():
             print(completion.new_text, end="", flush=True)
             if completion.error:
                 end = f"error: {completion.error}"
-    interrupts.noted = False
+    interrupts.pending = False
     print(end)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with a file of a checkpoint: said of its place on the disk, then of its content."""
+"""Explains why a checkpoint file cannot be used, from its place on disk and its content."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _HEAD_BYTES = 4096
-# What servers answer instead of a file, beside web pages.
+# Error texts that a server may have sent instead of the file.
 _REFUSALS = (
     "entry not found",
     "not found",
@@ -21,7 +21,7 @@ _REFUSALS = (
     "too many requests",
     "access to model",
 )
-# First bytes of formats that get the wrong ending.
+# First bytes of formats that are often saved under a wrong extension.
 _FORMATS = {
     b"\x1f\x8b": "a gzip archive; unpack it",
     b"BZh": "a bzip2 archive; unpack it",
@@ -36,16 +36,15 @@ _ZIP, _PICKLE = b"PK\x03\x04", b"\x80\x02"
 
 
 def explain(path: Path) -> str:
-    """Why `path` is not the file it should be, and what to do; "" when nothing can be said.
+    """Why `path` cannot be read or parsed, and what to do; "" if the reason is unknown.
 
-    The answer continues a sentence that begins with the path. For a file that could not be read
-    or parsed: a sound file of a format that is not known here gives "".
+    The result continues a sentence that begins with the path.
     """
     return explain_place(path) or _explain_content(path)
 
 
 def explain_first(paths: Iterable[Path]) -> str:
-    """`explain` of the first of several files that it has something to say of, with its path."""
+    """The first explanation that `explain` gives for one of the files, with its path."""
     for path in paths:
         if is_there(path) and (reason := explain(path)):
             return f"{path} {reason}"
@@ -53,7 +52,7 @@ def explain_first(paths: Iterable[Path]) -> str:
 
 
 def is_there(path: Path) -> bool:
-    """Whether the directory has an entry of this name, be it a link that leads nowhere."""
+    """Whether the directory entry exists, even as a dangling link."""
     try:
         path.lstat()
     except OSError:
@@ -62,7 +61,7 @@ def is_there(path: Path) -> bool:
 
 
 def explain_place(path: Path) -> str:
-    """Why there is no readable file at `path`; "" for one that can be opened."""
+    """Why `path` is not a readable file; "" if it can be opened or does not exist."""
     try:
         mode = path.stat().st_mode
         if stat.S_ISREG(mode):
@@ -88,7 +87,7 @@ def _explain_link(path: Path, error: OSError) -> str:
 
 
 def _explain_content(path: Path) -> str:
-    """What stands in the file instead."""
+    """What the file contains instead; "" if that is not recognized."""
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
@@ -105,7 +104,7 @@ def _explain_content(path: Path) -> str:
 
 
 def _has_data(path: Path) -> bool:
-    """Whether any byte of the file is not zero."""
+    """Whether the file has a nonzero byte."""
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             if block.strip(b"\0"):
@@ -114,7 +113,7 @@ def _has_data(path: Path) -> bool:
 
 
 def _explain_weights(path: Path, head: bytes) -> str:
-    """Weights under the ending of the other format."""
+    """Recognizes weights saved under the other format's extension."""
     if path.suffix == ".safetensors" and head.startswith((_ZIP, _PICKLE)):
         return "is a PyTorch file, not safetensors; name it pytorch_model.bin"
     if path.suffix == ".bin" and head[8:9] == b"{":
@@ -123,7 +122,7 @@ def _explain_weights(path: Path, head: bytes) -> str:
 
 
 def _explain_text(head: bytes) -> str:
-    """A text that stands for the file, or came instead of it."""
+    """Recognizes a pointer file, a web page or a server's error text."""
     text = head.decode("utf-8-sig", errors="replace").strip()
     low = text.lower()
     if low.startswith("version https://git-lfs.github.com/"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every writer of files shares: results that destroy nothing, locks, names, output streams."""
+"""Helpers for writing files: safe replacement of results, locks, file names, standard streams."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from typing import IO, Any
 
 logger = logging.getLogger(__name__)
 
-# In a folder that a cut or a joining fills; gone when it is finished.
+# Marks a folder that is still being written; removed at the end.
 UNFINISHED = ".gptneox-unfinished"
-# A folder or a mount that lets no file be put in the place of another: the file itself is written.
+# The folder or mount does not allow replacing a file; write into the file itself instead.
 _NOT_REPLACEABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)
 
 
@@ -28,16 +28,16 @@ _NOT_REPLACEABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.E
 
 
 def check_writable(path: Path) -> None:
-    """Find out before the work whether `write_file` will succeed; nothing is left behind.
+    """Check that `write_file` will succeed, without changing anything.
 
     Raises:
-        OSError: it will not; the message says why.
+        OSError: it will fail; the message says why.
     """
     try:
-        target, found = _find(path)
-        if found is None:
+        target, status = _stat_target(path)
+        if status is None:
             _try_folder(target.parent)
-        elif not os.access(target if stat.S_ISREG(found.st_mode) else path, os.W_OK):
+        elif not os.access(target if stat.S_ISREG(status.st_mode) else path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         reason = error.strerror or str(error)
@@ -47,82 +47,82 @@ def check_writable(path: Path) -> None:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a result. A reader of a regular file sees the old content or the new one, no mixture.
+    """Write a result. A regular file is replaced atomically; missing folders are created.
 
-    A link stays, its target is written. A device or a pipe is written to; so is what is open here
-    already, as /dev/stdout is. Folders that are missing are made.
+    Links are followed. Devices, pipes and files that are already open here (such as /dev/stdout)
+    are written to, not replaced.
 
     Raises:
-        OSError: a folder, a disk or a socket has that name, or the writing failed.
+        OSError: `path` is a folder, a disk or a socket, or writing failed.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
-    target, found = _find(path)
-    if found is None:
+    target, status = _stat_target(path)
+    if status is None:
         target.parent.mkdir(parents=True, exist_ok=True)
         _replace(target, None, data)
-    elif (descriptor := _open_descriptor(found)) is not None:
+    elif (descriptor := _open_descriptor(status)) is not None:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         with os.fdopen(os.dup(descriptor), "wb") as file:
             file.write(data)
-    elif stat.S_ISREG(found.st_mode):
-        _replace(target, found, data)
+    elif stat.S_ISREG(status.st_mode):
+        _replace(target, status, data)
     else:
         with path.open("wb") as file:
             file.write(data)
 
 
 def is_regular(path: Path) -> bool:
-    """Whether it is a file of its own, or will be one, so that others can lie beside it."""
-    _, found = _find(path)
-    return found is None or (stat.S_ISREG(found.st_mode) and _open_descriptor(found) is None)
+    """Whether `path` is, or will be, a regular file that is not already open here."""
+    _, status = _stat_target(path)
+    return status is None or (stat.S_ISREG(status.st_mode) and _open_descriptor(status) is None)
 
 
-def _find(path: Path) -> tuple[Path, os.stat_result | None]:
-    """Where `path` leads, and what is there; None: nothing yet."""
+def _stat_target(path: Path) -> tuple[Path, os.stat_result | None]:
+    """The real path of `path` and its status; None if it does not exist."""
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         return Path(os.path.realpath(path)), None
-    if stat.S_ISDIR(found.st_mode):
+    if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(f"{path} is a folder, a file is expected")
-    if stat.S_ISBLK(found.st_mode) or stat.S_ISSOCK(found.st_mode):
+    if stat.S_ISBLK(status.st_mode) or stat.S_ISSOCK(status.st_mode):
         raise OSError(f"{path} is a disk or a socket, a file is expected")
-    return Path(os.path.realpath(path)), found
+    return Path(os.path.realpath(path)), status
 
 
 def _try_folder(folder: Path) -> None:
-    """Make a file in `folder`, or where `folder` would be made, and remove it."""
+    """Create and remove a file in `folder`, or in its nearest existing parent."""
     while not folder.exists():
         folder = folder.parent
     with tempfile.TemporaryFile(dir=folder):
         pass
 
 
-def _open_descriptor(found: os.stat_result) -> int | None:
-    """A descriptor of this process that writes to the file: to replace it would lose the rest."""
+def _open_descriptor(status: os.stat_result) -> int | None:
+    """A descriptor of this process that is open for writing to the file; None if there is none."""
     for name in os.listdir("/dev/fd"):  # noqa: PTH208 - numbers, not paths
         try:
-            is_same = os.path.samestat(os.fstat(int(name)), found)
+            is_same = os.path.samestat(os.fstat(int(name)), status)
             mode = fcntl.fcntl(int(name), fcntl.F_GETFL) & os.O_ACCMODE
-        except OSError:  # the descriptor of the listing itself
+        except OSError:  # the descriptor of listdir itself, closed by now
             continue
         if is_same and mode != os.O_RDONLY:
             return int(name)
     return None
 
 
-def _replace(target: Path, found: os.stat_result | None, data: bytes) -> None:
-    """Through a temporary sibling with the mode of what it replaces."""
+def _replace(target: Path, status: os.stat_result | None, data: bytes) -> None:
+    """Replace `target` by a temporary file in the same folder, keeping its mode."""
     temporary = target.with_name(f".gptneox-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with temporary.open("xb") as file:
             file.write(data)
-        if found:
-            temporary.chmod(stat.S_IMODE(found.st_mode))
+        if status:
+            temporary.chmod(stat.S_IMODE(status.st_mode))
         temporary.replace(target)
     except OSError as error:
-        if found is None or error.errno not in _NOT_REPLACEABLE:
+        if status is None or error.errno not in _NOT_REPLACEABLE:
             raise
         with target.open("r+b") as file:
             file.write(data)
@@ -132,7 +132,7 @@ def _replace(target: Path, found: os.stat_result | None, data: bytes) -> None:
 
 
 def safe_name(text: str) -> str:
-    """Part of a file name: letters, digits, `.`, `_` and `-`; a run of others becomes one `_`."""
+    """`text` for a file name: runs of anything but letters, digits, `.`, `_`, `-` become `_`."""
     return re.sub(r"[^\w.-]+", "_", text)
 
 
@@ -140,21 +140,21 @@ def safe_name(text: str) -> str:
 
 
 def lock(file: IO[Any], *, wait: bool = False) -> bool:
-    """Lock an open file until it is closed; False where another process holds the lock.
+    """Lock an open file until it is closed; False if another process holds the lock.
 
-    Some network file systems have no locks. There the work goes on, which is said once.
+    On file systems without locks this warns once and returns True.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):  # the second on network file systems
+        if error.errno in (errno.EAGAIN, errno.EACCES):  # EACCES on network file systems
             return False
-        _say_no_locks(os.path.dirname(os.path.abspath(file.name)), str(error.strerror))  # noqa: PTH100, PTH120
+        _warn_no_locks(os.path.dirname(os.path.abspath(file.name)), str(error.strerror))  # noqa: PTH100, PTH120
     return True
 
 
 @functools.cache
-def _say_no_locks(folder: str, reason: str) -> None:
+def _warn_no_locks(folder: str, reason: str) -> None:
     logger.warning(
         "%s has no file locks (%s): start nothing else that writes there meanwhile", folder, reason
     )
@@ -164,7 +164,7 @@ def _say_no_locks(folder: str, reason: str) -> None:
 
 
 def is_unused(folder: Path) -> bool:
-    """Whether there is nothing: no folder, an empty one, or only what an interrupted cut left."""
+    """Whether `folder` is absent, empty, or holds only the mark of an interrupted cut."""
     if not folder.is_dir():
         return not folder.exists()
     return all(path.name == UNFINISHED for path in folder.iterdir())
@@ -174,13 +174,13 @@ def is_unused(folder: Path) -> bool:
 
 
 def prepare_streams() -> None:
-    """Characters that the terminal cannot show are escaped; a closed stream takes no other's place.
+    """Escape characters that the terminal cannot show; replace closed streams by /dev/null.
 
     Raises:
         OSError: standard output is closed.
     """
     had_output = sys.stdout is not None
-    while True:  # a file opened later must not get the number of a closed stream
+    while True:  # occupy descriptors 0 to 2, so that no file opened later gets one of them
         descriptor = os.open(os.devnull, os.O_RDWR)
         if descriptor > 2:
             os.close(descriptor)

@@ -35,7 +35,7 @@ BENCHMARK_COLUMNS = (
 
 
 def check_results(settings: Settings) -> None:
-    """Refuse files that cannot be written before anything is computed; rank 0 writes them.
+    """Refuse result files that cannot be written, before anything is computed.
 
     Raises:
         OSError: see `check_writable`.
@@ -48,22 +48,27 @@ def check_results(settings: Settings) -> None:
 
 
 class Printer:
-    """Writes answers in the order of the prompts, whole or while they grow."""
+    """Prints answers in prompt order, complete or as a stream."""
 
     def __init__(
         self, prompts: Seq[Prompt], stream: bool, out: TextIO | None, *, go_on: bool = False
     ) -> None:
-        """`out` is None on ranks that print nothing; `go_on` without it when it cannot be written.
+        """Set the prompts and where to print.
 
-        A file that takes the answers, too, must not be lost with the reader of `| head`.
+        Args:
+            prompts: in the order of the answers.
+            stream: print answers while they grow.
+            out: None on ranks that print nothing.
+            go_on: stop printing when writing fails, instead of raising: with --output_file a
+                reader such as `| head` may close the pipe early.
         """
         self.prompts, self.stream, self.out, self.go_on = prompts, stream, out, go_on
         self._texts = [""] * len(prompts)
         self._finished: dict[int, Completion] = {}
-        self._current, self._num_shown = 0, -1  # -1: the question is not printed yet
+        self._current, self._num_printed = 0, -1  # -1: the question is not printed yet
 
     def add(self, index: int, output: Completion, has_text: bool) -> None:
-        """Take a step's output of prompt `index` and print what is due."""
+        """Add a step's output of prompt `index` and print as far as the order allows."""
         if has_text:
             self._texts[index] += output.new_text
         else:
@@ -73,33 +78,33 @@ class Printer:
             self._finished[index] = output
         try:
             while self.out and self._current < len(self.prompts) and self._print_current():
-                self._current, self._num_shown = self._current + 1, -1
+                self._current, self._num_printed = self._current + 1, -1
         except OSError:
             if not self.go_on:
                 raise
             self.out = None
 
     def _print_current(self) -> bool:
-        """Print the answer whose turn it is as far as possible; True when it is complete."""
+        """Print the new part of the current answer; True when it is complete."""
         i = self._current
-        done = self._finished.get(i)
-        if not (self.stream or done) or self.out is None:
+        completion = self._finished.get(i)
+        if not (self.stream or completion) or self.out is None:
             return False
-        if done and done.error and self._num_shown < 0:
-            return True  # it has no answer; the run ends with its error
-        if self._num_shown < 0:
-            print(f"Question[{i}]: {self.prompts[i].shown}", file=self.out)
+        if completion and completion.error and self._num_printed < 0:
+            return True  # no answer to print; the run ends with the error
+        if self._num_printed < 0:
+            print(f"Question[{i}]: {self.prompts[i].display}", file=self.out)
             print(f"Answer[{i}]: ", end="", file=self.out)
-            self._num_shown = 0
-        print(self._texts[i][self._num_shown :], end="", file=self.out, flush=True)
-        self._num_shown = len(self._texts[i])
-        if done:
-            print(f"\nGenerate[{i}] token num: ({i}, {len(done.token_ids)})", file=self.out)
-        return done is not None
+            self._num_printed = 0
+        print(self._texts[i][self._num_printed :], end="", file=self.out, flush=True)
+        self._num_printed = len(self._texts[i])
+        if completion:
+            print(f"\nGenerate[{i}] token num: ({i}, {len(completion.token_ids)})", file=self.out)
+        return completion is not None
 
 
 def write_output_file(path: Path, prompts: Seq[Prompt], outputs: Seq[Completion]) -> None:
-    """JSON lines, complete or not there at all.
+    """Write all completions as JSON lines; an existing file is replaced atomically.
 
     Raises:
         OSError: see `write_file`.
@@ -108,7 +113,7 @@ def write_output_file(path: Path, prompts: Seq[Prompt], outputs: Seq[Completion]
     for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         record = {
             "index": i,
-            "prompt": prompt.shown,
+            "prompt": prompt.display,
             "prompt_ids": prompt.ids,
             "text": output.text,
             "token_ids": output.token_ids,
@@ -123,7 +128,7 @@ def write_output_file(path: Path, prompts: Seq[Prompt], outputs: Seq[Completion]
 def benchmark_row(
     stats: EngineStats, batch_size: int, prompts: Seq[Prompt], outputs: Seq[Completion]
 ) -> dict[str, str]:
-    """Times in ms with two decimals; lengths are those of the longest request."""
+    """A row of `BENCHMARK_COLUMNS`; lengths are those of the longest request."""
     assert stats.steps is not None, "step times were not kept"
     prefill = [s.seconds for s in stats.steps if s.num_prefill_tokens]
     decode = [s.seconds for s in stats.steps if not s.num_prefill_tokens]
@@ -152,10 +157,9 @@ def _benchmark_file(path: str) -> Path:
 def write_benchmark(
     path: str, engine: Engine, prompts: Seq[Prompt], outputs: Seq[Completion]
 ) -> None:
-    """Write ATB_LLM_BENCHMARK_FILEPATH anew, or add a row to ./benchmark_result/benchmark.csv.
+    """Overwrite ATB_LLM_BENCHMARK_FILEPATH, or append to ./benchmark_result/benchmark.csv.
 
-    The default file is shared by all runs in a directory: rows are added under a lock, so that
-    runs side by side lose nothing.
+    All runs in a directory share the default file, so rows are appended under a lock.
     """
     row = benchmark_row(engine.stats, engine.settings.max_batch_size, prompts, outputs)
     target, text = _benchmark_file(path), io.StringIO()
@@ -175,7 +179,7 @@ def write_benchmark(
 
 
 def print_summary(engine: Engine) -> None:
-    """Prefill and decode speed, and the share of the memory bandwidth that decoding reached."""
+    """Print prefill and decode speed, and decode's share of the memory bandwidth."""
     stats, size = engine.stats, engine.model.size
     if stats.prefill_s:
         rate = stats.num_prefill_tokens / stats.prefill_s
@@ -185,7 +189,7 @@ def print_summary(engine: Engine) -> None:
         )
     if not stats.decode_s:
         return
-    # Bytes one rank reads: its part of the weights once per step, and the cached K and V.
+    # Bytes that one rank reads: its weights once per step, and the cached K and V.
     read = stats.num_decode_steps * size.decode_weight_bytes
     read += stats.num_decode_context_tokens * size.token_bytes
     achieved = read / stats.decode_s

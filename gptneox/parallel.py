@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensor-parallel group: who am I, and the three collectives the model needs."""
+"""The tensor-parallel group: rank, world size and the collectives that the model needs."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from gptneox.config.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-# After this long a rank that waits for the others says so.
-PATIENCE_S = 10.0
+# A rank that waits longer than this for the others logs it.
+WAIT_NOTICE_S = 10.0
 
 
 @dataclass
 class TensorParallelGroup:
-    """All processes of a run; one process alone makes every collective a no-op."""
+    """All processes of a run; with one process every collective is a no-op."""
 
     rank: int = 0
     world_size: int = 1
-    num_all_reduces: int = 0  # counted, so that a test can hold the model to one per layer
+    num_all_reduces: int = 0  # tests check that the model needs one per layer
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place; returns x."""
@@ -70,7 +70,7 @@ class TensorParallelGroup:
 
 
 def check_divides(world_size: int, num_heads: int, intermediate_size: int) -> None:
-    """Raise ConfigError unless whole heads and equal MLP parts fall to each rank."""
+    """Raise ConfigError unless each rank gets whole heads and an equal part of the MLP."""
     valid = [
         n for n in range(1, num_heads + 1) if num_heads % n == 0 and intermediate_size % n == 0
     ]
@@ -81,58 +81,58 @@ def check_divides(world_size: int, num_heads: int, intermediate_size: int) -> No
         )
 
 
-# Longer than torchrun takes to notice that a rank has ended, and to end the others.
-_WAIT_FOR_THE_CAUSE_S = 3.0
+# Longer than torchrun needs to notice a dead rank and to kill the others.
+_FIRST_CAUSE_DELAY_S = 3.0
 
 
 def report_failure(error: BaseException) -> None:
-    """Tell torchrun why this rank ends, so that its closing report names the first cause.
+    """Tell torchrun why this rank ends, so that its final report names the first cause.
 
-    A collective fails when another rank has died, whose end torchrun may see later than ours, and
-    it compares whole seconds; so this rank waits, and is ended with the rest.
+    A collective fails here when another rank has died. torchrun compares whole seconds and might
+    take this rank for the first, so it waits until torchrun kills it.
     """
     if isinstance(error, RuntimeError) and dist.is_initialized() and dist.get_world_size() > 1:
-        time.sleep(_WAIT_FOR_THE_CAUSE_S)
+        time.sleep(_FIRST_CAUSE_DELAY_S)
     handler = get_error_handler()
     handler.initialize()
     handler.record_exception(error)
 
 
 def leave_group() -> None:
-    """Part from the other ranks at the end of a run."""
+    """Destroy the process group at the end of a run."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def init_group(rank: int, world_size: int, dist_backend: str) -> TensorParallelGroup:
-    """Join the processes that torchrun started; one process alone needs nothing."""
+    """Join the processes that torchrun started; a no-op for one process."""
     if world_size > 1 and not dist.is_initialized():
-        with _impatience(rank, world_size):
+        with _report_waiting(rank, world_size):
             dist.init_process_group(dist_backend, rank=rank, world_size=world_size)
     return TensorParallelGroup(rank, world_size)
 
 
 @contextlib.contextmanager
-def _impatience(rank: int, world_size: int) -> Iterator[None]:
-    """Say after a while for whom this rank waits; Ctrl-C ends it, which torch's wait would not."""
+def _report_waiting(rank: int, world_size: int) -> Iterator[None]:
+    """Log which ranks this one waits for; let Ctrl-C end the wait, which torch would block."""
     others = [str(i) for i in range(world_size) if i != rank]
-    named = ", ".join(others if len(others) < 8 else [*others[:3], "…", others[-1]])
+    ranks = ", ".join(others if len(others) < 8 else [*others[:3], "…", others[-1]])
     environment = Environment.read()
     text = (
-        f"has waited {PATIENCE_S:.0f} s at {environment.master_addr} port "
-        f"{environment.master_port} for rank {named}; start all {world_size} with the same "
+        f"has waited {WAIT_NOTICE_S:.0f} s at {environment.master_addr} port "
+        f"{environment.master_port} for rank {ranks}; start all {world_size} with the same "
         "MASTER_ADDR and MASTER_PORT, or, for a run of one process, unset RANK, LOCAL_RANK and "
         "WORLD_SIZE"
     )
-    # an error, which every rank shows: the one that is missing cannot
-    watch = threading.Timer(PATIENCE_S, logger.error, [text])
-    watch.daemon = True
-    watch.start()
+    # logged as an error, because ranks above 0 log nothing less
+    timer = threading.Timer(WAIT_NOTICE_S, logger.error, [text])
+    timer.daemon = True
+    timer.start()
     is_main = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL) if is_main else None
     try:
         yield
     finally:
-        watch.cancel()
+        timer.cancel()
         if is_main:
             signal.signal(signal.SIGINT, handler)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prompts of a run: texts, files, pipes and standard input in, token ids out."""
+"""Reads the prompts of a run from texts, files, pipes or standard input, and tokenizes them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ from gptneox.parallel import TensorParallelGroup
 logger = logging.getLogger(__name__)
 
 STDIN_NAMES = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
-# What a shell writes for <(command), and for descriptors that the user opened.
+# A shell passes such a path for <(command), and a user for an open descriptor.
 _DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d+)")
-# One word with a separator or one of these endings was probably meant as a file.
+# A word with a path separator or one of these extensions was probably meant as a file.
 _FILE_NAME = re.compile(
     r"\S*[/\\]\S*|\S+\.(?:csv|html?|in|jsonl?|log|md|prompt|rst|te?xt|tsv|ya?ml)", re.IGNORECASE
 )
-MAX_PROMPT_BYTES = 256 << 20  # more than any model has positions for
-
+MAX_PROMPT_BYTES = 256 << 20  # far beyond the positions of any model
 
 WARM_UP_PROMPT = "Hamlet->Shakespeare\nOne Hundred Years of Solitude->"
 DEMO_PROMPTS = ("How to learn a new language?", "The CEO of Google is")
@@ -39,23 +38,23 @@ DEMO_MAX_NEW_TOKENS, DEMO_REPETITION_PENALTY = 64, 1.1
 
 @dataclass(frozen=True)
 class Prompt:
-    """One input: its ids, and how it is shown."""
+    """One input: its ids, and the text that stands for it in the output."""
 
     ids: list[int]
-    shown: str
+    display: str
 
 
 def read_texts(
     settings: Settings, group: TensorParallelGroup, *, leave_pipes: bool = False
 ) -> list[str]:
-    """What --input_texts stands for, on every rank; [] when --input_ids are the prompts.
+    """The prompts of --input_texts, on every rank; [] if the run has --input_ids.
 
-    Rank 0 alone reads: a pipe gives its content once, and a file need not be on every host.
+    Only rank 0 reads: a pipe can be read once, and a file need not exist on every host.
 
     Args:
         settings: of the run.
         group: the ranks.
-        leave_pipes: leave out what can be read only once.
+        leave_pipes: skip pipes and terminals.
 
     Raises:
         ConfigError: a folder, a file that cannot be read or is not UTF-8, an empty text.
@@ -69,9 +68,9 @@ def read_texts(
         if sum(word in STDIN_NAMES for word in words) > 1:
             raise ConfigError("--input_texts names standard input twice; it can be read once")
         texts = [
-            check_text(_content(word, f"prompt {i}", group.world_size), f"prompt {i}")
+            check_text(_read_word(word, f"prompt {i}", group.world_size), f"prompt {i}")
             for i, word in enumerate(words)
-            if not (leave_pipes and _is_spent_by_reading(word, f"prompt {i}"))
+            if not (leave_pipes and _reads_only_once(word, f"prompt {i}"))
         ]
     received = group.broadcast_object(texts)
     assert isinstance(received, list)
@@ -79,30 +78,30 @@ def read_texts(
 
 
 def make_prompts(settings: Settings, texts: Seq[str], tokenizer: Any) -> list[Prompt]:
-    """--input_ids if given, else the texts that `read_texts` found."""
+    """Prompts from --input_ids, or from the texts of `read_texts`."""
     if ids := settings.args.input_ids:
         return [Prompt(i, ",".join(map(str, i))) for i in ids]
     return [Prompt(encode(tokenizer, text, f"prompt {i}"), text) for i, text in enumerate(texts)]
 
 
 def fit_output_length(settings: Settings, max_positions: int, prompt: Prompt) -> SamplingParams:
-    """The request's parameters; a length nobody asked for is capped to the positions left."""
+    """The request's parameters; the default output length is capped to the remaining positions."""
     params = settings.sampling
-    left = max_positions - len(prompt.ids)
+    room = max_positions - len(prompt.ids)
     is_default = settings.sources["engine"]["max_output_length"] == "default"
-    if settings.attention == "paged" and is_default and left > 0:
-        return replace(params, max_new_tokens=min(params.max_new_tokens, left))
+    if settings.attention == "paged" and is_default and room > 0:
+        return replace(params, max_new_tokens=min(params.max_new_tokens, room))
     return params
 
 
 def is_demonstration(settings: Settings) -> bool:
-    """Whether the run gives the demonstrations: the flash path without prompts of the user."""
+    """Whether to run the demonstration prompts: the flash path without prompts from the user."""
     args = settings.args
     return settings.attention == "flash" and not (args.input_texts or args.input_ids)
 
 
 def demo_params(settings: Settings) -> SamplingParams:
-    """The parameters of the demonstrations, which have defaults of their own."""
+    """The parameters of the demonstration prompts, which have their own defaults."""
     params = settings.sampling
     if settings.sources["engine"]["max_output_length"] == "default":
         params = replace(params, max_new_tokens=DEMO_MAX_NEW_TOKENS)
@@ -115,13 +114,13 @@ def encode(tokenizer: Any, text: str, what: str) -> list[int]:
     """Token ids of a prompt, without added special tokens.
 
     Raises:
-        ConfigError: empty, or not valid Unicode.
+        ConfigError: the text is empty or not valid Unicode.
     """
     return list(tokenizer.encode(check_text(text, what), add_special_tokens=False))
 
 
 def check_text(text: str, what: str) -> str:
-    """Return `text`, unless it is empty or holds what is no character."""
+    """Return `text`; raise ConfigError if it is empty or not valid Unicode."""
     if not text:
         raise ConfigError(f"{what} is empty; give a text, or --input_ids 0 to start from nothing")
     try:
@@ -136,11 +135,11 @@ def check_text(text: str, what: str) -> str:
 # -- one word of --input_texts -------------------------------------------------------------------
 
 
-def _content(word: str, what: str, world_size: int) -> str:
-    """What a word stands for: the content of a file or a pipe of this name, else itself."""
+def _read_word(word: str, what: str, world_size: int) -> str:
+    """The content of the file or pipe called `word`; else the word itself."""
     if word in STDIN_NAMES:
         logger.info("%s is read from standard input (Ctrl-D on a terminal ends it)", what)
-        return _decoded(sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1), f"{what}, standard input,")
+        return _decode(sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1), f"{what}, standard input,")
     path = find_file(word, what, world_size)
     if path is None:
         if _FILE_NAME.fullmatch(word):
@@ -159,37 +158,36 @@ def _content(word: str, what: str, world_size: int) -> str:
             data = file.read(MAX_PROMPT_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{what} cannot be read from {word}: {error.strerror}") from error
-    return _decoded(data, f"{what}, {word},")
+    return _decode(data, f"{what}, {word},")
 
 
-def _is_spent_by_reading(word: str, what: str) -> bool:
-    """Whether a word stands for a pipe or a terminal."""
+def _reads_only_once(word: str, what: str) -> bool:
+    """Whether `word` names a pipe or a terminal."""
     if word in STDIN_NAMES:
         return True
     path = find_file(word, what)
     return path is not None and not path.is_file()
 
 
-def _decoded(data: bytes, origin: str) -> str:
+def _decode(data: bytes, origin: str) -> str:
     if len(data) > MAX_PROMPT_BYTES:
         raise ConfigError(f"{origin} is longer than {MAX_PROMPT_BYTES >> 20} MiB")
     return decode_text(data, origin)
 
 
 def find_file(word: str, what: str, world_size: int = 1) -> Path | None:
-    """The file, pipe or terminal called `word`; None when there is nothing of that name.
+    """The file, pipe or terminal called `word`; None if there is none.
 
     Raises:
-        ConfigError: there is something that is no text: a folder, a closed descriptor; or it
-            may not be looked at.
+        ConfigError: `word` names something else, such as a folder or a closed descriptor, or a
+            file in a folder without permission.
     """
     if not word:
         return None  # Path("") would be the current folder
     path = Path(word)
     descriptor = _DESCRIPTOR.fullmatch(word)
     if descriptor and world_size > 1:
-        # torchrun keeps the shell's descriptors to itself; in this process the number may be
-        # something else's.
+        # The ranks do not inherit the shell's descriptors; torchrun, their parent, has them.
         path = Path(f"/proc/{os.getppid()}/fd/{descriptor[1]}")
     try:
         mode = path.stat().st_mode
@@ -197,7 +195,7 @@ def find_file(word: str, what: str, world_size: int = 1) -> Path | None:
         if not _FILE_NAME.fullmatch(word):
             return None
         raise ConfigError(f"{what}, {word}, cannot be looked at: {error.strerror}") from error
-    except (OSError, ValueError) as error:  # also: too long for a name, a NUL byte
+    except (OSError, ValueError) as error:  # also for a name that is too long or has a NUL byte
         if not descriptor:
             return None
         raise ConfigError(f"{what}, {word}, is not open; give a file, or - and a pipe") from error
@@ -207,5 +205,5 @@ def find_file(word: str, what: str, world_size: int = 1) -> Path | None:
             "it in: --input_texts -)"
         )
     if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
-        raise ConfigError(f"{what}, {word}, is no file, pipe or terminal")
+        raise ConfigError(f"{what}, {word}, is not a file, pipe or terminal")
     return path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run opens: the device, the group of ranks, the engine with its model."""
+"""Set-up of a run: the device, the group of ranks, the engine with its model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def start(settings: Settings) -> tuple[Device, TensorParallelGroup]:
-    """Choose the device, join the other ranks, say the settings once."""
+    """Set up the device, join the other ranks and log the settings."""
     device = select(settings.model.device)
     environment = settings.environment
     device.setup(environment.local_rank, environment.local_world_size, environment.omp_num_threads)
@@ -36,7 +36,7 @@ def start(settings: Settings) -> tuple[Device, TensorParallelGroup]:
 
 
 def refuse_paged_only(settings: Settings) -> None:
-    """Raise ConfigError for an option of the paged path in a run on the other."""
+    """Raise ConfigError for an option that only the paged path serves, in a run on another path."""
     if settings.attention == "paged":
         return
     options = {
@@ -44,8 +44,8 @@ def refuse_paged_only(settings: Settings) -> None:
         "--stream": settings.args.stream,
         "ATB_LLM_BENCHMARK_ENABLE": settings.environment.benchmark_enabled,
     }
-    for name, given in options.items():
-        if given:
+    for name, is_set in options.items():
+        if is_set:
             raise ConfigError(f"{name} is not served by the flash path; use --attention paged")
 
 
@@ -57,19 +57,19 @@ def load_engine(
     *,
     with_tokenizer: bool = True,
 ) -> Engine:
-    """The engine of this rank on the path that the settings choose, with its model loaded.
+    """Load the model into this rank's engine, on the path that the settings choose.
 
     Args:
         settings: of the run.
         device: after `start`.
         group: the ranks.
-        section: [engine] of this task; the run's own by default.
-        with_tokenizer: False: ids in, ids out, whatever --load_tokenizer says.
+        section: the [engine] section to use instead of the run's own.
+        with_tokenizer: False for token ids only, whatever --load_tokenizer says.
 
     Raises:
         ValueError, OSError, RuntimeError: with a message for the user.
     """
-    start = time.perf_counter()
+    start_s = time.perf_counter()
     kind: type[Engine] = PagedEngine if settings.attention == "paged" else GenerateEngine
     engine = kind.from_pretrained(
         settings.model_path,
@@ -84,7 +84,7 @@ def load_engine(
     logger.info(
         "loaded %s in %.1f s: %s on %s%s",
         settings.model_path,
-        time.perf_counter() - start,
+        time.perf_counter() - start_s,
         str(engine.dtype).removeprefix("torch."),
         device.describe(),
         engine.describe_cache(),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The user's side of the prompt loop: lines with an editor and a history, and Ctrl-C."""
+"""Terminal input of the prompt loop: a line editor with history, and Ctrl-C handling."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from gptneox.config.environment import USER_FOLDER
 logger = logging.getLogger(__name__)
 
 PROMPT = "> "
-HISTORY_FILE = "history.jsonl"  # one JSON string per prompt: a pasted one may have several lines
-MAX_HISTORY = 1000  # prompts that the arrow keys reach
-# What a terminal hands over at most when it edits the line itself (N_TTY_BUF_SIZE of Linux).
+HISTORY_FILE = "history.jsonl"  # one JSON string per prompt, since a pasted one may have newlines
+MAX_HISTORY = 1000  # prompts loaded from the history file
+# The longest line that Linux passes on when the terminal edits it (N_TTY_BUF_SIZE).
 MAX_TERMINAL_LINE = 4094
-# Ignored where nobody handles it, so one that comes late does nothing.
+# Interrupts a system call. Ignored by default, so a late one is harmless.
 NUDGE = signal.SIGURG
-_HANDLED = b"\0"  # no signal has this number
+_HANDLED = b"\0"  # not a signal number
 
 
 class LineTooLong(ValueError):
-    """The terminal has cut a line."""
+    """The terminal may have cut a line."""
 
 
 class LineEditor:
-    """Lines from standard input; on a terminal with arrow keys, any length and a history."""
+    """Reads lines from standard input; on a terminal with editing keys and a history."""
 
     def __init__(self, state_home: str) -> None:
         """Load the editor and the history.
 
         Args:
-            state_home: the user's folder of program states; empty: below the home folder.
+            state_home: XDG_STATE_HOME; empty for ~/.local/state.
         """
         self._readline: ModuleType | None = None
         self._history: Path | None = None
@@ -65,23 +65,23 @@ class LineEditor:
             readline.set_auto_history(False)
             self._history = _history_file(state_home)
             for line in _read_history(self._history):
-                with contextlib.suppress(ValueError):  # no text in this locale
+                with contextlib.suppress(ValueError):  # not encodable in this locale
                     readline.add_history(line)
 
     def read(self) -> str:
-        """The next line, without its end.
+        """The next line, without the newline.
 
         Raises:
-            EOFError: there is none.
-            LineTooLong: it may have been cut.
-            UnicodeDecodeError: it is not UTF-8.
+            EOFError: the input has ended.
+            LineTooLong: the terminal may have cut the line.
+            UnicodeDecodeError: the line is not UTF-8.
         """
         if self._readline:
-            with _keys_kept():
+            with _keep_typed_keys():
                 line = input(PROMPT)
             self._remember(line)
             return line
-        print(PROMPT, end="", flush=True)  # input() itself would ask on stderr, among the log
+        print(PROMPT, end="", flush=True)  # input(PROMPT) would write to stderr, between log lines
         line = input()
         if self._is_terminal and len(line.encode(errors="replace")) >= MAX_TERMINAL_LINE:
             raise LineTooLong(
@@ -89,7 +89,7 @@ class LineEditor:
                 "--input_texts FILE"
             )
         if self._is_first and not self._is_terminal:
-            line = line.removeprefix("\ufeff")  # of a file that a Windows program saved
+            line = line.removeprefix("\ufeff")  # byte order mark of a file saved on Windows
         self._is_first = False
         return line
 
@@ -116,33 +116,33 @@ class LineEditor:
 
 
 @contextlib.contextmanager
-def _keys_kept() -> Iterator[None]:
-    """Ctrl-C takes the keys typed before it away only here, not in the terminal.
+def _keep_typed_keys() -> Iterator[None]:
+    """Discard typed keys on Ctrl-C here, instead of letting the terminal do it.
 
-    Else a key that readline was promised may be gone when it reads, and it would wait for the
-    next one and keep the interrupt until then.
+    Otherwise the terminal may discard a key after select() has announced it to readline, which
+    then blocks in read() and delays the interrupt until the next key.
     """
-    before = termios.tcgetattr(sys.stdin)
+    attributes = termios.tcgetattr(sys.stdin)
     try:
-        keeping = [*before[:3], before[3] | termios.NOFLSH, *before[4:]]
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, keeping)
+        no_flush = [*attributes[:3], attributes[3] | termios.NOFLSH, *attributes[4:]]
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, no_flush)
         yield
     except (KeyboardInterrupt, SystemError) as error:
         termios.tcflush(sys.stdin, termios.TCIFLUSH)
-        # `input` lets the handler of a second signal run while the exception of the first is on
-        # its way, and Python takes what the handler calls for broken.
+        # If a second signal comes while the exception of the first propagates through `input`,
+        # Python raises SystemError.
         if isinstance(error, SystemError) and isinstance(error.__cause__, KeyboardInterrupt):
             raise KeyboardInterrupt from error
         raise
     finally:
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, attributes)
 
 
 def _history_file(state_home: str) -> Path | None:
-    """Where prompts are kept between runs, in a folder that is there now; None: nowhere."""
+    """The path of the history file; creates its folder. None if there can be no history."""
     try:
         home = Path(state_home)
-        # A relative one is invalid. Source: XDG Base Directory Specification.
+        # Relative paths are invalid. Source: XDG Base Directory Specification.
         if not home.is_absolute():
             home = Path.home() / ".local" / "state"
             if not Path.home().is_dir():
@@ -150,18 +150,18 @@ def _history_file(state_home: str) -> Path | None:
         path = home / USER_FOLDER / HISTORY_FILE
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
-            raise FileExistsError(f"{path} is no file")
-    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows the home folder
+            raise FileExistsError(f"{path} is not a file")
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home folder is unknown
         logger.info("no history is kept: %s", error)
         return None
     return path
 
 
 def _read_history(path: Path | None) -> list[str]:
-    """The last prompts of earlier runs; lines that hold none are left out."""
+    """The last prompts of earlier runs; malformed lines are skipped."""
     if path is None or not path.exists():
         return []
-    found = []
+    prompts = []
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             lines = collections.deque(file, MAX_HISTORY)
@@ -174,77 +174,80 @@ def _read_history(path: Path | None) -> list[str]:
         except ValueError:
             continue
         if isinstance(value, str):
-            found.append(value)
-    return found
+            prompts.append(value)
+    return prompts
 
 
 class Interrupts:
-    """Ctrl-C during the prompt loop: it ends the reading of a line, anything else only notes it.
+    """Ctrl-C handling of the prompt loop.
 
-    So a step is never torn in the middle, and no moment of the loop lets it end the program.
+    While a line is read, Ctrl-C raises KeyboardInterrupt; otherwise it only sets `pending`, so
+    that it never interrupts an engine step or ends the program.
 
-    Python runs a handler between two steps of Python code. One whose signal comes just before the
-    wait for a key begins would run only after that wait. Every signal therefore also writes to a
-    pipe, and a thread that reads it nudges the main thread out of its wait until the handler,
-    which writes to the pipe, too, has run.
+    Python runs signal handlers between bytecodes. If a signal arrives just before the main thread
+    blocks in a read, its handler would run only after that read. Therefore every signal also
+    writes to a pipe (`signal.set_wakeup_fd`), and a thread that reads the pipe interrupts the main
+    thread with NUDGE until the handler has run, which the handler reports through the same pipe.
     """
 
     def __init__(self) -> None:
-        self.noted = False
+        self.pending = False
         self._reading = False
-        self._before: Any = None
-        self._woken = self._wake = -1  # the two ends of the pipe
-        self._wake_before = -1
-        self._nowhere: Any = None
+        self._previous_handler: Any = None
+        self._wake_read_fd = self._wake_write_fd = -1  # the two ends of the pipe
+        self._previous_wakeup_fd = -1
+        self._null_file: Any = None
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Interrupts:
-        self._woken, self._wake = os.pipe()
-        os.set_blocking(self._wake, False)
-        self._nowhere = Path(os.devnull).open("w", encoding="ascii")
-        # A signal that ends a wait without a handler in Python: that one would run while the
-        # KeyboardInterrupt is on its way, which `input` does not survive.
-        faulthandler.register(NUDGE, self._nowhere, all_threads=False)
-        self._before = signal.signal(signal.SIGINT, self._handle)
-        self._wake_before = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        self._wake_read_fd, self._wake_write_fd = os.pipe()
+        os.set_blocking(self._wake_write_fd, False)
+        self._null_file = Path(os.devnull).open("w", encoding="ascii")
+        # faulthandler handles NUDGE in C. A Python handler would run while KeyboardInterrupt
+        # propagates, which breaks `input`.
+        faulthandler.register(NUDGE, self._null_file, all_threads=False)
+        self._previous_handler = signal.signal(signal.SIGINT, self._handle)
+        self._previous_wakeup_fd = signal.set_wakeup_fd(
+            self._wake_write_fd, warn_on_full_buffer=False
+        )
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.set_wakeup_fd(self._wake_before)
-        signal.signal(signal.SIGINT, self._before)
-        os.close(self._wake)
+        signal.set_wakeup_fd(self._previous_wakeup_fd)
+        signal.signal(signal.SIGINT, self._previous_handler)
+        os.close(self._wake_write_fd)
         self._thread.join()
-        os.close(self._woken)
+        os.close(self._wake_read_fd)
         faulthandler.unregister(NUDGE)
-        self._nowhere.close()
+        self._null_file.close()
 
     def _handle(self, *_: object) -> None:
         with contextlib.suppress(BlockingIOError):
-            os.write(self._wake, _HANDLED)
+            os.write(self._wake_write_fd, _HANDLED)
         if self._reading:
             self._reading = False
             raise KeyboardInterrupt
-        self.noted = True
+        self.pending = True
 
     def _watch(self) -> None:
         main = threading.main_thread().ident
         assert main is not None
         is_pending = False
         while True:
-            if select.select([self._woken], [], [], 0.02 if is_pending else None)[0]:
-                if not (signals := os.read(self._woken, 4096)):
+            if select.select([self._wake_read_fd], [], [], 0.02 if is_pending else None)[0]:
+                if not (signals := os.read(self._wake_read_fd, 4096)):
                     return
                 is_pending = signals.rfind(signal.SIGINT) > signals.rfind(_HANDLED)
             elif self._reading:
                 signal.pthread_kill(main, NUDGE)
 
     def read_line(self, editor: LineEditor) -> str | None:
-        """One line from the user; None at the end of the input."""
+        """One line from the user; None at the end of input."""
         while True:
             try:
                 self._reading = True
-                if self.noted:
+                if self.pending:
                     raise KeyboardInterrupt
                 return editor.read()
             except UnicodeDecodeError as error:
@@ -258,7 +261,7 @@ class Interrupts:
                 print()
                 return None
             except KeyboardInterrupt:
-                self._reading = self.noted = False
+                self._reading = self.pending = False
                 print("\n(/exit or Ctrl-D ends)")
             finally:
                 self._reading = False

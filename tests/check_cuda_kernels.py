@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import checkpoints as twins
+from support import checkpoints
 from support.operators import BASE, assert_near, make_batch, make_cache, randn
 from triton.runtime import interpreter
 
@@ -177,7 +177,7 @@ def test_rows_of_padding_touch_nothing(splits):
 # -- a whole engine -------------------------------------------------------------------------------
 
 
-PROMPTS = twins.prompts([20, 3, 1], 304, seed=1)
+PROMPTS = checkpoints.prompts([20, 3, 1], 304, seed=1)
 NUM_NEW = (5, 4, 6)  # batches of three, two and one sequence decode
 
 
@@ -185,8 +185,8 @@ NUM_NEW = (5, 4, 6)  # batches of three, two and one sequence decode
 def twin(tmp_path_factory):
     """A checkpoint, and what Hugging Face answers to PROMPTS."""
     directory = tmp_path_factory.mktemp("twin") / "checkpoint"
-    config = twins.FAMILY["pythia-1.4b"] | {"max_position_embeddings": 64}
-    model = twins.write_checkpoint(directory, config, sharpness=2.0)
+    config = checkpoints.FAMILY["pythia-1.4b"] | {"max_position_embeddings": 64}
+    model = checkpoints.write_checkpoint(directory, config, sharpness=2.0)
     answers = []
     for prompt, num_new in zip(PROMPTS, NUM_NEW, strict=True):
         ids = list(prompt)
@@ -198,7 +198,7 @@ def twin(tmp_path_factory):
 
 def generate(twin, device, **options):
     sizes = {"num_blocks": 12, "block_size": 16, "max_batch_size": 3, "max_prefill_tokens": 16}
-    engine = twins.load_engine(twin.path, device, **sizes, **options)
+    engine = checkpoints.load_engine(twin.path, device, **sizes, **options)
     params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in NUM_NEW]
     return engine, [o.token_ids for o in engine.generate(PROMPTS, params)]
 

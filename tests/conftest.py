@@ -11,7 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # befor
 import pytest
 import torch
 import transformers
-from support import checkpoints as twins
+from support import checkpoints
 
 from gptneox.devices import DEVICES, create
 from gptneox.devices.cpu.device import CpuDevice
@@ -49,7 +49,7 @@ def _one_thread():
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random fp32 checkpoint without a tokenizer (the Pythia-14M twin); do not write into it."""
     directory = tmp_path_factory.mktemp("tiny") / "checkpoint"
-    twins.write_checkpoint(directory, twins.FAMILY["pythia-14m"])
+    checkpoints.write_checkpoint(directory, checkpoints.FAMILY["pythia-14m"])
     return directory
 
 

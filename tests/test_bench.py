@@ -755,8 +755,8 @@ def test_the_document_is_made_from_results(tmp_path):
     [
         ("no marks", None, "must stand there once"),
         (f"{results.END}\n{results.BEGIN}", None, "in this order"),
-        (f"{results.BEGIN}\n{results.END}", "{}", "no result of this benchmark"),
-        (f"{results.BEGIN}\n{results.END}", "[1", "no result of this benchmark"),
+        (f"{results.BEGIN}\n{results.END}", "{}", "not a result of this benchmark"),
+        (f"{results.BEGIN}\n{results.END}", "[1", "not a result of this benchmark"),
     ],
 )
 def test_a_document_is_not_spoilt(text, content, words, tmp_path, capsys):

@@ -49,11 +49,11 @@ class Books(RuleBasedStateMachine):
         before = self.snapshot()
         if needed > room:
             with pytest.raises(NoFreeBlocks):
-                self.manager.start(seq, shared, keep_free=keep_free)
+                self.manager.allocate(seq, shared, keep_free=keep_free)
             assert self.snapshot() == before, "a refusal took something"
             assert not seq.block_table
             return
-        self.manager.start(seq, shared, keep_free=keep_free)
+        self.manager.allocate(seq, shared, keep_free=keep_free)
         assert seq.block_table[: len(shared)] == shared
         assert len(seq.block_table) == self.manager.blocks_for(len(tokens))
         assert len(self.manager.free) >= keep_free
@@ -68,7 +68,7 @@ class Books(RuleBasedStateMachine):
         num_tokens = round(share * (room - seq.num_computed_tokens))
         self.oracle.write(seq, num_tokens)
         seq.num_computed_tokens += num_tokens
-        self.manager.commit(seq)
+        self.manager.cache_full_blocks(seq)
         self.oracle.read(seq, seq.num_computed_tokens)
 
     @precondition(lambda self: self.holding)
@@ -129,9 +129,9 @@ TestBooks = Books.TestCase
 def filled(manager: BlockManager, request_id: int, tokens: list[int]) -> Sequence:
     """A sequence whose tokens are all computed."""
     seq = sequence(request_id, tokens)
-    manager.start(seq, manager.match_prefix(seq))
+    manager.allocate(seq, manager.match_prefix(seq))
     seq.num_computed_tokens = len(tokens)
-    manager.commit(seq)
+    manager.cache_full_blocks(seq)
     return seq
 
 
@@ -163,7 +163,7 @@ def test_a_released_prefix_is_found_again_and_the_deepest_block_goes_first() -> 
     assert manager.match_prefix(again) == table[:3]
     assert list(manager.free) == [table[3], table[2], table[1], table[0]]
     other = sequence(2, [8] * 4)  # takes the partial block and the deepest full one
-    manager.start(other, manager.match_prefix(other))
+    manager.allocate(other, manager.match_prefix(other))
     assert manager.match_prefix(again) == table[:2]
     manager.check([other])
 

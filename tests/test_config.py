@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import checkpoints as twins
+from support import checkpoints
 from support.processes import REPO
 from transformers import GPTNeoXConfig
 
@@ -57,9 +57,9 @@ def config(**keys: Any) -> ModelConfig:
 # -- config.json ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", twins.FAMILY)
+@pytest.mark.parametrize("name", checkpoints.FAMILY)
 def test_published_configurations_as_transformers_reads_them(name: str) -> None:
-    raw = twins.FAMILY[name]
+    raw = checkpoints.FAMILY[name]
     ours, theirs = ModelConfig.from_dict(raw), GPTNeoXConfig(**raw)
     rope = theirs.rope_parameters
     assert ours.rotary_dim == int(ours.head_dim * rope["partial_rotary_factor"])
@@ -81,7 +81,7 @@ def test_published_configurations_as_transformers_reads_them(name: str) -> None:
 
 def test_num_parameters_counts_every_tensor(tmp_path: Path) -> None:
     for name in ("pythia-14m", "no-attention-bias", "japanese-large-lm-3.6b"):
-        model = twins.write_checkpoint(tmp_path / name, twins.FAMILY[name])
+        model = checkpoints.write_checkpoint(tmp_path / name, checkpoints.FAMILY[name])
         ours = ModelConfig.from_pretrained(tmp_path / name)
         assert ours.num_parameters == model.num_parameters()
 
@@ -291,7 +291,7 @@ def test_random_damage_of_config_json_is_refused_or_harmless(tmp_path: Path) -> 
     rng = random.Random(2)
     path = tmp_path / "config.json"
     values = [None, True, -1, 0, 10**30, 1e308, "x", [], {}, [[1]], {"a": 1}, float("nan")]
-    raw = twins.FAMILY["gpt-neox-20b"] | {"rope_scaling": {"type": "linear", "factor": 2.0}}
+    raw = checkpoints.FAMILY["gpt-neox-20b"] | {"rope_scaling": {"type": "linear", "factor": 2.0}}
     messages = []
     for i in range(2000):
         if i % 2:

@@ -29,7 +29,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import checkpoints as twins
+from support import checkpoints
 from support.logits import paged_logits, random_ids, rms
 from support.operators import BASE, DTYPES, assert_near, make_batch, make_cache, randn
 from torch import Tensor
@@ -603,9 +603,9 @@ def test_two_models_in_two_threads(
     torch.set_num_threads(num_threads)
     work = []
     for name, dtype in (("pythia-14m", "float16"), ("gpt-neox-20b", "bfloat16")):
-        config = twins.FAMILY[name]
-        twins.write_checkpoint(tmp_path / name, config, dtype=getattr(torch, dtype))
-        engine = twins.load_engine(tmp_path / name, create("cpu"), dtype)
+        config = checkpoints.FAMILY[name]
+        checkpoints.write_checkpoint(tmp_path / name, config, dtype=getattr(torch, dtype))
+        engine = checkpoints.load_engine(tmp_path / name, create("cpu"), dtype)
         work.append((engine, random_ids(config, 60)))
     alone = [paged_logits(engine, ids, 30) for engine, ids in work]
     with ThreadPoolExecutor(2) as pool:

@@ -22,7 +22,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import checkpoints as twins
+from support import checkpoints
 from support.operators import BASE, assert_near, batch_on, make_batch, make_cache, randn
 from support.processes import REPO, clean_environ
 from support.ranks import free_port
@@ -401,18 +401,22 @@ def greedy(engine: PagedEngine, prompts: list[list[int]], num: int) -> list[list
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("name", sorted(twins.FAMILY))
+@pytest.mark.parametrize("name", sorted(checkpoints.FAMILY))
 def test_graphs_equal_eager_steps(card, name, tmp_path) -> None:
-    twins.write_checkpoint(tmp_path, twins.FAMILY[name], sharpness=2.0)
-    prompts = twins.prompts([40, 3, 1, 17, 60], twins.FAMILY[name]["vocab_size"], seed=1)
+    checkpoints.write_checkpoint(tmp_path, checkpoints.FAMILY[name], sharpness=2.0)
+    prompts = checkpoints.prompts(
+        [40, 3, 1, 17, 60], checkpoints.FAMILY[name]["vocab_size"], seed=1
+    )
     sizes = {"num_blocks": 60, "block_size": 16, "max_batch_size": 5, "max_prefill_tokens": 32}
-    engine = twins.load_engine(tmp_path, card, **sizes)
+    engine = checkpoints.load_engine(tmp_path, card, **sizes)
     assert isinstance(engine.runner.step, DecodeGraphs)
     replayed = greedy(engine, prompts, 50)
     assert engine.runner.step._captured
     engine.runner.step = engine.runner.step.step
     assert greedy(engine, prompts, 50) == replayed
-    assert greedy(twins.load_engine(tmp_path, create("cpu"), **sizes), prompts, 50) == replayed
+    assert (
+        greedy(checkpoints.load_engine(tmp_path, create("cpu"), **sizes), prompts, 50) == replayed
+    )
 
 
 @pytest.mark.cuda
@@ -420,10 +424,10 @@ def test_graphs_equal_eager_steps(card, name, tmp_path) -> None:
 @pytest.mark.parametrize("name", ["gpt-neox-20b", "pythia-2.8b", "pythia-1b", "relu-serial"])
 def test_half_precision_against_hugging_face(card, name, dtype, tmp_path) -> None:
     """Whatever is chosen is as likely as the best choice, within Hugging Face's own rounding."""
-    model = twins.write_checkpoint(tmp_path, twins.FAMILY[name], dtype=dtype)
+    model = checkpoints.write_checkpoint(tmp_path, checkpoints.FAMILY[name], dtype=dtype)
     half = copy.deepcopy(model).to(dtype)
-    prompts = twins.prompts([40, 3, 17], twins.FAMILY[name]["vocab_size"], seed=3)
-    engine = twins.load_engine(tmp_path, card, "auto", num_blocks=40, max_batch_size=3)
+    prompts = checkpoints.prompts([40, 3, 17], checkpoints.FAMILY[name]["vocab_size"], seed=3)
+    engine = checkpoints.load_engine(tmp_path, card, "auto", num_blocks=40, max_batch_size=3)
     for prompt, new in zip(prompts, greedy(engine, prompts, 64), strict=True):
         ids = torch.tensor([prompt + new])
         exact = model(ids).logits[0]
@@ -437,8 +441,8 @@ def test_half_precision_against_hugging_face(card, name, dtype, tmp_path) -> Non
 def test_two_ranks_equal_one(card, tmp_path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
-    twins.write_checkpoint(tmp_path, twins.FAMILY["pythia-14m"], sharpness=2.0)
-    prompts = [",".join(map(str, p)) for p in twins.prompts([30, 5, 9], 304, seed=2)]
+    checkpoints.write_checkpoint(tmp_path, checkpoints.FAMILY["pythia-14m"], sharpness=2.0)
+    prompts = [",".join(map(str, p)) for p in checkpoints.prompts([30, 5, 9], 304, seed=2)]
     answers = []
     for ranks in (1, 2):
         done = subprocess.run(

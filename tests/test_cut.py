@@ -28,8 +28,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support import checkpoints as twins
-from support import ranks
+from support import checkpoints, ranks
 from support.checkpoints import write_large, write_tensors
 from support.processes import REPO
 from support.tokenizers import write_tokenizer
@@ -57,7 +56,7 @@ from gptneox.weights.size import full_shapes
 ROWS = ("query_key_value", "dense_h_to_4h", "embed_out", "lm_head")
 COLUMNS = ("dense", "dense_4h_to_h")
 FORMS = ("safetensors", "sharded", "bin", "sharded bin", "symlinks")
-CONFIG_20B = twins.FAMILY["gpt-neox-20b"] | {
+CONFIG_20B = checkpoints.FAMILY["gpt-neox-20b"] | {
     "hidden_size": 6144,
     "intermediate_size": 24576,
     "num_attention_heads": 64,
@@ -65,7 +64,7 @@ CONFIG_20B = twins.FAMILY["gpt-neox-20b"] | {
     "vocab_size": 50432,
 }
 # Eight heads, a vocabulary that no number of ranks divides, and keys that nobody knows.
-CONFIG = twins.FAMILY["polyglot-ko-1.3b"] | {
+CONFIG = checkpoints.FAMILY["polyglot-ko-1.3b"] | {
     "hidden_size": 64,
     "intermediate_size": 144,
     "num_attention_heads": 8,
@@ -153,10 +152,10 @@ def divisors(config: dict[str, Any], world_sizes: tuple[int, ...]) -> list[int]:
 # -- bit for bit ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", twins.FAMILY)
+@pytest.mark.parametrize("name", checkpoints.FAMILY)
 def test_the_family_is_joined_as_it_was(name: str, tmp_path: Path) -> None:
     """For every world size up to 22 that divides the twin's heads, in the dtype of its files."""
-    config = twins.FAMILY[name]
+    config = checkpoints.FAMILY[name]
     dtype = getattr(torch, config["torch_dtype"])
     tensors = random_tensors(config, dtype, buffers=True)
     source = write_tensors(tmp_path / "model", tensors, config)

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, GPTNeoXTokenizer, PreTrainedTokenizerFas
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from gptneox.config.errors import ConfigError
-from gptneox.engine.detokenizer import Detokenizer, decode, extend, load_tokenizer
+from gptneox.engine.detokenizer import Detokenizer, append_until_end, decode, load_tokenizer
 
 VOCAB_SIZE = 336  # rows of the embedding; the tokenizers are smaller
 REPLACEMENT = "\ufffd"
@@ -292,25 +292,27 @@ def test_an_end_as_the_engines_take_it(chat: Any) -> None:
     """A stop id has no text; a stop string goes before a length that is reached."""
     the, cat = chat.encode("the cat", add_special_tokens=False)[:2]
     detokenizer = Detokenizer(chat, ("cat", " c"))
-    assert extend(detokenizer, [the], {cat}, 2) == (1, "the", "")
-    assert extend(detokenizer, [cat], {cat}, 1) == (1, "", "stop")
-    assert extend(None, [cat], {the}, 1) == (1, "", "length")
+    assert append_until_end(detokenizer, [the], {cat}, 2) == (1, "the", "")
+    assert append_until_end(detokenizer, [cat], {cat}, 1) == (1, "", "stop")
+    assert append_until_end(None, [cat], {the}, 1) == (1, "", "length")
     stopping = Detokenizer(chat, ("the",))
-    assert extend(stopping, [the], (), 1) == (1, "", "stop")
+    assert append_until_end(stopping, [the], (), 1) == (1, "", "stop")
 
 
 def test_several_tokens_end_where_one_by_one_would(chat: Any) -> None:
     """Whatever was computed past the end of a sequence is not taken."""
     the, cat, dog = (chat.encode(t, add_special_tokens=False)[0] for t in ("the", " cat", " dog"))
     new = [the, cat, the, dog]
-    assert extend(Detokenizer(chat), new, (), 9) == (4, chat.decode(new), "")
-    assert extend(Detokenizer(chat), new, (), 3) == (3, "the catthe", "length")
-    assert extend(Detokenizer(chat), new, {cat}, 9) == (2, "the", "stop")
-    assert extend(Detokenizer(chat), new, {cat}, 2) == (2, "the", "stop"), "before the length"
-    assert extend(Detokenizer(chat, (" ca",)), new, {dog}, 9) == (2, "the", "stop")
-    assert extend(Detokenizer(chat, ("tthe",)), new, (), 9) == (3, "the ca", "stop")
-    assert extend(None, new, {the}, 9) == (1, "", "stop")
-    assert extend(None, [], (), 0) == (0, "", "length")
+    assert append_until_end(Detokenizer(chat), new, (), 9) == (4, chat.decode(new), "")
+    assert append_until_end(Detokenizer(chat), new, (), 3) == (3, "the catthe", "length")
+    assert append_until_end(Detokenizer(chat), new, {cat}, 9) == (2, "the", "stop")
+    assert append_until_end(Detokenizer(chat), new, {cat}, 2) == (2, "the", "stop"), (
+        "before the length"
+    )
+    assert append_until_end(Detokenizer(chat, (" ca",)), new, {dog}, 9) == (2, "the", "stop")
+    assert append_until_end(Detokenizer(chat, ("tthe",)), new, (), 9) == (3, "the ca", "stop")
+    assert append_until_end(None, new, {the}, 9) == (1, "", "stop")
+    assert append_until_end(None, [], (), 0) == (0, "", "length")
 
 
 # -- loading -------------------------------------------------------------------------------------
@@ -712,7 +714,7 @@ def test_broken_added_tokens_are_named(name: str, content: str, tmp_path: Path) 
 
 def test_a_damaged_sentence_piece_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "spiece.model").write_bytes(b"no model")
-    with pytest.raises(ConfigError, match=r"spiece\.model is no SentencePiece model"):
+    with pytest.raises(ConfigError, match=r"spiece\.model is not a SentencePiece model"):
         load_tokenizer(tmp_path, VOCAB_SIZE)
 
 

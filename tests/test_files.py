@@ -231,7 +231,7 @@ def test_no_locks_is_said_once(code: int, tmp_path: Path, monkeypatch, caplog) -
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    files._say_no_locks.cache_clear()
+    files._warn_no_locks.cache_clear()
     with caplog.at_level(logging.WARNING), (tmp_path / "lock").open("w") as file:
         assert lock(file)
         assert lock(file, wait=True)

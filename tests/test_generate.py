@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import checkpoints as twins
+from support import checkpoints
 from support.checkpoints import EOS_ID, write_chain_checkpoint
 from support.processes import clean_environ
 from support.tokenizers import byte_level_tokenizer
@@ -129,10 +129,10 @@ def test_the_three_demonstrations(cli: Callable[..., Result], chain: Path) -> No
 
 def test_the_demonstrations_avoid_repetition(cli: Callable[..., Result], tmp_path: Path) -> None:
     """A penalty of 1.1 unless another is asked for; the length can be chosen too."""
-    config = twins.FAMILY["pythia-14m"] | {"vocab_size": 336, "max_position_embeddings": 256}
+    config = checkpoints.FAMILY["pythia-14m"] | {"vocab_size": 336, "max_position_embeddings": 256}
     path = tmp_path / "model"
     write_chain_checkpoint(path)  # for its tokenizer
-    model = twins.write_checkpoint(path, config, seed=5)
+    model = checkpoints.write_checkpoint(path, config, seed=5)
     ids = torch.tensor([byte_level_tokenizer().encode(DEMO_PROMPTS[0]).ids])
     texts = {}
     for penalty in (1.1, 1.0):
@@ -289,10 +289,13 @@ def test_raised_positions(
     tmp_path: Path,
 ) -> None:
     """transformers' tokens beyond config.json's positions, or a refusal."""
-    config = twins.FAMILY["pythia-14m"] | {"max_position_embeddings": 16, "rope_scaling": rope}
+    config = checkpoints.FAMILY["pythia-14m"] | {
+        "max_position_embeddings": 16,
+        "rope_scaling": rope,
+    }
     path = tmp_path / "raised"
-    model = twins.write_checkpoint(path, config, seed=2, sharpness=3.0)
-    prompt = twins.prompts((8,), 304, seed=1)
+    model = checkpoints.write_checkpoint(path, config, seed=2, sharpness=3.0)
+    prompt = checkpoints.prompts((8,), 304, seed=1)
     ids = torch.tensor(prompt)
     argv = ("--load_tokenizer", "False", "--input_ids", ",".join(map(str, prompt[0])))
     argv += ("--dtype", "float32", "--ignore_eos", "--attention", attention)
@@ -410,7 +413,7 @@ def test_padding_ids_and_the_end_of_text_are_tokens_like_others(engine: Generate
 
 def test_next_logits(engine: GenerateEngine) -> None:
     """One padded batch, each row as alone."""
-    prompts = twins.prompts((3, 1, 20), 336)
+    prompts = checkpoints.prompts((3, 1, 20), 336)
     logits = engine.next_logits(prompts)
     assert logits.shape == (3, 336)
     for row, prompt in zip(logits, prompts, strict=True):

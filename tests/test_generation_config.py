@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import checkpoints as twins
+from support import checkpoints
 from support.checkpoints import write_chain_checkpoint
 from support.tokenizers import byte_level_tokenizer
 from transformers import GPTNeoXForCausalLM
@@ -27,7 +27,7 @@ from gptneox.engine.sequence import SamplingParams
 from gptneox.parallel import TensorParallelGroup
 from gptneox.weights.cut import cut_checkpoint
 
-CONFIG = twins.FAMILY["pythia-14m"] | {"torch_dtype": "float32"}
+CONFIG = checkpoints.FAMILY["pythia-14m"] | {"torch_dtype": "float32"}
 VOCAB = CONFIG["vocab_size"]
 PROMPTS = [[5, 17, 200, 42, 9], [7], [9, 42, 5, 17, 200, 42, 9, 42]]
 NUM_NEW = 12
@@ -37,7 +37,7 @@ NUM_NEW = 12
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Do not write into it."""
     path = tmp_path_factory.mktemp("twin") / "checkpoint"
-    twins.write_checkpoint(path, CONFIG, seed=3, sharpness=3.0)
+    checkpoints.write_checkpoint(path, CONFIG, seed=3, sharpness=3.0)
     return path
 
 

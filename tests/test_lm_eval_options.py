@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import checkpoints as twins
+from support import checkpoints
 from transformers import GPTNeoXForCausalLM
 
 from gptneox.config.errors import ConfigError
@@ -49,7 +49,9 @@ def test_published_tasks(options: dict[str, Any], expected: SamplingParams | Non
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> GPTNeoXForCausalLM:
-    return twins.write_checkpoint(tmp_path_factory.mktemp("m"), twins.FAMILY["pythia-70m"])
+    return checkpoints.write_checkpoint(
+        tmp_path_factory.mktemp("m"), checkpoints.FAMILY["pythia-70m"]
+    )
 
 
 OTHERS = ("n", "best_of", "min_tokens", "presence_penalty", "frequency_penalty", "ignore_eos",

@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support import checkpoints as twins
+from support import checkpoints
 from support.checkpoints import copy_checkpoint
 from support.processes import REPO, clean_environ
 from transformers import GPTNeoXForCausalLM
@@ -34,7 +34,7 @@ from gptneox.weights.load import Checkpoint, CheckpointError, load_model
 from gptneox.weights.size import full_shapes
 
 NAME = "model.safetensors"
-SMALL = twins.FAMILY["relu-serial"] | {"num_hidden_layers": 1}
+SMALL = checkpoints.FAMILY["relu-serial"] | {"num_hidden_layers": 1}
 
 
 class PlainDevice(Device):
@@ -88,14 +88,14 @@ def assert_loads_equal(path: Path, original: dict[str, torch.Tensor]) -> None:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A very small checkpoint in one safetensors file; do not write into it."""
     directory = tmp_path_factory.mktemp("source") / "checkpoint"
-    twins.write_checkpoint(directory, SMALL)
+    checkpoints.write_checkpoint(directory, SMALL)
     return directory
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("sharded") / "checkpoint"
-    twins.write_checkpoint(directory, SMALL | {"num_hidden_layers": 3}, form="sharded")
+    checkpoints.write_checkpoint(directory, SMALL | {"num_hidden_layers": 3}, form="sharded")
     return directory
 
 

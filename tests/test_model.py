@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import checkpoints as twins
+from support import checkpoints
 from support.logits import paged_logits, random_ids, rms
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
@@ -42,31 +42,34 @@ NUM_DECODES = 64
 VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear scaling, old keys": (
         "safetensors",
-        twins.FAMILY["pythia-70m"] | {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        checkpoints.FAMILY["pythia-70m"] | {"rope_scaling": {"type": "linear", "factor": 4.0}},
     ),
     "linear scaling, rope_type in old keys": (
         "safetensors",
-        twins.FAMILY["pythia-70m"] | {"rope_scaling": {"rope_type": "linear", "factor": 2.5}},
+        checkpoints.FAMILY["pythia-70m"] | {"rope_scaling": {"rope_type": "linear", "factor": 2.5}},
     ),
     "linear scaling, new keys": (
         "new_keys",
-        twins.FAMILY["pythia-70m"] | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        checkpoints.FAMILY["pythia-70m"] | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     ),
     "rotary base, old keys": (
         "safetensors",
-        twins.FAMILY["polyglot-ko-1.3b"] | {"rotary_emb_base": 500},
+        checkpoints.FAMILY["polyglot-ko-1.3b"] | {"rotary_emb_base": 500},
     ),
     "rotary base, new keys": (
         "new_keys",
-        twins.FAMILY["polyglot-ko-1.3b"] | {"rotary_emb_base": 500},
+        checkpoints.FAMILY["polyglot-ko-1.3b"] | {"rotary_emb_base": 500},
     ),
-    "layer_norm_eps": ("safetensors", twins.FAMILY["pythia-70m"] | {"layer_norm_eps": 0.05}),
-    "silu": ("safetensors", twins.FAMILY["pythia-70m"] | {"hidden_act": "silu"}),
+    "layer_norm_eps": ("safetensors", checkpoints.FAMILY["pythia-70m"] | {"layer_norm_eps": 0.05}),
+    "silu": ("safetensors", checkpoints.FAMILY["pythia-70m"] | {"hidden_act": "silu"}),
     "gelu_pytorch_tanh": (
         "safetensors",
-        twins.FAMILY["pythia-70m"] | {"hidden_act": "gelu_pytorch_tanh"},
+        checkpoints.FAMILY["pythia-70m"] | {"hidden_act": "gelu_pytorch_tanh"},
     ),
-    "mlp of its own width": ("safetensors", twins.FAMILY["pythia-70m"] | {"intermediate_size": 77}),
+    "mlp of its own width": (
+        "safetensors",
+        checkpoints.FAMILY["pythia-70m"] | {"intermediate_size": 77},
+    ),
 }
 
 
@@ -98,8 +101,8 @@ def assert_logits_equal(actual: Tensor, expected: Tensor) -> None:
 def assert_parity(
     directory: Path, config: dict[str, Any], device: Device, form: str = "safetensors"
 ) -> None:
-    model = twins.write_checkpoint(directory, config, form=form)
-    engine = twins.load_engine(directory, device)
+    model = checkpoints.write_checkpoint(directory, config, form=form)
+    engine = checkpoints.load_engine(directory, device)
     assert engine.model.config.num_parameters == model.num_parameters()
     token_ids = greedy_to_the_last_position(model, config)
     assert len(token_ids) == config["max_position_embeddings"] == engine.max_positions
@@ -107,9 +110,9 @@ def assert_parity(
     assert_logits_equal(actual, hf_logits(model, token_ids))
 
 
-@pytest.mark.parametrize("name", twins.FAMILY)
+@pytest.mark.parametrize("name", checkpoints.FAMILY)
 def test_prefill_and_decode_logits_equal_hf(name: str, tmp_path: Path, device: Device) -> None:
-    assert_parity(tmp_path, twins.FAMILY[name], device)
+    assert_parity(tmp_path, checkpoints.FAMILY[name], device)
 
 
 @pytest.mark.parametrize("name", VARIATIONS)
@@ -123,23 +126,23 @@ def test_settings_of_config_json_act_as_in_hf(name: str, tmp_path: Path, device:
 
 @pytest.mark.parametrize("name", ["polyglot-ko-12.8b", "japanese-large-lm-3.6b"])
 def test_all_file_forms_give_the_same_model(name: str, tmp_path: Path, device: Device) -> None:
-    config = twins.FAMILY[name]
+    config = checkpoints.FAMILY[name]
     token_ids = random_ids(config, 20)
     logits = {}
-    for form in twins.FORMS:
-        model = twins.write_checkpoint(tmp_path / form, config, form=form)
-        engine = twins.load_engine(tmp_path / form, device)
+    for form in checkpoints.FORMS:
+        model = checkpoints.write_checkpoint(tmp_path / form, config, form=form)
+        engine = checkpoints.load_engine(tmp_path / form, device)
         logits[form] = paged_logits(engine, token_ids, 12)
         assert engine.eos_token_ids == (config["eos_token_id"],)
         assert_logits_equal(logits[form], hf_logits(model, token_ids))
-    for form in twins.FORMS:
+    for form in checkpoints.FORMS:
         assert torch.equal(logits[form], logits["safetensors"]), form
 
 
 @pytest.mark.parametrize("stored", ["embed_in", "embed_out", "lm_head", "both"])
 def test_tied_embeddings_under_either_name(stored: str, tmp_path: Path, device: Device) -> None:
-    config = twins.FAMILY["japanese-large-lm-3.6b"]
-    model = twins.write_checkpoint(tmp_path, config)
+    config = checkpoints.FAMILY["japanese-large-lm-3.6b"]
+    model = checkpoints.write_checkpoint(tmp_path, config)
     tensors = load_file(tmp_path / "model.safetensors")
     weight = tensors.pop("gpt_neox.embed_in.weight")
     assert not {"embed_out.weight", "lm_head.weight"} & tensors.keys()
@@ -151,27 +154,27 @@ def test_tied_embeddings_under_either_name(stored: str, tmp_path: Path, device: 
         tensors["lm_head.weight"] = weight
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     token_ids = random_ids(config, 20)
-    actual = paged_logits(twins.load_engine(tmp_path, device), token_ids, 12)
+    actual = paged_logits(checkpoints.load_engine(tmp_path, device), token_ids, 12)
     assert_logits_equal(actual, hf_logits(model, token_ids))
 
 
 def test_untied_head_does_not_take_the_embedding(tmp_path: Path, device: Device) -> None:
-    config = twins.FAMILY["pythia-14m"]
-    twins.write_checkpoint(tmp_path, config)
+    config = checkpoints.FAMILY["pythia-14m"]
+    checkpoints.write_checkpoint(tmp_path, config)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["embed_out.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 1 tensors: embed_out\.weight"):
-        twins.load_engine(tmp_path, device)
+        checkpoints.load_engine(tmp_path, device)
 
 
 def test_buffers_of_old_checkpoints_are_ignored(
     tmp_path: Path, device: Device, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = twins.FAMILY["gpt-neox-20b"]
-    twins.write_checkpoint(tmp_path, config)
+    config = checkpoints.FAMILY["gpt-neox-20b"]
+    checkpoints.write_checkpoint(tmp_path, config)
     token_ids = random_ids(config, 20)
-    expected = paged_logits(twins.load_engine(tmp_path, device), token_ids, 12)
+    expected = paged_logits(checkpoints.load_engine(tmp_path, device), token_ids, 12)
     tensors = load_file(tmp_path / "model.safetensors")
     for i in range(config["num_hidden_layers"]):
         attention = f"gpt_neox.layers.{i}.attention"
@@ -180,7 +183,7 @@ def test_buffers_of_old_checkpoints_are_ignored(
         tensors[f"{attention}.rotary_emb.inv_freq"] = torch.full((12,), 7.0)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with caplog.at_level(logging.WARNING):
-        engine = twins.load_engine(tmp_path, device)
+        engine = checkpoints.load_engine(tmp_path, device)
     assert not caplog.records
     assert torch.equal(paged_logits(engine, token_ids, 12), expected)
 
@@ -193,13 +196,13 @@ def test_buffers_of_old_checkpoints_are_ignored(
 def test_half_precision_is_as_close_to_fp32_as_hf_is(
     name: str, dtype: str, tmp_path: Path, device: Device
 ) -> None:
-    config = twins.FAMILY[name]
-    model = twins.write_checkpoint(tmp_path, config, dtype=getattr(torch, dtype))
+    config = checkpoints.FAMILY[name]
+    model = checkpoints.write_checkpoint(tmp_path, config, dtype=getattr(torch, dtype))
     token_ids = random_ids(config, config["max_position_embeddings"])
     exact = hf_logits(model, token_ids)
     half = GPTNeoXForCausalLM.from_pretrained(tmp_path, dtype=getattr(torch, dtype)).eval()
     hf_error = hf_logits(half, token_ids) - exact
-    engine = twins.load_engine(tmp_path, device, dtype)
+    engine = checkpoints.load_engine(tmp_path, device, dtype)
     error = paged_logits(engine, token_ids, len(token_ids) - 32) - exact
     assert rms(hf_error) > 1e-3, "HF must round, or there is nothing to compare with"
     assert rms(error) <= 1.25 * rms(hf_error)
@@ -208,7 +211,7 @@ def test_half_precision_is_as_close_to_fp32_as_hf_is(
 
 # -- a layer as two products ---------------------------------------------------------------------
 
-PARALLEL = [n for n, c in twins.FAMILY.items() if c.get("use_parallel_residual", True)]
+PARALLEL = [n for n, c in checkpoints.FAMILY.items() if c.get("use_parallel_residual", True)]
 
 
 class Specification(Device):
@@ -229,12 +232,12 @@ class Specification(Device):
 
 @pytest.mark.parametrize("name", PARALLEL)
 def test_folded_layers_equal_hf(name: str, tmp_path: Path) -> None:
-    assert_parity(tmp_path, twins.FAMILY[name], Specification(True))
+    assert_parity(tmp_path, checkpoints.FAMILY[name], Specification(True))
 
 
 def test_serial_layers_are_not_folded(tmp_path: Path) -> None:
-    twins.write_checkpoint(tmp_path, twins.FAMILY["relu-serial"])
-    engine = twins.load_engine(tmp_path, Specification(True))
+    checkpoints.write_checkpoint(tmp_path, checkpoints.FAMILY["relu-serial"])
+    engine = checkpoints.load_engine(tmp_path, Specification(True))
     assert all(layer.packed is None for layer in engine.model.gpt_neox.layers)
 
 
@@ -243,12 +246,15 @@ def test_folding_adds_no_error(dtype: str, tmp_path: Path) -> None:
     """Weights are rounded anew, partial sums less often: over all twins the error is no larger."""
     ratios = []
     for name in PARALLEL:
-        config = twins.FAMILY[name]
-        model = twins.write_checkpoint(tmp_path / name, config, dtype=getattr(torch, dtype))
+        config = checkpoints.FAMILY[name]
+        model = checkpoints.write_checkpoint(tmp_path / name, config, dtype=getattr(torch, dtype))
         token_ids = random_ids(config, 60)
         exact = hf_logits(model, token_ids)
         plain, folded = (
-            rms(paged_logits(twins.load_engine(tmp_path / name, b, dtype), token_ids, 50) - exact)
+            rms(
+                paged_logits(checkpoints.load_engine(tmp_path / name, b, dtype), token_ids, 50)
+                - exact
+            )
             for b in (Specification(False), Specification(True))
         )
         assert folded <= 1.15 * plain, f"{name}: {folded} folded, {plain} layer by layer"
@@ -258,8 +264,8 @@ def test_folding_adds_no_error(dtype: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", ["input", "post_attention", "both"])
 def test_folding_around_scales_of_zero(part: str, tmp_path: Path) -> None:
-    config = twins.FAMILY["pythia-14m"]
-    twins.write_checkpoint(tmp_path, config)
+    config = checkpoints.FAMILY["pythia-14m"]
+    checkpoints.write_checkpoint(tmp_path, config)
     tensors = load_file(tmp_path / "model.safetensors")
     for name, tensor in tensors.items():
         if name.endswith("layernorm.weight") and (part in name or part == "both"):
@@ -267,7 +273,7 @@ def test_folding_around_scales_of_zero(part: str, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     model = GPTNeoXForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     token_ids = random_ids(config, 40)
-    actual = paged_logits(twins.load_engine(tmp_path, Specification(True)), token_ids, 38)
+    actual = paged_logits(checkpoints.load_engine(tmp_path, Specification(True)), token_ids, 38)
     assert_logits_equal(actual, hf_logits(model, token_ids))
 
 
@@ -298,8 +304,8 @@ class Threads(TensorParallelGroup):
 
 @pytest.mark.parametrize("name", ["gpt-neox-20b", "no-attention-bias"])
 def test_folded_layers_on_two_ranks(name: str, tmp_path: Path) -> None:
-    config = twins.FAMILY[name]
-    model = twins.write_checkpoint(tmp_path, config)
+    config = checkpoints.FAMILY[name]
+    model = checkpoints.write_checkpoint(tmp_path, config)
     token_ids = random_ids(config, 40)
     slots, barrier = [torch.empty(0)] * 2, threading.Barrier(2)
 
@@ -329,11 +335,11 @@ def test_fp16_scores_beyond_its_range_stay_finite(tmp_path: Path, device: Device
     score of 90000 / sqrt(96) still has a step of 1e-3, below fp16's own error, so the error may
     grow by little.
     """
-    config = twins.FAMILY["gpt-neox-20b"]
+    config = checkpoints.FAMILY["gpt-neox-20b"]
     directories = {name: tmp_path / name for name in ("plain", "large")}
     errors, logits = {}, {}
     for name, directory in directories.items():
-        model = twins.write_checkpoint(directory, config, dtype=torch.float16)
+        model = checkpoints.write_checkpoint(directory, config, dtype=torch.float16)
         tensors = load_file(directory / "model.safetensors")
         for i in range(config["num_hidden_layers"]):
             prefix = f"gpt_neox.layers.{i}.attention.query_key_value."
@@ -345,7 +351,7 @@ def test_fp16_scores_beyond_its_range_stay_finite(tmp_path: Path, device: Device
         token_ids = random_ids(config, 100)
         exact = copy.deepcopy(model).double()
         logits[name] = hf_logits(exact, token_ids)
-        engine = twins.load_engine(directory, device, "float16")
+        engine = checkpoints.load_engine(directory, device, "float16")
         actual = paged_logits(engine, token_ids, 80)
         assert torch.isfinite(actual).all()
         errors[name] = rms(actual - logits[name])
@@ -373,7 +379,7 @@ def test_rotary_against_fp64(head_dim: int, share: float, position: int, ops: Op
     computed in fp32 is off by 1e-3 at position 16383.
     """
     config = ModelConfig.from_dict(
-        twins.FAMILY["pythia-14m"]
+        checkpoints.FAMILY["pythia-14m"]
         | {"hidden_size": 2 * head_dim, "num_attention_heads": 2, "rotary_pct": share}
     )
     r = round(head_dim * share)

@@ -17,8 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import checkpoints as twins
-from support import ranks
+from support import checkpoints, ranks
 from support.checkpoints import write_chain_checkpoint
 from support.processes import REPO
 from torch import Tensor
@@ -43,7 +42,7 @@ from gptneox.parallel import TensorParallelGroup
 from gptneox.weights.cut import AUTO_MAP, cut_checkpoint
 
 LIMIT = 2e-5  # of the largest value
-CONFIG = twins.FAMILY["pythia-14m"] | {"eos_token_id": 303}
+CONFIG = checkpoints.FAMILY["pythia-14m"] | {"eos_token_id": 303}
 VOCAB = CONFIG["vocab_size"]
 LENGTHS = (9, 1, 40, 17, 3, 33, 26, 12)
 MODELING = "modeling_gpt_neox_ascend.py"
@@ -79,7 +78,7 @@ def load(path: Path, **options: Any) -> PreTrainedModel:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole checkpoint with remote code; do not write into it."""
     path = tmp_path_factory.mktemp("remote") / "model"
-    twins.write_checkpoint(path, CONFIG, sharpness=1.4)
+    checkpoints.write_checkpoint(path, CONFIG, sharpness=1.4)
     return add_remote_code(path)
 
 
@@ -95,7 +94,7 @@ def stock(checkpoint: Path) -> GPTNeoXForCausalLM:
 
 @pytest.fixture(scope="module")
 def rows() -> list[list[int]]:
-    return twins.prompts(LENGTHS, VOCAB - 1, seed=4)
+    return checkpoints.prompts(LENGTHS, VOCAB - 1, seed=4)
 
 
 def padded(rows: list[list[int]], side: str = "left") -> dict[str, Tensor]:
@@ -518,9 +517,9 @@ FAMILY = {
 @pytest.mark.parametrize("name", FAMILY)
 def test_paged_equals_flash_equals_hf(name: str, tmp_path: Path) -> None:
     """Greedy, one batch of mixed lengths on both of our paths, one at a time on the other side."""
-    config = twins.FAMILY[FAMILY[name]]
-    model = twins.write_checkpoint(tmp_path, config, seed=1)
-    rows = twins.prompts((5, 1, 60, 30), config["vocab_size"], seed=2)
+    config = checkpoints.FAMILY[FAMILY[name]]
+    model = checkpoints.write_checkpoint(tmp_path, config, seed=1)
+    rows = checkpoints.prompts((5, 1, 60, 30), config["vocab_size"], seed=2)
     expected = []
     for row in rows:
         ids = torch.tensor([row])
@@ -532,7 +531,7 @@ def test_paged_equals_flash_equals_hf(name: str, tmp_path: Path) -> None:
             eos_token_id=None,
         )
         expected.append(output[0, len(row) :].tolist())
-    engine = twins.load_engine(tmp_path, select("cpu"), max_batch_size=4)
+    engine = checkpoints.load_engine(tmp_path, select("cpu"), max_batch_size=4)
     paged = engine.generate(rows, SamplingParams(max_new_tokens=24, ignore_eos=True))
     assert [output.token_ids for output in paged] == expected
     flash = GenerateEngine.from_pretrained(
@@ -550,9 +549,9 @@ def test_paged_equals_flash_equals_hf(name: str, tmp_path: Path) -> None:
 
 def test_config_keys_of_other_eras(tmp_path: Path) -> None:
     """transformers 5 hands its own view of an old config.json over; the file is what counts."""
-    config = twins.FAMILY["polyglot-ko-12.8b"] | {"rotary_emb_base": 500}
-    model = twins.write_checkpoint(tmp_path, config)
-    ids = torch.tensor(twins.prompts([50], config["vocab_size"]))
+    config = checkpoints.FAMILY["polyglot-ko-12.8b"] | {"rotary_emb_base": 500}
+    model = checkpoints.write_checkpoint(tmp_path, config)
+    ids = torch.tensor(checkpoints.prompts([50], config["vocab_size"]))
     ours = load(add_remote_code(tmp_path))
     assert isinstance(ours.config, GPTNeoXConfig)
     assert_close(ours(ids).logits, model(ids).logits)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from support import checkpoints as twins
+from support import checkpoints
 from support.processes import MAIN, REPO, clean_environ
 from support.tokenizers import write_tokenizer
 
@@ -45,8 +45,8 @@ BOOLQ = [
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random fp16 twin with a tokenizer and 128 positions; do not write into it."""
     directory = tmp_path_factory.mktemp("modeltest") / "my weights"
-    config = twins.FAMILY["pythia-14m"] | {"vocab_size": 336}
-    twins.write_checkpoint(directory, config, dtype=torch.float16)
+    config = checkpoints.FAMILY["pythia-14m"] | {"vocab_size": 336}
+    checkpoints.write_checkpoint(directory, config, dtype=torch.float16)
     write_tokenizer(directory)
     return directory
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import checkpoints as twins
+from support import checkpoints
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
@@ -29,7 +29,7 @@ from gptneox.engine.generation_config import GenerationRules
 from gptneox.engine.paged import PagedEngine
 from gptneox.engine.sequence import InvalidParameter, SamplingParams, TokenLogprobs
 
-CONFIG = twins.FAMILY["gpt-neox-20b"] | {"max_position_embeddings": 512}
+CONFIG = checkpoints.FAMILY["gpt-neox-20b"] | {"max_position_embeddings": 512}
 VOCAB = CONFIG["vocab_size"]
 NUM_NEW = 24
 # Of the prompts, mixed: a single token, whole blocks of 16 and 128 and one token around them, and
@@ -85,9 +85,9 @@ class Reference:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     path = tmp_path_factory.mktemp("reference")
-    model = twins.write_checkpoint(path, CONFIG, seed=2, sharpness=1.4)
-    prompts = twins.prompts(LENGTHS, VOCAB, seed=5)
-    beginning = twins.prompts([270], VOCAB, seed=6)[0]
+    model = checkpoints.write_checkpoint(path, CONFIG, seed=2, sharpness=1.4)
+    prompts = checkpoints.prompts(LENGTHS, VOCAB, seed=5)
+    beginning = checkpoints.prompts([270], VOCAB, seed=6)[0]
     for i, (num_shared, num_own) in SHARED.items():
         prompts[i] = beginning[:num_shared] + prompts[i][:num_own]
     prompts[31] = list(prompts[3])  # the same prompt twice
@@ -107,7 +107,7 @@ def long_new_ids(reference: Reference) -> list[list[int]]:
 
 
 def engine_of(reference: Reference, device: Device, **settings: Any) -> PagedEngine:
-    return twins.load_engine(reference.path, device, **({"max_batch_size": 32} | settings))
+    return checkpoints.load_engine(reference.path, device, **({"max_batch_size": 32} | settings))
 
 
 def assert_tokens(outputs: Seq[Completion], expected: Seq[list[int]]) -> None:
@@ -257,7 +257,7 @@ def test_alone_is_near_batch_in_half_precision(
     prompts = [p for p in reference.prompts if len(p) > 1]
 
     def scores(dtype: str, **settings: Any) -> Tensor:
-        engine = twins.load_engine(reference.path, device, dtype, **settings)
+        engine = checkpoints.load_engine(reference.path, device, dtype, **settings)
         outputs = engine.generate(prompts, params)
         return torch.tensor([t.logprob for output in outputs for t in output.prompt_logprobs])
 
@@ -398,7 +398,7 @@ def test_scoring_without_new_tokens(
     settings: dict[str, Any], reference: Reference, device: Device
 ) -> None:
     engine = engine_of(reference, device, **settings)
-    whole_context = twins.prompts([512], VOCAB, seed=8)[0]
+    whole_context = checkpoints.prompts([512], VOCAB, seed=8)[0]
     prompts = [*reference.prompts[:12], whole_context]
     outputs = engine.generate(prompts, SamplingParams(max_new_tokens=0, prompt_logprobs=2))
     for prompt, output in zip(prompts, outputs, strict=True):
@@ -471,11 +471,11 @@ def numbers(error: pytest.ExceptionInfo[InvalidParameter]) -> set[int]:
 
 def test_position_limit(tmp_path: Path, device: Device) -> None:
     """Prompt and new tokens together may fill all positions, but not exceed them."""
-    config = twins.FAMILY["pythia-1.4b"]
-    model = twins.write_checkpoint(tmp_path, config)
-    engine = twins.load_engine(tmp_path, device, num_blocks=17)
+    config = checkpoints.FAMILY["pythia-1.4b"]
+    model = checkpoints.write_checkpoint(tmp_path, config)
+    engine = checkpoints.load_engine(tmp_path, device, num_blocks=17)
     assert engine.max_positions == 2048
-    prompt = twins.prompts([2049], config["vocab_size"])[0]
+    prompt = checkpoints.prompts([2049], config["vocab_size"])[0]
     for num_prompt, num_new in [(2048, 1), (2049, 1), (2047, 2), (1, 2048)]:
         with pytest.raises(InvalidParameter) as error:
             engine.add_request(prompt[:num_prompt], SamplingParams(max_new_tokens=num_new))
@@ -597,7 +597,7 @@ def test_end_of_text(
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     if where == "generation_config.json":
         (tmp_path / where).write_text(json.dumps({"eos_token_id": value}), encoding="utf-8")
-    engine = twins.load_engine(tmp_path, device, max_batch_size=2)
+    engine = checkpoints.load_engine(tmp_path, device, max_batch_size=2)
     prompt = reference.prompts[9]
     stops, ignores = engine.generate(
         [prompt, prompt], [SamplingParams(max_new_tokens=NUM_NEW), GREEDY]
@@ -622,7 +622,7 @@ def nan_checkpoint(reference: Reference, tmp_path: Path) -> Path:
 
 def test_a_request_with_nan_fails_alone(nan_checkpoint: Path, device: Device) -> None:
     """Its neighbours answer as they do without it."""
-    engine = twins.load_engine(nan_checkpoint, device, max_batch_size=3)
+    engine = checkpoints.load_engine(nan_checkpoint, device, max_batch_size=3)
     params = SamplingParams(max_new_tokens=4, ignore_eos=True)
     first, third = engine.generate([[5, 6], [8]], params)
     outputs = engine.generate([[5, 6], [4, 7], [8]], params)
@@ -635,7 +635,7 @@ def test_a_request_with_nan_fails_alone(nan_checkpoint: Path, device: Device) ->
 
 def test_what_a_failed_request_had_is_kept(nan_checkpoint: Path, device: Device) -> None:
     """The token with the broken row comes up in the middle of an answer."""
-    engine = twins.load_engine(nan_checkpoint, device, max_batch_size=2)
+    engine = checkpoints.load_engine(nan_checkpoint, device, max_batch_size=2)
     params = SamplingParams(max_new_tokens=3, ignore_eos=True, logprobs=0)
     engine.rules = GenerationRules(forced_bos_token_ids=(7,))  # follows a prompt of one token
     [failed] = engine.generate([[5]], params)
@@ -644,7 +644,7 @@ def test_what_a_failed_request_had_is_kept(nan_checkpoint: Path, device: Device)
 
 
 def test_nan_does_not_reach_batch_mates(nan_checkpoint: Path, device: Device) -> None:
-    engine = twins.load_engine(nan_checkpoint, device, max_batch_size=3, block_size=16)
+    engine = checkpoints.load_engine(nan_checkpoint, device, max_batch_size=3, block_size=16)
     params = SamplingParams(max_new_tokens=1, ignore_eos=True)
     expected = [o.token_ids for o in engine.generate([[5, 6], [8, 9, 10]], params)]
     [failed] = engine.generate([[4] * 20 + [7]], params)  # its blocks hold NaN from here on
@@ -654,7 +654,7 @@ def test_nan_does_not_reach_batch_mates(nan_checkpoint: Path, device: Device) ->
 
 
 def test_nan_in_a_scored_prompt_is_not_returned(nan_checkpoint: Path, device: Device) -> None:
-    engine = twins.load_engine(nan_checkpoint, device, max_batch_size=3)
+    engine = checkpoints.load_engine(nan_checkpoint, device, max_batch_size=3)
     params = SamplingParams(max_new_tokens=0, prompt_logprobs=0)
     outputs = engine.generate([[5, 6, 8], [4, 7, 5], [8, 9]], params)
     assert [o.finish_reason for o in outputs] == ["length", "error", "length"]
@@ -667,12 +667,12 @@ def test_two_models_on_one_device(tmp_path: Path, device: Device) -> None:
     params = SamplingParams(max_new_tokens=12, ignore_eos=True)
     alone, engines = [], []
     for name in names:
-        config = twins.FAMILY[name]
-        twins.write_checkpoint(tmp_path / name, config, sharpness=2.0)
-        prompts = twins.prompts([20, 3, 40], config["vocab_size"], seed=5)
-        engine = twins.load_engine(tmp_path / name, device, num_blocks=9)
+        config = checkpoints.FAMILY[name]
+        checkpoints.write_checkpoint(tmp_path / name, config, sharpness=2.0)
+        prompts = checkpoints.prompts([20, 3, 40], config["vocab_size"], seed=5)
+        engine = checkpoints.load_engine(tmp_path / name, device, num_blocks=9)
         alone.append([o.token_ids for o in engine.generate(prompts, params)])
-        engines.append((twins.load_engine(tmp_path / name, device, num_blocks=9), prompts))
+        engines.append((checkpoints.load_engine(tmp_path / name, device, num_blocks=9), prompts))
     for engine, prompts in engines:
         for prompt in prompts:
             engine.add_request(prompt, params)
@@ -739,7 +739,7 @@ def test_log_probabilities_end_with_the_answer(reference: Reference, device: Dev
     [item] = engine.scheduler.schedule()
     seq, start = item.seq, len(prompt) - 1
     result = engine.runner.run([replace(item, sample_rows=tuple(range(start, start + 4)))])
-    engine.scheduler.computed([item])
+    engine.scheduler.mark_computed([item])
     del seq.token_ids[len(prompt) :]  # as a draft that was checked and is now taken
     seq.num_prompt_tokens = len(prompt)
     completion = engine._advance(engine._requests[seq.request_id], result.token_ids[0], late=False)

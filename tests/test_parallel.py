@@ -25,8 +25,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import checkpoints as twins
-from support import ranks
+from support import checkpoints, ranks
 from support.checkpoints import write_large
 from support.processes import REPO
 from support.ranks import TIMEOUT_S, Answers, Job, RankFailed, Team, Teams
@@ -55,7 +54,7 @@ ALONE = TensorParallelGroup()
 
 def with_heads(name: str, num_heads: int, head_dim: int = 0, **keys: Any) -> dict[str, Any]:
     """A twin with another number of heads (and their width), room for 64 new tokens."""
-    config = twins.FAMILY[name]
+    config = checkpoints.FAMILY[name]
     width = head_dim or config["hidden_size"] // config["num_attention_heads"]
     hidden_size = width * num_heads
     return config | {
@@ -133,13 +132,13 @@ def make_reference(
     path: Path, config: dict[str, Any], lengths: Seq[int] = LENGTHS, num_new: int = NUM_NEW
 ) -> Reference:
     """Random prompts whose greedy continuation is not a matter of rounding."""
-    model = twins.write_checkpoint(path, config)
+    model = checkpoints.write_checkpoint(path, config)
     found = Reference(path, [], [], [], torch.empty(0))
     seed = 0
     for length in lengths:
         for _ in range(30):
             seed += 1
-            prompt = twins.prompts([length], config["vocab_size"], seed)[0]
+            prompt = checkpoints.prompts([length], config["vocab_size"], seed)[0]
             new_ids = greedy(model, prompt, num_new)
             logits = model(torch.tensor([prompt + new_ids])).logits[0]
             best = logits[length - 1 : -1].topk(2).values
@@ -368,7 +367,7 @@ def test_too_many_ranks_are_refused_before_weights_are_read(world_size: int, tmp
 def parts_of_4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole checkpoint with a cut for four ranks in it; do not write into it."""
     path = tmp_path_factory.mktemp("parts") / "model"
-    twins.write_checkpoint(path, twins.FAMILY["pythia-14m"])
+    checkpoints.write_checkpoint(path, checkpoints.FAMILY["pythia-14m"])
     cut_checkpoint(path, path / "part_model", 4)
     return path
 
@@ -478,18 +477,18 @@ def test_a_broken_collective_is_not_the_first_cause(teams: Teams, tmp_path: Path
 )  # fmt: skip
 def test_a_rank_that_waits_says_for_whom(rank, world_size, named, monkeypatch, caplog) -> None:
     """And may be interrupted meanwhile: torch waits without looking."""
-    monkeypatch.setattr(parallel, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(parallel, "WAIT_NOTICE_S", 0.05)
     monkeypatch.setenv("MASTER_ADDR", "host0")
     monkeypatch.setenv("MASTER_PORT", "1234")
     before = signal.getsignal(signal.SIGINT)
-    with parallel._impatience(rank, world_size):
+    with parallel._report_waiting(rank, world_size):
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
         time.sleep(0.2)
     assert signal.getsignal(signal.SIGINT) is before
     assert named in caplog.text
     assert "at host0 port 1234" in caplog.text
     caplog.clear()
-    with parallel._impatience(rank, world_size):
+    with parallel._report_waiting(rank, world_size):
         pass
     time.sleep(0.1)
     assert not caplog.text

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from support import checkpoints as twins
+from support import checkpoints
 from support.processes import MAIN, clean_environ
 from support.tokenizers import write_tokenizer
 from transformers import GenerationMixin
@@ -65,7 +65,7 @@ class Result(NamedTuple):
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random twin with a tokenizer and 128 positions; do not write into it."""
     directory = tmp_path_factory.mktemp("performance") / "checkpoint"
-    twins.write_checkpoint(directory, twins.FAMILY["pythia-14m"] | {"vocab_size": 336})
+    checkpoints.write_checkpoint(directory, checkpoints.FAMILY["pythia-14m"] | {"vocab_size": 336})
     write_tokenizer(directory)
     return directory
 
@@ -108,7 +108,7 @@ def cli(
 def stopwatch_of(path: str, checkpoint: Path, **settings: Any) -> Stopwatch:
     if path == "paged":
         settings = {"enable_prefix_caching": False, "max_batch_size": 2} | settings
-        return Stopwatch(twins.load_engine(checkpoint, select("cpu"), **settings))
+        return Stopwatch(checkpoints.load_engine(checkpoint, select("cpu"), **settings))
     group = TensorParallelGroup()
     engine = GenerateEngine.from_pretrained(
         checkpoint,

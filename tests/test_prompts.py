@@ -95,7 +95,7 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
             texts_of("a", word)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("socket")
-        with pytest.raises(ConfigError, match="no file, pipe or terminal"):
+        with pytest.raises(ConfigError, match="not a file, pipe or terminal"):
             texts_of("socket")
 
 

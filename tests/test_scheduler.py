@@ -90,7 +90,7 @@ class Load:
         for item in scheduled:
             self.oracle.read(item.seq, item.seq.num_computed_tokens + item.num_tokens)
             samples.append(item.sample_rows)
-        self.scheduler.computed(scheduled)
+        self.scheduler.mark_computed(scheduled)
         for item, sampled in zip(scheduled, samples, strict=True):
             seq = item.seq
             reaches_end = seq.num_computed_tokens == len(seq.token_ids)
@@ -239,7 +239,7 @@ def test_oversized_prompt_without_chunks_runs_alone() -> None:
     for _ in range(3):
         scheduled = load.scheduler.schedule()
         steps.append([(s.seq.request_id, s.num_tokens) for s in scheduled])
-        load.scheduler.computed(scheduled)
+        load.scheduler.mark_computed(scheduled)
         for item in scheduled:
             item.seq.token_ids.append(0)
     assert steps == [[(0, 3)], [(0, 1), (1, 9)], [(0, 1), (1, 1), (2, 2), (3, 2)]]
@@ -255,7 +255,7 @@ def test_a_long_prompt_goes_in_chunks_beside_decoding() -> None:
         scheduled = load.scheduler.schedule()
         steps.append([(s.seq.request_id, s.num_tokens) for s in scheduled])
         sampled = [s.seq for s in scheduled if s.sample_rows]
-        load.scheduler.computed(scheduled)
+        load.scheduler.mark_computed(scheduled)
         for seq in sampled:
             seq.token_ids.append(0)
     # A step has 4 prompt tokens at most; a last chunk of one token counts as a decode.
@@ -290,7 +290,7 @@ def run_queue(num_requests: int) -> None:
         scheduler.add(Sequence.create(i, [i % 7, 1, 2], SamplingParams(max_new_tokens=2)))
     while scheduler.has_work:
         scheduled = scheduler.schedule()
-        scheduler.computed(scheduled)
+        scheduler.mark_computed(scheduled)
         for item in scheduled:
             item.seq.token_ids.append(3)
             if item.seq.num_output_tokens == 2:

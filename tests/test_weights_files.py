@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import checkpoints as twins
+from support import checkpoints
 from support.checkpoints import copy_checkpoint
 from support.processes import REPO, clean_environ
 from transformers import GPTNeoXForCausalLM
@@ -28,7 +28,7 @@ from gptneox.weights.load import Checkpoint, CheckpointError, check_weights
 NAME, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-SMALL = twins.FAMILY["relu-serial"] | {"num_hidden_layers": 1, "torch_dtype": "float32"}
+SMALL = checkpoints.FAMILY["relu-serial"] | {"num_hidden_layers": 1, "torch_dtype": "float32"}
 BIAS = "gpt_neox.final_layer_norm.bias"
 
 Tensors = dict[str, torch.Tensor]
@@ -38,7 +38,7 @@ Tensors = dict[str, torch.Tensor]
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A very small checkpoint; do not write into it."""
     directory = tmp_path_factory.mktemp("source") / "checkpoint"
-    twins.write_checkpoint(directory, SMALL)
+    checkpoints.write_checkpoint(directory, SMALL)
     return directory
 
 

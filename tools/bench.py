@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast GPT-NeoX runs here, alone, over a range, or beside other engines.
+"""Benchmark of GPT-NeoX on this machine: alone, over a range of sizes, or against other engines.
 
 See docs/benchmarks.md, or `python tools/bench.py --help`. Exit status: 0 done, 1 something failed
 (what could be measured is written), 2 wrong usage.
@@ -67,9 +67,9 @@ def run(argv: Sequence[str]) -> int:
             engines.install(engines.ENGINES[name], args.cache, say)
         if args.install_only:
             return 0
-    for name in args.against:  # what is missing is said before anything is built
+    for name in args.against:  # report a missing engine before building anything
         engines.interpreter(engines.ENGINES[name], args.cache)
-    from benchmark.tasks import measure  # torch is loaded here, so that wrong usage answers at once
+    from benchmark.tasks import measure  # imports torch, so only after the flags are checked
 
     return measure(args, list(argv), say)
 

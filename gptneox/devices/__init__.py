@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices. `select` is the only place that knows their names; each is imported on first use."""
+"""The registry of devices: their names are listed here; each is imported on first use."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import importlib
 import logging
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # torch is needed by a device alone
+if TYPE_CHECKING:  # the import needs torch
     from gptneox.devices.device import Device
 
 logger = logging.getLogger(__name__)
 
-# In the order that "auto" tries; the module `device` of each package has a function `create`.
+# In the order that "auto" tries. Each package has a module `device` with a function `create`.
 DEVICES = ("npu", "cuda", "cpu")
 
 
 def create(name: str) -> Device:
-    """The device called `name`, whether or not its device is present.
+    """The device called `name`, whether or not its hardware is present.
 
     Raises:
-        ConfigError: GPTNEOX_CPU_KERNELS=on, and the kernels cannot be had.
+        ConfigError: GPTNEOX_CPU_KERNELS=on, but the kernels cannot be built or loaded.
     """
     device: Device = importlib.import_module(f"gptneox.devices.{name}.device").create()
     return device
@@ -30,8 +30,8 @@ def select(name: str = "auto") -> Device:
     """Choose a device.
 
     Args:
-        name: "auto" takes the first usable of `DEVICES`; any other name is that device or an
-            error, never a silent replacement.
+        name: "auto" for the first usable one of `DEVICES`. A named device is never replaced by
+            another one.
 
     Raises:
         RuntimeError: the named device cannot be used; the message says why.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CPU binding: a rank runs on its share of the cores of the NUMA node that its device hangs on;
-where the cores are the device, on its share of them, one thread per physical core.
+"""CPU binding: each rank runs on a share of the cores of its device's NUMA node.
 
-The kernel's sysfs is asked first; where it does not say (an old container), npu-smi, lspci and
-lscpu are. Whatever stays unknown leaves the process unbound.
+A rank of CPU inference gets an even share of all cores, one thread per physical core. The topology
+comes from sysfs, or from npu-smi, lspci and lscpu where sysfs lacks it (old containers). If it
+remains unknown, the process is not bound.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Runner = Callable[..., str]
 
 
 def run_tool(*command: str) -> str:
-    """Output of a program; empty when it is missing, fails or hangs."""
+    """Output of a program; empty if it is missing, fails or times out."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -34,26 +34,26 @@ def run_tool(*command: str) -> str:
 
 
 def parse_cpu_list(text: str) -> list[int]:
-    """`0-3,64-67,70` as numbers; what is no such list gives none."""
+    """`0-3,64-67,70` as numbers; empty for any other text."""
     cpus: list[int] = []
     for item in text.strip().split(","):
-        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", item)
-        if not found:
+        span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", item)
+        if not span:
             return []
-        cpus += range(int(found[1]), int(found[2] or found[1]) + 1)
+        cpus += range(int(span[1]), int(span[2] or span[1]) + 1)
     return cpus
 
 
 def parse_address(text: str) -> str:
-    """`C1:00.0` or `0000:C1:00.0` in the form of sysfs; empty when it is neither."""
-    found = re.search(r"\b(?:([0-9a-f]{4}):)?([0-9a-f]{2}:[0-9a-f]{2}\.[0-7])\b", text, re.I)
-    return f"{found[1] or '0000'}:{found[2]}".lower() if found else ""
+    """The PCI address (`C1:00.0` or `0000:C1:00.0`) in sysfs form; empty if there is none."""
+    match = re.search(r"\b(?:([0-9a-f]{4}):)?([0-9a-f]{2}:[0-9a-f]{2}\.[0-7])\b", text, re.I)
+    return f"{match[1] or '0000'}:{match[2]}".lower() if match else ""
 
 
 def parse_chips(text: str) -> list[tuple[int, int]]:
     """(NPU ID, chip ID) in the order of the logic ids, from `npu-smi info -m`.
 
-    The management controller of a card is listed too, with "-" for its logic id.
+    Rows with the logic id "-" are management controllers and are skipped.
     """
     rows = re.findall(r"^\s*(\d+)\s+(\d+)\s+(\d+)\s+\S", text, re.M)
     return [(int(npu), int(chip)) for npu, chip, _ in sorted(rows, key=lambda r: int(r[2]))]
@@ -61,44 +61,44 @@ def parse_chips(text: str) -> list[tuple[int, int]]:
 
 def parse_bus(text: str) -> str:
     """PCI address from `npu-smi info -t board -i NPU -c CHIP`."""
-    found = re.search(r"PCIe Bus Info\s*:\s*(\S+)", text)
-    return parse_address(found[1]) if found else ""
+    match = re.search(r"PCIe Bus Info\s*:\s*(\S+)", text)
+    return parse_address(match[1]) if match else ""
 
 
 def accelerator_addresses(sysfs: Path) -> list[str]:
-    """PCI addresses of this maker's accelerators, in order."""
-    found = []
+    """PCI addresses of Huawei's accelerators, in order."""
+    addresses = []
     for device in sorted(sysfs.glob("bus/pci/devices/*")):
-        is_ours = _read(device / "vendor") == HUAWEI
-        if is_ours and _read(device / "class").startswith(ACCELERATOR_CLASS):
-            found.append(device.name.lower())
-    return found
+        is_huawei = _read(device / "vendor") == HUAWEI
+        if is_huawei and _read(device / "class").startswith(ACCELERATOR_CLASS):
+            addresses.append(device.name.lower())
+    return addresses
 
 
 def npu_addresses(sysfs: Path = SYSFS, run: Runner = run_tool) -> list[str]:
-    """PCI address of every NPU, in the order of the device numbers; empty when unknown.
+    """PCI address of every NPU, in the order of the device numbers; empty if unknown.
 
-    A card with two chips has one PCI address for both, so sysfs decides only where its number of
-    accelerators is that of the device nodes.
+    The two chips of a card may share one PCI address, so sysfs is used only if it lists as many
+    accelerators as there are device nodes.
     """
     addresses = accelerator_addresses(sysfs)
     num_nodes = len(list(sysfs.glob("class/devdrv-cdev/davinci[0-9]*")))
     if addresses and num_nodes == len(addresses):
         return addresses
     chips = parse_chips(run("npu-smi", "info", "-m"))
-    found = [
+    addresses = [
         parse_bus(run("npu-smi", "info", "-t", "board", "-i", str(npu), "-c", str(chip)))
         for npu, chip in chips
     ]
-    return found if all(found) else []
+    return addresses if all(addresses) else []
 
 
 def numa_node(address: str, sysfs: Path = SYSFS, run: Runner = run_tool) -> int | None:
-    """The NUMA node of a PCI device; None when the machine does not say (-1)."""
+    """The NUMA node of a PCI device; None if unknown (-1)."""
     text = _read(sysfs / "bus/pci/devices" / address / "numa_node")
     if not text:
-        found = re.search(r"NUMA node:\s*(-?\d+)", run("lspci", "-s", address, "-vvv"))
-        text = found[1] if found else ""
+        match = re.search(r"NUMA node:\s*(-?\d+)", run("lspci", "-s", address, "-vvv"))
+        text = match[1] if match else ""
     return int(text) if text.isdigit() else None
 
 
@@ -106,8 +106,8 @@ def node_cpus(node: int, sysfs: Path = SYSFS, run: Runner = run_tool) -> list[in
     """The cores of a NUMA node."""
     text = _read(sysfs / f"devices/system/node/node{node}/cpulist")
     if not text:
-        found = re.search(rf"NUMA node{node} CPU\(s\):\s*(\S+)", run("lscpu"))
-        text = found[1] if found else ""
+        match = re.search(rf"NUMA node{node} CPU\(s\):\s*(\S+)", run("lscpu"))
+        text = match[1] if match else ""
     return parse_cpu_list(text)
 
 
@@ -119,15 +119,15 @@ def choose_cores(
     sysfs: Path = SYSFS,
     run: Runner = run_tool,
 ) -> list[int]:
-    """Cores for device `index`; empty: leave the process as it is.
+    """Cores for device `index`; empty if the process should not be bound.
 
     Devices on one node share its cores evenly, in the order of their numbers.
 
     Args:
         addresses: PCI address of each visible device.
-        index: which of them is this process's.
-        cores_per_device: CPU_BINDING_NUM; 0 means the whole share.
-        sysfs: where the kernel's files are.
+        index: this process's device.
+        cores_per_device: CPU_BINDING_NUM; 0 for the whole share.
+        sysfs: root of sysfs.
         run: runs a program and returns its output.
     """
     if not 0 <= index < len(addresses):
@@ -138,14 +138,14 @@ def choose_cores(
         return []
     cpus = node_cpus(node, sysfs, run)
     share = len(cpus) // nodes.count(node)
-    place = nodes[:index].count(node) * share
-    return cpus[place : place + min(share, cores_per_device or share)]
+    first = nodes[:index].count(node) * share
+    return cpus[first : first + min(share, cores_per_device or share)]
 
 
 def physical_cores(usable: Iterable[int], sysfs: Path = SYSFS) -> list[list[int]]:
     """The usable logical processors of each physical core, in order.
 
-    Where the kernel does not say which belong together, each is a core of its own.
+    Without topology information each logical processor counts as a core.
     """
     cores: dict[int, list[int]] = {}
     for cpu in sorted(usable):
@@ -160,7 +160,7 @@ def share_cores(
 ) -> list[int]:
     """Rank `index`'s even share of the physical cores, one logical processor of each.
 
-    Empty where there are more ranks than cores: they take turns then, as the system sees fit.
+    Empty if there are more ranks than cores; the system schedules them then.
     """
     cores = [siblings[0] for siblings in physical_cores(usable, sysfs)]
     share = len(cores) // num_ranks
@@ -175,10 +175,9 @@ def usable_cpus() -> list[int]:
 
 
 def threads_per_rank(num_ranks: int, sysfs: Path = SYSFS, proc: Path = cgroup.PROC) -> int:
-    """One thread for each physical core of a rank's even share.
+    """One thread per physical core of a rank's even share, limited by the cgroups' CPU quota.
 
-    No more than the control groups leave processor time for: a thread that is held back there
-    keeps all the others waiting.
+    A thread that the quota throttles would make all others wait.
     """
     cores = len(physical_cores(usable_cpus(), sysfs))
     quota = cgroup.cpu_quota(proc)
@@ -188,9 +187,9 @@ def threads_per_rank(num_ranks: int, sysfs: Path = SYSFS, proc: Path = cgroup.PR
 
 
 def bind(cores: Sequence[int]) -> None:
-    """Bind this process to `cores`, as far as it may use them; none leaves it as it is.
+    """Bind this process to the usable ones of `cores`; does nothing if there are none.
 
-    Where the system refuses, as some sandboxes do, a run is slower and nothing else.
+    If the system refuses, as some sandboxes do, a warning is enough: the run is only slower.
     """
     usable = sorted(set(cores) & set(usable_cpus()))
     if not usable or not hasattr(os, "sched_setaffinity"):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What control groups leave to this process: memory, and shares of the processors.
+"""Memory limit and CPU quota that control groups set for this process.
 
-A container, a job of a cluster and a service run in such groups, often in several, one inside the
-other; each of them limits. Both versions are read, and a machine that mixes them.
+Containers, cluster jobs and services run in control groups, often nested ones, each with its own
+limits. Version 1, version 2 and mixed hierarchies are supported.
 
 Source: the kernel's Documentation/admin-guide/cgroup-v1/memory.rst, cgroup-v2.rst and
 scheduler/sched-bwc.rst; proc(5) for mountinfo.
@@ -21,7 +21,7 @@ def folders(controller: str, proc: Path = PROC) -> Iterator[Path]:
 
     Args:
         controller: "memory" or "cpu".
-        proc: where the kernel's files are.
+        proc: root of procfs.
     """
     mounts = list(_mounts(controller, proc))
     for line in _read(proc / "self/cgroup").splitlines():
@@ -36,11 +36,11 @@ def folders(controller: str, proc: Path = PROC) -> Iterator[Path]:
 
 
 def _upwards(mount: Path, root: str, path: str) -> Iterator[Path]:
-    """From the group at `path` to the mount, whose own group is `root`."""
-    inside = Path(path).parts[1:]
-    above = Path(root).parts[1:]
-    # A container without a namespace of its own sees its group's name on the host.
-    rest = inside[len(above) :] if inside[: len(above)] == above else ()
+    """Folders from the group at `path` up to the mount point, which shows the group `root`."""
+    group = Path(path).parts[1:]
+    top = Path(root).parts[1:]
+    # In a container without a cgroup namespace, `path` is the path on the host.
+    rest = group[len(top) :] if group[: len(top)] == top else ()
     if ".." in rest:
         rest = ()
     for length in range(len(rest), -1, -1):
@@ -50,35 +50,35 @@ def _upwards(mount: Path, root: str, path: str) -> Iterator[Path]:
 
 
 def _mounts(controller: str, proc: Path) -> Iterator[tuple[int, str, Path]]:
-    """(version, the group that is mounted, where) of the hierarchies that may hold `controller`."""
+    """(version, mounted group, mount point) of the hierarchies that may have `controller`."""
     for line in _read(proc / "self/mountinfo").splitlines():
         first, _, last = line.partition(" - ")
-        place, kind = first.split(), last.split()
-        if len(place) < 5 or len(kind) < 3:
+        mount, kind = first.split(), last.split()
+        if len(mount) < 5 or len(kind) < 3:
             continue
-        where = Path(place[4].replace("\\040", " "))
+        mount_point = Path(mount[4].replace("\\040", " "))
         if kind[0] == "cgroup2":
-            yield 2, place[3], where
+            yield 2, mount[3], mount_point
         elif kind[0] == "cgroup" and controller in kind[2].split(","):
-            yield 1, place[3], where
+            yield 1, mount[3], mount_point
 
 
 def memory(proc: Path = PROC) -> list[tuple[int, int]]:
     """(limit, free) in bytes of every group that has a limit.
 
-    File pages count as free: the kernel gives them back before it kills.
+    File pages count as free: the kernel reclaims them before it kills a process.
     """
-    found = []
+    limits = []
     for folder in folders("memory", proc):
         limit = _number(folder / "memory.max", folder / "memory.limit_in_bytes")
         used = _number(folder / "memory.current", folder / "memory.usage_in_bytes")
         if limit is not None:
-            found.append((limit, max(0, limit - (used or 0) + _reclaimable(folder))))
-    return found
+            limits.append((limit, max(0, limit - (used or 0) + _reclaimable(folder))))
+    return limits
 
 
 def cpu_quota(proc: Path = PROC) -> float | None:
-    """How many processors' time the tightest group leaves; None where none limits."""
+    """The lowest CPU quota of the groups, in processors; None without a quota."""
     quotas = []
     for folder in folders("cpu", proc):
         text = _read(folder / "cpu.max") or (
@@ -91,13 +91,13 @@ def cpu_quota(proc: Path = PROC) -> float | None:
 
 
 def _number(*paths: Path) -> int | None:
-    """What the first file that is there holds; None for "max" or no file."""
+    """The number in the first existing file; None for "max" or no file."""
     text = next(filter(None, map(_read, paths)), "")
     return int(text) if text.isdigit() else None
 
 
 def _reclaimable(folder: Path) -> int:
-    """File pages of a group and those inside it. Version 1 calls such sums total_…"""
+    """File pages of a group and its subgroups; version 1 names these sums total_…"""
     entries = dict(
         line.split(" ", 1) for line in _read(folder / "memory.stat").splitlines() if " " in line
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every engine offers: prompts in, completions out, and how long each step took."""
+"""The interface of all engines: prompts in, completions and step times out."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class RequestFailed(RuntimeError):
 
 @dataclass
 class Completion:
-    """What the last step added to the answer of a request; once finished, the whole answer."""
+    """The part of an answer that the last step added; the whole answer once it has finished."""
 
     request_id: int
     new_text: str = ""
     new_token_ids: list[int] = field(default_factory=list)
-    finish_reason: str = ""  # "stop" | "length" | "error"; "": the request goes on
-    error: str = ""  # why it failed; what there was until then is kept
-    # All of the answer, once finished. `token_ids` ends with the end-of-text id, if it came.
+    finish_reason: str = ""  # "stop" | "length" | "error"; "" while the request runs
+    error: str = ""  # why it failed; tokens generated before the failure are kept
+    # Set when finished. `token_ids` includes the end-of-text id that ended the answer, if any.
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -53,15 +53,15 @@ class Completion:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing follows."""
+        """Whether this is the request's last completion."""
         return bool(self.finish_reason)
 
 
 @dataclass(frozen=True)
 class NextToken:
-    """The distribution after a prompt: its likeliest token, and log p of the tokens asked for.
+    """The likeliest token after a prompt, and the log-probabilities of the requested tokens.
 
-    On ranks above 0 of the paged engine `logprobs` is empty: rank 0 keeps them.
+    `logprobs` is empty on ranks above 0 of the paged engine.
     """
 
     greedy_id: int
@@ -77,13 +77,13 @@ class StepStats:
     num_prefill_tokens: int
     num_decode_tokens: int
     num_context_tokens: int  # cached tokens that attention read
-    prepare_s: float = 0.0  # of `seconds`: before the model; 0 unless measured
-    forward_s: float = 0.0  # of `seconds`: the model, logits included; 0 unless measured
+    prepare_s: float = 0.0  # part of `seconds` before the forward pass; 0 unless measured
+    forward_s: float = 0.0  # part of `seconds` in the model, logits included; 0 unless measured
 
 
 @dataclass
 class EngineStats:
-    """Sums over all steps. A step with any prompt token counts as prefill."""
+    """Sums over all steps. A step with at least one prompt token counts as prefill."""
 
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -92,11 +92,11 @@ class EngineStats:
     num_decode_steps: int = 0
     num_decode_context_tokens: int = 0
     num_output_tokens: int = 0
-    steps: list[StepStats] | None = None  # every single step, when a list is given
-    measure: bool = False  # wait for the device around each forward pass, to time it by itself
+    steps: list[StepStats] | None = None  # each step, unless None
+    measure: bool = False  # synchronize with the device around each forward pass to time it
 
     def add(self, step: StepStats, num_sampled: int) -> None:
-        """Account for one step."""
+        """Add one step to the sums."""
         self.num_output_tokens += num_sampled
         if step.num_prefill_tokens:
             self.prefill_s += step.seconds
@@ -116,7 +116,7 @@ class Engine(ABC):
     Every rank of a tensor-parallel run owns one and calls the same methods in the same order.
     """
 
-    name: ClassVar[str]  # as --attention
+    name: ClassVar[str]  # the value of --attention that selects it
     prefers_parts: ClassVar[bool] = False  # see `rank_directory`
 
     def __init__(
@@ -128,14 +128,14 @@ class Engine(ABC):
         tokenizer: Any = None,
         rules: GenerationRules = NO_RULES,
     ) -> None:
-        """Make an engine around a loaded model; `from_pretrained` does all of it.
+        """Wrap a loaded model; `from_pretrained` also loads it.
 
         Args:
-            model: with its weights.
-            settings: of the engine.
-            dtype: of weights and cache.
-            tokenizer: None: ids in, ids out.
-            rules: what the checkpoint forbids, forces and ends with.
+            model: the model with its weights.
+            settings: the [engine] section.
+            dtype: dtype of weights and KV cache.
+            tokenizer: None for requests and answers in token ids only.
+            rules: what the checkpoint's generation_config.json asks for.
         """
         self.model, self.settings, self.dtype = model, settings, dtype
         self.tokenizer, self.rules = tokenizer, rules
@@ -155,10 +155,10 @@ class Engine(ABC):
         trust_remote_code: bool = False,
         show_progress: bool = False,
     ) -> _Engine:
-        """Load a checkpoint directory, or this rank's folder of a cut one.
+        """Load a checkpoint directory, or this rank's folder of a cut checkpoint.
 
         Raises:
-            ValueError, FileNotFoundError: the files are wrong; see `open_checkpoint`.
+            ValueError, FileNotFoundError: see `open_checkpoint`.
             RuntimeError: not enough memory.
         """
         group = group or TensorParallelGroup()
@@ -180,7 +180,7 @@ class Engine(ABC):
 
     @property
     def device(self) -> Device:
-        """Where the model is."""
+        """The device that holds the model."""
         return self.model.device
 
     @property
@@ -190,7 +190,7 @@ class Engine(ABC):
 
     @property
     def max_positions(self) -> int:
-        """Positions of prompt and answer together."""
+        """Maximum length of prompt and answer together."""
         return self.model.num_positions
 
     def check(self, prompt_ids: Seq[int], params: SamplingParams) -> None:
@@ -207,10 +207,10 @@ class Engine(ABC):
     def complete(
         self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams]
     ) -> Iterator[tuple[int, Completion]]:
-        """Answer prompts; yields what each step adds, with the index of the prompt.
+        """Answer prompts; yields each step's completions with the index of their prompt.
 
-        All prompts are checked before the first is computed. Abandoning the iterator aborts what
-        is not finished.
+        All prompts are checked before the first step. Closing the iterator aborts the requests
+        that have not finished.
 
         Raises:
             InvalidParameter: see `check`.
@@ -219,13 +219,13 @@ class Engine(ABC):
     def generate(
         self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams]
     ) -> list[Completion]:
-        """The finished completions of all prompts, in their order; see `complete`."""
+        """The finished completions in prompt order; see `complete`."""
         done = {i: c for i, c in self.complete(prompts, params) if c.finished}
         return [done[i] for i in range(len(prompts))]
 
     @abstractmethod
     def score_next(self, prompts: Seq[Seq[int]], token_ids: Seq[int]) -> list[NextToken]:
-        """log p of each of `token_ids` as the token after each prompt; the softmax is fp32.
+        """Log-probability of each of `token_ids` as the next token of each prompt, in fp32.
 
         Raises:
             RequestFailed: the model's output is NaN or infinite.
@@ -233,7 +233,7 @@ class Engine(ABC):
         """
 
     def check_batch(self, prompt_lens: Seq[int], num_new: int) -> None:
-        """Raise ValueError unless all rows can run side by side, as figures for a batch need."""
+        """Raise ValueError unless all rows can run in one batch, as batch measurements need."""
         limit = self.settings.max_batch_size
         if len(prompt_lens) > limit:
             raise ValueError(
@@ -248,15 +248,15 @@ class Engine(ABC):
             )
 
     def describe_cache(self) -> str:
-        """The size of the KV cache for the log, after a comma; empty where it grows with use."""
+        """The KV-cache size for the log, starting with a comma; empty if it is not preallocated."""
         return ""
 
     def reset_stats(self, *, keep_steps: bool = False, measure: bool = False) -> None:
-        """Count from zero.
+        """Reset all sums to zero.
 
         Args:
-            keep_steps: record every single step.
-            measure: time each forward pass by itself.
+            keep_steps: also record each step.
+            measure: time each forward pass separately.
         """
         self.stats = EngineStats(steps=[] if keep_steps else None, measure=measure)
 
@@ -276,7 +276,7 @@ def check_request(
     *,
     has_tokenizer: bool,
 ) -> None:
-    """Raise InvalidParameter for a request that a model can never answer."""
+    """Raise InvalidParameter for a request that the model can never answer."""
     if not len(prompt_ids):
         raise InvalidParameter(
             "prompt", "", "at least one token (--input_ids 0 starts from nothing)"
@@ -297,11 +297,11 @@ def check_request(
 
 
 def end_of_text(rules: GenerationRules, tokenizer: Any) -> tuple[int, ...]:
-    """End-of-text ids as transformers' `generate` takes them, which does not ask the tokenizer.
+    """End-of-text ids, chosen as transformers' `generate` does: the config files come first.
 
-    The tokenizer's counts only where generation_config.json is absent and config.json silent.
+    The tokenizer's id is used only if neither generation_config.json nor config.json has one.
     """
     if rules.eos_token_ids is not None:
         return rules.eos_token_ids
-    named = None if tokenizer is None else tokenizer.eos_token_id
-    return () if named is None else (named,)
+    eos_token_id = None if tokenizer is None else tokenizer.eos_token_id
+    return () if eos_token_id is None else (eos_token_id,)

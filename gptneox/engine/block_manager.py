@@ -4,10 +4,9 @@
     free (in order of eviction)          used (num_users > 0)
     [empty … | cached, oldest first]     block_table of one or several sequences
 
-A block becomes shareable once it is full and computed. It is then known by its content: the
-identity of the content before it and its own tokens. Python's dict hashes that key and compares
-it in full, so two different prefixes can never be taken for one another. A block nobody uses
-keeps its content until it is taken for something else.
+A block becomes shareable once it is full and computed. Its key is the content id of the previous
+block plus its own tokens. Python's dict hashes the key and compares it in full, so two different
+prefixes never collide. A block without users keeps its content until it is allocated again.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _Key = tuple[int, tuple[int, ...]]
 
 
 class NoFreeBlocks(RuntimeError):
-    """Not enough free blocks now; nothing was taken. Only the scheduler catches it."""
+    """Not enough free blocks; nothing was allocated. Only the scheduler catches this."""
 
 
 class BlockManager:
@@ -40,13 +39,14 @@ class BlockManager:
         self.num_queried_tokens = 0
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that `num_tokens` fill, the last one perhaps in part."""
+        """Number of blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
     def match_prefix(self, seq: Sequence) -> list[int]:
-        """Cached blocks that hold the beginning of `seq`; at least one token is left to compute.
+        """Cached blocks that hold the beginning of `seq`; always leaves a token to compute.
 
-        The positions whose log-probabilities are still wanted are computed, not matched.
+        Positions that still need prompt log-probabilities are never matched: only a forward pass
+        gives their logits.
         """
         if not self.enable_prefix_caching:
             return []
@@ -62,16 +62,16 @@ class BlockManager:
             parent = self.contents[block][0]
         return blocks
 
-    def start(self, seq: Sequence, shared: list[int], *, keep_free: int = 0) -> None:
-        """Give a sequence blocks for all its tokens.
+    def allocate(self, seq: Sequence, shared: list[int], *, keep_free: int = 0) -> None:
+        """Allocate blocks for all tokens of a sequence.
 
         Args:
-            seq: it has no blocks yet.
-            shared: what `match_prefix` found for it just now.
-            keep_free: blocks that must be left over for others.
+            seq: a sequence without blocks.
+            shared: the result of `match_prefix` for `seq`, just computed.
+            keep_free: blocks that must stay free for others.
 
         Raises:
-            NoFreeBlocks: nothing was taken.
+            NoFreeBlocks: nothing was allocated.
         """
         assert not seq.block_table, f"request {seq.request_id} already has blocks"
         num_new = self.blocks_for(len(seq.token_ids)) - len(shared)
@@ -82,42 +82,42 @@ class BlockManager:
         for block in shared:
             self.free.pop(block, None)
             self.num_users[block] += 1
-        seq.block_table = shared + [self._take() for _ in range(num_new)]
-        seq.num_committed_blocks = len(shared)
+        seq.block_table = shared + [self._pop_free() for _ in range(num_new)]
+        seq.num_cached_blocks = len(shared)
         seq.content_id = self.contents[shared[-1]][0] if shared else _ROOT
         seq.num_computed_tokens = len(shared) * self.block_size
         self.num_hit_tokens += seq.num_computed_tokens
         self.num_queried_tokens += len(seq.token_ids)
 
     def grow(self, seq: Sequence) -> None:
-        """Give a sequence the blocks that its newest tokens need, if they need any.
+        """Allocate the blocks that a sequence's newest tokens need.
 
         Raises:
-            NoFreeBlocks: nothing was taken.
+            NoFreeBlocks: nothing was allocated.
         """
         num_new = self.blocks_for(len(seq.token_ids)) - len(seq.block_table)
         if num_new > len(self.free):
             raise NoFreeBlocks(f"need {num_new} block(s), have {len(self.free)}")
-        seq.block_table += [self._take() for _ in range(num_new)]
+        seq.block_table += [self._pop_free() for _ in range(num_new)]
 
-    def commit(self, seq: Sequence) -> None:
-        """Make the blocks of `seq` that are full and computed available to others."""
+    def cache_full_blocks(self, seq: Sequence) -> None:
+        """Put the full, computed blocks of `seq` into the prefix cache."""
         num_full = seq.num_computed_tokens // self.block_size
-        if not self.enable_prefix_caching or num_full == seq.num_committed_blocks:
+        if not self.enable_prefix_caching or num_full == seq.num_cached_blocks:
             return
-        for i in range(seq.num_committed_blocks, num_full):
+        for i in range(seq.num_cached_blocks, num_full):
             tokens = tuple(seq.token_ids[i * self.block_size : (i + 1) * self.block_size])
             key = (seq.content_id, tokens)
             if key not in self.cached:
                 block = seq.block_table[i]
                 self.cached[key] = block
                 self.contents[block] = (next(self._content_ids), key)
-            # Otherwise another block holds the same content; the chain goes on from that one.
+            # Otherwise another block already holds this content; continue the chain from it.
             seq.content_id = self.contents[self.cached[key]][0]
-        seq.num_committed_blocks = num_full
+        seq.num_cached_blocks = num_full
 
     def release(self, seq: Sequence) -> None:
-        """Take all blocks back; the deepest ones are evicted first, so prefixes live longer."""
+        """Free all blocks of `seq`, deepest first, so that shared prefixes are evicted last."""
         for block in reversed(seq.block_table):
             self.num_users[block] -= 1
             assert self.num_users[block] >= 0, f"block {block} released twice"
@@ -125,12 +125,12 @@ class BlockManager:
                 continue
             self.free[block] = None
             if block not in self.contents:
-                self.free.move_to_end(block, last=False)  # nothing to keep: first to be taken
+                self.free.move_to_end(block, last=False)  # not cached: reuse it first
         seq.block_table = []
-        seq.num_computed_tokens = seq.num_committed_blocks = seq.content_id = 0
+        seq.num_computed_tokens = seq.num_cached_blocks = seq.content_id = 0
 
     def check(self, sequences: list[Sequence]) -> None:
-        """Assert that the books balance; `sequences` are all that hold blocks."""
+        """Assert that the bookkeeping is consistent with `sequences`, all that hold blocks."""
         users = [0] * self.num_blocks
         for seq in sequences:
             assert len(set(seq.block_table)) == len(seq.block_table), "a block twice in one table"
@@ -142,8 +142,8 @@ class BlockManager:
         for block, (_, key) in self.contents.items():
             assert self.cached[key] == block, f"block {block} is not where its content points"
 
-    def _take(self) -> int:
-        """The next block to be used; what it held is forgotten."""
+    def _pop_free(self) -> int:
+        """Allocate one free block; its cached content is evicted."""
         block, _ = self.free.popitem(last=False)
         if content := self.contents.pop(block, None):
             del self.cached[content[1]]

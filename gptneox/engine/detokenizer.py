@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens to text, piece by piece, never half a character and never past a stop string."""
+"""Incremental detokenization: never half a character, never text past a stop string."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from gptneox.file_faults import explain_first
 
 logger = logging.getLogger(__name__)
 
-_REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are no character (yet)
+_REPLACEMENT = "\ufffd"  # decoders show this for an incomplete or invalid character
 
 
 def load_tokenizer(model_path: Path, vocab_size: int, *, trust_remote_code: bool = False) -> Any:
     """The checkpoint's tokenizer: tokenizer.json, else vocab.json + merges.txt, else SentencePiece.
 
-    tokenizer.json is taken as it is, whatever class tokenizer_config.json names; only the tokens
-    that the checkpoint's other files add and name are added.
+    tokenizer.json is used unchanged, whatever class tokenizer_config.json names; only added
+    tokens of the checkpoint's other files are added to it.
 
     Args:
-        model_path: checkpoint directory; nothing is fetched.
+        model_path: checkpoint directory; nothing is downloaded.
         vocab_size: rows of the embedding.
-        trust_remote_code: run a tokenizer's own Python code; never needed by the GPT-NeoX family.
+        trust_remote_code: run a tokenizer's own Python code; GPT-NeoX models never need it.
 
     Raises:
         FileNotFoundError: the directory has no tokenizer files.
-        ConfigError: a tokenizer that cannot be loaded, or has more tokens than the embedding.
+        ConfigError: the tokenizer cannot be loaded, or has more tokens than the embedding.
     """
     names = ("tokenizer.json", *MODEL_NAMES, "vocab.json", "merges.txt")
     try:
@@ -54,20 +54,20 @@ def load_tokenizer(model_path: Path, vocab_size: int, *, trust_remote_code: bool
 
 
 def _load(model_path: Path, names: Seq[str], trust_remote_code: bool) -> Any:
-    """The tokenizer of the files that are there, `names` being those of which one is needed."""
-    found = {name for name in names if (model_path / name).is_file()}
+    """Load whichever of the tokenizer files `names` exist."""
+    present = {name for name in names if (model_path / name).is_file()}
     settings = read_settings(model_path)
     if trust_remote_code and "AutoTokenizer" in (settings.get("auto_map") or ()):
         return _load_with_own_code(model_path)
-    if "tokenizer.json" in found or {"vocab.json", "merges.txt"} <= found:
-        return _load_fast(model_path, settings, with_json="tokenizer.json" in found)
-    if found & set(MODEL_NAMES):
+    if "tokenizer.json" in present or {"vocab.json", "merges.txt"} <= present:
+        return _load_fast(model_path, settings, with_json="tokenizer.json" in present)
+    if present & set(MODEL_NAMES):
         return SentencePieceTokenizer(model_path)
-    if found:
-        lacking = "merges.txt" if "vocab.json" in found else "vocab.json"
+    if present:
+        missing = "merges.txt" if "vocab.json" in present else "vocab.json"
         raise FileNotFoundError(
-            f"the tokenizer in {model_path} is incomplete: {', '.join(found)} without {lacking}; "
-            f"copy {lacking} there, or tokenizer.json, which is enough by itself"
+            f"the tokenizer in {model_path} is incomplete: {', '.join(present)} without {missing}; "
+            f"copy {missing} there, or tokenizer.json, which is enough by itself"
         )
     raise FileNotFoundError(
         f"no tokenizer in {model_path}: none of {', '.join(names[:-1])}; copy the checkpoint's "
@@ -76,7 +76,7 @@ def _load(model_path: Path, names: Seq[str], trust_remote_code: bool) -> Any:
 
 
 def _load_with_own_code(model_path: Path) -> Any:
-    """The class that `auto_map` in tokenizer_config.json names, from a file beside the weights."""
+    """Load the class that `auto_map` in tokenizer_config.json names, from the checkpoint's code."""
     from transformers import AutoTokenizer
 
     with _one_line_errors(model_path):
@@ -89,8 +89,8 @@ def _load_with_own_code(model_path: Path) -> Any:
 
 
 def _load_fast(model_path: Path, settings: dict[str, Any], *, with_json: bool) -> Any:
-    """transformers' plain class, which builds nothing anew from what is in tokenizer.json."""
-    from transformers import PreTrainedTokenizerFast  # slow to import, and not needed without text
+    """transformers' base class: its subclasses would rebuild parts of tokenizer.json."""
+    from transformers import PreTrainedTokenizerFast  # slow to import, and only needed for text
 
     for name in ("tokenizer.json", "added_tokens.json"):
         if (model_path / name).is_file():
@@ -100,18 +100,18 @@ def _load_fast(model_path: Path, settings: dict[str, Any], *, with_json: bool) -
         tokenizer = PreTrainedTokenizerFast.from_pretrained(
             str(model_path), local_files_only=True, clean_up_tokenization_spaces=False, **built
         )
-    tokenizer.model_max_length = sys.maxsize  # the engines know the positions
-    # transformers' GPT-NeoX class obeys this key, too; the tokens of the training depend on it.
-    before = tokenizer.backend_tokenizer.pre_tokenizer
-    wanted = settings.get("add_prefix_space")
-    if isinstance(wanted, bool) and getattr(before, "add_prefix_space", wanted) != wanted:
-        before.add_prefix_space = wanted
-        tokenizer.backend_tokenizer.pre_tokenizer = before
+    tokenizer.model_max_length = sys.maxsize  # the engines check lengths themselves
+    # transformers' GPT-NeoX class applies this key too; the model was trained with it.
+    splitter = tokenizer.backend_tokenizer.pre_tokenizer
+    prefix = settings.get("add_prefix_space")
+    if isinstance(prefix, bool) and getattr(splitter, "add_prefix_space", prefix) != prefix:
+        splitter.add_prefix_space = prefix
+        tokenizer.backend_tokenizer.pre_tokenizer = splitter
     return tokenizer
 
 
 def _byte_level(model_path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """vocab.json and merges.txt as the byte-level BPE they are the two halves of.
+    """A byte-level BPE tokenizer from vocab.json and merges.txt.
 
     Source: transformers GPTNeoXTokenizer, and GPT2Tokenizer, which does not normalise.
     """
@@ -133,7 +133,7 @@ def _byte_level(model_path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _one_line_errors(model_path: Path) -> Iterator[None]:
-    """Whatever a tokenizer library raises, as one line that names the directory."""
+    """Reraise any error of a tokenizer library as one line that names the directory."""
     try:
         yield
     except ImportError as error:
@@ -146,7 +146,7 @@ def _one_line_errors(model_path: Path) -> Iterator[None]:
 
 
 def _check_size(tokenizer: Any, model_path: Path, vocab_size: int) -> None:
-    """Refuse tokens that the embedding has no row for; special ones, if unused, do no harm."""
+    """Refuse token ids beyond the embedding; for special tokens only, a warning is enough."""
     beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
     if not beyond:
         return
@@ -165,16 +165,16 @@ def _check_size(tokenizer: Any, model_path: Path, vocab_size: int) -> None:
 
 
 def special_tokens(tokenizer: Any) -> dict[int, str]:
-    """The tokens that `decode` leaves out, and what each is called."""
+    """Id and text of the tokens that `decode` leaves out."""
     return {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
 
 def decode(tokenizer: Any, token_ids: Seq[int]) -> str:
-    """Text of tokens without special ones; padding rows of the vocabulary decode to nothing."""
-    # Ids may have gaps, which only a tokenizer's own Python code may stumble over.
+    """Text of tokens without the special ones; vocabulary padding decodes to nothing."""
+    # Slow tokenizers may raise for ids beyond their vocabulary; fast ones decode them to nothing.
     end = math.inf if tokenizer.is_fast else len(tokenizer)
-    known = [t for t in token_ids if 0 <= t < end]
-    text = tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    valid_ids = [t for t in token_ids if 0 <= t < end]
+    text = tokenizer.decode(valid_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
 
@@ -182,27 +182,27 @@ def decode(tokenizer: Any, token_ids: Seq[int]) -> str:
 class Detokenizer:
     """Text of one growing sequence.
 
-    `text` is what may be shown. Bytes that end inside a character are held back until it is
-    complete, and an ending that could still become a stop string until it cannot. A stop string
-    is looked for in the text with the special tokens in it, which themselves are never shown.
+    `text` holds what can be shown. It lags behind the tokens while a character is incomplete or
+    the end may still become a stop string. Stop strings are searched in the text including
+    special tokens; `text` leaves special tokens out.
     """
 
     def __init__(self, tokenizer: Any, stop: Seq[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, stop
         self.text = ""
-        self.stopped = False  # a stop string was met; text ends before it
+        self.stopped = False  # a stop string was generated; `text` ends before it
         self._special = special_tokens(tokenizer) if stop else {}
         self._token_ids: list[int] = []
-        self._context, self._next = 0, 0  # tokens decoded before, and first token to decode
-        self._pending = ""  # decoded, but perhaps the beginning of a stop string
-        self._hidden: set[int] = set()  # which characters of it are a special token's
+        self._context, self._next = 0, 0  # first token decoded as context; first undecoded token
+        self._pending = ""  # decoded text that may be the beginning of a stop string
+        self._hidden: set[int] = set()  # indices into `_pending` that belong to special tokens
 
     def add(self, token_ids: Seq[int], *, last: bool = False) -> str:
-        """Take new tokens; returns the text that can be shown now.
+        """Append new tokens; returns the text that can be shown now.
 
         Args:
-            token_ids: what was generated since the last call.
-            last: the sequence ends here, so nothing is held back any more.
+            token_ids: tokens generated since the last call.
+            last: the sequence ends here, so nothing is held back.
         """
         if self.stopped:
             return ""
@@ -217,20 +217,20 @@ class Detokenizer:
         return self._show(last=last)
 
     def _decode(self, token_ids: Seq[int], *, last: bool) -> None:
-        """Move the text of new tokens to pending, as far as its characters are whole."""
+        """Append the text of new tokens to `_pending`, up to the last complete character."""
         self._token_ids += token_ids
         before = decode(self.tokenizer, self._token_ids[self._context : self._next])
         now = decode(self.tokenizer, self._token_ids[self._context :])
         if last or not now.endswith(_REPLACEMENT):
-            # Decoding a few earlier tokens along keeps the blanks that a tokenizer drops at the
-            # beginning of a text; tokens without a text of their own cannot stand for them.
+            # Tokenizers drop a space at the beginning of a text, so earlier tokens are decoded as
+            # context. Tokens that decode to nothing cannot serve as context.
             self._pending += now[len(before) :]
             if len(now) > len(before):
                 self._context = self._next
             self._next = len(self._token_ids)
 
     def _show(self, *, last: bool) -> str:
-        """Move what is safe from pending to text."""
+        """Move the text that cannot become a stop string from `_pending` to `text`."""
         hits = [i for i in (self._pending.find(s) for s in self.stop) if i >= 0]
         if hits:
             cut, self.stopped = min(hits), True
@@ -243,35 +243,35 @@ class Detokenizer:
         return shown
 
 
-def extend(
+def append_until_end(
     detokenizer: Detokenizer | None, new: Seq[int], stop_ids: Container[int], room: int
 ) -> tuple[int, str, str]:
-    """Take the new tokens of a sequence one by one, until it ends.
+    """Append new tokens to a sequence one by one, until it ends.
 
     Args:
-        detokenizer: None: the sequence has no text.
+        detokenizer: None if the sequence needs no text.
         new: the tokens.
         stop_ids: ids that end the sequence; they have no text.
-        room: tokens that the sequence may still take.
+        room: tokens left until the sequence reaches its maximum length.
 
     Returns:
-        How many tokens were taken, the text that can be shown now, and why the sequence ends:
-        "stop", "length" or "" (it goes on).
+        How many tokens were appended, the text that can be shown now, and why the sequence ends:
+        "stop", "length" or "" (it continues).
     """
     text, reason = "", "" if room > 0 else "length"
-    for num_taken, token_id in enumerate(new, start=1):
+    for num_appended, token_id in enumerate(new, start=1):
         is_stop = token_id in stop_ids
-        reason = "stop" if is_stop else "length" if num_taken >= room else ""
+        reason = "stop" if is_stop else "length" if num_appended >= room else ""
         if detokenizer:
             text += detokenizer.add([] if is_stop else [token_id], last=bool(reason))
             reason = "stop" if detokenizer.stopped else reason
         if reason:
-            return num_taken, text, reason
+            return num_appended, text, reason
     return len(new), text, reason
 
 
 def _possible_stop(text: str, stop: Seq[str]) -> int:
-    """Length of the longest end of `text` that a stop string begins with."""
+    """Length of the longest suffix of `text` that is a prefix of a stop string."""
     longest = max((len(s) - 1 for s in stop), default=0)
     for size in range(min(longest, len(text)), 0, -1):
         if any(s.startswith(text[-size:]) for s in stop):

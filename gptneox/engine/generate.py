@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flash-attention path: `generate` of transformers over whole or cut weights."""
+"""The flash path: transformers' `generate` over whole or cut weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gptneox.engine.api import (
     StepStats,
     check_request,
 )
-from gptneox.engine.detokenizer import Detokenizer, decode, extend
+from gptneox.engine.detokenizer import Detokenizer, append_until_end, decode
 from gptneox.engine.generation_config import NO_RULES, GenerationRules
 from gptneox.engine.sampler import describe_non_finite, non_finite_rows, restrict
 from gptneox.engine.sequence import InvalidParameter, SamplingParams
@@ -49,10 +49,10 @@ class GenerateEngine(Engine):
 
         super().__init__(model, settings, dtype, tokenizer=tokenizer, rules=rules)
         self.adapter: Any = GPTNeoXForCausalLM.around(model)
-        torch.manual_seed(1)  # every rank draws the same random numbers
+        torch.manual_seed(1)  # every rank must draw the same random numbers
 
     def check(self, prompt_ids: Seq[int], params: SamplingParams) -> None:
-        """Raise InvalidParameter for a request that can never run, or not on this path."""
+        """Raise InvalidParameter for a request that can never run on this path."""
         super().check(prompt_ids, params)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(params, name) is not None:
@@ -61,10 +61,10 @@ class GenerateEngine(Engine):
     def complete(
         self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams]
     ) -> Iterator[tuple[int, Completion]]:
-        """See `Engine`. All rows of a call share their parameters.
+        """See `Engine`. All prompts of a call must have the same parameters.
 
-        A seed counts from the first batch of the call; without one, the numbers go on where the
-        last call ended.
+        A seed is set once per call, before its first batch; without one, the random state carries
+        over from the last call.
         """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         for prompt, p in zip(prompts, each, strict=True):
@@ -85,7 +85,7 @@ class GenerateEngine(Engine):
     def _generate(
         self, prompts: Seq[Seq[int]], params: SamplingParams, first_id: int
     ) -> list[Completion]:
-        """One padded batch."""
+        """Run one padded batch."""
         input_ids, mask = self._pad(prompts)
         eos = () if params.ignore_eos else self.eos_token_ids
         ends = frozenset((*eos, *params.stop_token_ids))
@@ -102,7 +102,7 @@ class GenerateEngine(Engine):
                 eos_token_id=sorted(ends) or None,
                 pad_token_id=0,
                 logits_processor=[batch.restrict],
-                stopping_criteria=[batch.ended],
+                stopping_criteria=[batch.check_ends],
                 **_options(params),
             )
         new_ids = output[:, input_ids.shape[1] :].tolist()
@@ -113,11 +113,11 @@ class GenerateEngine(Engine):
 
     @contextmanager
     def _timed(self, num_rows: int, num_prompt: int) -> Iterator[None]:
-        """Account for the steps of one `generate`; a step lasts until the next one begins."""
+        """Add the steps of one `generate` to the stats; a step lasts until the next one begins."""
         stats, device = self.stats, self.device
-        forwards: list[float] = []  # beginning, end, beginning, … of the forward passes
+        forwards: list[float] = []  # start, end, start, … of the forward passes
 
-        def note(*_: Any) -> None:
+        def record_time(*_: Any) -> None:
             device.synchronize()
             forwards.append(time.perf_counter())
 
@@ -125,8 +125,8 @@ class GenerateEngine(Engine):
         hooks = []
         if stats.measure:
             hooks = [
-                self.adapter.register_forward_pre_hook(note),
-                self.adapter.register_forward_hook(note),
+                self.adapter.register_forward_pre_hook(record_time),
+                self.adapter.register_forward_hook(record_time),
             ]
         try:
             yield
@@ -150,7 +150,7 @@ class GenerateEngine(Engine):
 
     @torch.inference_mode()
     def score_next(self, prompts: Seq[Seq[int]], token_ids: Seq[int]) -> list[NextToken]:
-        """See `Engine`; a call is one padded batch."""
+        """See `Engine`; each call is one padded batch."""
         logits = self.next_logits(prompts).float()  # [B, V]
         if rows := non_finite_rows(logits):
             raise RequestFailed(describe_non_finite(rows[0]))
@@ -166,7 +166,7 @@ class GenerateEngine(Engine):
         """
         for prompt in prompts:
             vocab_size, params = self.model.config.vocab_size, SamplingParams(max_new_tokens=1)
-            # One position more: the token after the prompt is not computed with.
+            # One position more than the model has: the next token is predicted, never fed.
             check_request(prompt, params, vocab_size, self.max_positions + 1, has_tokenizer=True)
         input_ids, mask = self._pad(prompts)
         out = self.adapter(input_ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
@@ -184,7 +184,7 @@ class GenerateEngine(Engine):
 
 
 def _options(params: SamplingParams) -> dict[str, Any]:
-    """The same of transformers' `generate`."""
+    """The same parameters for transformers' `generate`."""
     options: dict[str, Any] = {
         "max_new_tokens": params.max_new_tokens,
         "do_sample": params.temperature > 0,
@@ -200,7 +200,7 @@ def _options(params: SamplingParams) -> dict[str, Any]:
 
 
 class _Row:
-    """One prompt and what it becomes, up to where it ends."""
+    """One prompt of a batch with its generated tokens."""
 
     def __init__(
         self, prompt: list[int], ends: Container[int], limit: int, tokenizer: Any, stop: Seq[str]
@@ -208,17 +208,17 @@ class _Row:
         self.prompt, self.ends, self.limit, self.tokenizer = prompt, ends, limit, tokenizer
         self.detokenizer = Detokenizer(tokenizer, stop) if stop else None
         self.token_ids: list[int] = []
-        self.reason = ""  # "": it goes on
+        self.reason = ""  # why the row ended; "" while it runs
 
     def add(self, token_id: int, *, late: bool = False) -> None:
-        """Take the next token, if the row has not ended."""
+        """Append the next token, if the row has not ended."""
         if not self.reason:
             room = 1 if late else self.limit - len(self.token_ids)
             self.token_ids.append(token_id)
-            _, _, self.reason = extend(self.detokenizer, [token_id], self.ends, room)
+            _, _, self.reason = append_until_end(self.detokenizer, [token_id], self.ends, room)
 
     def finish(self, request_id: int, new_ids: Seq[int]) -> Completion:
-        """What the row became; `new_ids` may go on after its end."""
+        """The row's completion; `new_ids` may continue after its end."""
         for token_id in new_ids[len(self.token_ids) :]:
             self.add(token_id)
         text = ""
@@ -239,7 +239,7 @@ class _Row:
 
 
 class _Batch:
-    """What `generate` calls at each step: the rules before a choice, the ends after it."""
+    """Callbacks of `generate`: the logits processor and the stopping criterion of a batch."""
 
     def __init__(
         self,
@@ -250,12 +250,12 @@ class _Batch:
     ) -> None:
         self.rows, self.rules, self.eos, self.group = rows, rules, eos, group
         self.width = max(len(row.prompt) for row in rows)
-        self.started = time.perf_counter()
+        self.start = time.perf_counter()
 
     def restrict(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """A logits processor: input_ids [B, padded + new], scores [B, V].
+        """The logits processor: input_ids [B, padded + new], scores [B, V].
 
-        A row whose scores are not finite ends here; what is chosen for it is not looked at.
+        A row with non-finite scores ends with an error; the token sampled for it is ignored.
         """
         for i in non_finite_rows(scores):
             self.rows[i].reason = self.rows[i].reason or "error"
@@ -270,11 +270,11 @@ class _Batch:
             scores[i] = restrict(scores[i], *limits)
         return scores
 
-    def ended(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        """A stopping criterion; returns [B], true where a row has ended."""
+    def check_ends(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        """The stopping criterion; returns [B], true where a row has ended."""
         late = False
-        if self.rules.max_time is not None:  # the clock of rank 0 counts
-            seconds = time.perf_counter() - self.started
+        if self.rules.max_time is not None:  # rank 0's clock decides, so that ranks agree
+            seconds = time.perf_counter() - self.start
             late = bool(self.group.broadcast_object(seconds > self.rules.max_time))
         for row, token_id in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
             row.add(token_id, late=late)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""generation_config.json: what both engines obey of it, and what they say of the rest.
+"""generation_config.json: the keys that both engines obey, and notices for the others.
 
-The flags decide how tokens are chosen, so that a run without flags is greedy whatever the file
-says, and both paths give the same answer. What forbids or forces tokens, or ends a text, is obeyed.
+Keys that forbid or force tokens, or end a text, are obeyed. Sampling keys are not: the flags decide
+how tokens are sampled, so a run without flags is greedy on both paths.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from gptneox.config.errors import ConfigError
 from gptneox.config.files import read_json
 from gptneox.config.model import token_ids as read_token_ids
 
-# How tokens are chosen: the flags' business. `repetition_penalty` counts by itself, the others
-# where the file says do_sample. Source: transformers GenerationConfig, for all names here.
+# Sampling keys, reported as unused if the file says do_sample.
+# Source: transformers GenerationConfig, for all names here.
 SAMPLING_KEYS = (
     *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p"),
     *("epsilon_cutoff", "eta_cutoff"),
 )
-# What would change the answer and neither path does, and the values that change nothing.
+# Keys that would change the answer but are not supported, with their neutral values.
 UNSERVED_KEYS: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -44,24 +44,24 @@ UNSERVED_KEYS: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class GenerationRules:
-    """What a checkpoint forbids, forces and ends with, for every request alike."""
+    """The rules of a checkpoint's generation_config.json; they apply to every request."""
 
-    eos_token_ids: tuple[int, ...] | None = None  # None: no file says
+    eos_token_ids: tuple[int, ...] | None = None  # None: no file has the key
     suppress_tokens: tuple[int, ...] = ()
     begin_suppress_tokens: tuple[int, ...] = ()
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     no_repeat_ngram_size: int = 0
-    min_length: int = 0  # of prompt and answer
+    min_length: int = 0  # prompt and answer together
     min_new_tokens: int = 0
     forced_bos_token_ids: tuple[int, ...] = ()
     forced_eos_token_ids: tuple[int, ...] = ()
     max_time: float | None = None  # seconds per request
     stop_strings: tuple[str, ...] = ()
-    notices: tuple[str, ...] = ()  # for the user: what is not obeyed
+    notices: tuple[str, ...] = ()  # for the user: keys that are not obeyed
 
     @property
     def restricts(self) -> bool:
-        """Whether `restrict` would ever return something."""
+        """Whether any rule limits the next token."""
         return bool(
             self.suppress_tokens
             or self.begin_suppress_tokens
@@ -76,13 +76,13 @@ class GenerationRules:
     def restrict(
         self, token_ids: Seq[int], num_prompt: int, max_tokens: int, eos: Seq[int]
     ) -> tuple[Seq[int], set[int]]:
-        """What the next token must be one of (empty: anything), and what it must not be.
+        """The allowed next tokens (empty: all), and the forbidden ones.
 
         Args:
-            token_ids: prompt and what was generated.
-            num_prompt: how many of them are the prompt.
-            max_tokens: what prompt and answer can grow to.
-            eos: the end-of-text ids that this request ends with.
+            token_ids: prompt and generated tokens.
+            num_prompt: length of the prompt.
+            max_tokens: maximum length of prompt and answer.
+            eos: the end-of-text ids of this request.
 
         Source: the processors of transformers' `generate` for the same keys, in its order.
         """
@@ -92,15 +92,15 @@ class GenerationRules:
         if length == 1 and self.forced_bos_token_ids:
             return self.forced_bos_token_ids, set()
         banned = set(self.suppress_tokens)
-        # A single forced first token is not what is suppressed at the beginning.
+        # A forced first token comes before the position where begin_suppress_tokens applies.
         begin = num_prompt + (num_prompt == 1 and bool(self.forced_bos_token_ids))
         if length == begin:
             banned.update(self.begin_suppress_tokens)
         if length < self.min_length or length - num_prompt < self.min_new_tokens:
             banned.update(eos)
         for *before, last in self.bad_words_ids:
-            alone = not before and last in eos
-            if not alone and list(token_ids[length - len(before) :]) == before:
+            is_eos = not before and last in eos
+            if not is_eos and list(token_ids[length - len(before) :]) == before:
                 banned.add(last)
         return (), banned | self._repeated(token_ids)
 
@@ -118,7 +118,7 @@ NO_RULES = GenerationRules()
 
 
 def describe_unserved(rules: GenerationRules, *, with_text: bool) -> tuple[str, ...]:
-    """What is not obeyed; `with_text`: there is a tokenizer, so stop strings are."""
+    """Notices about keys that are not obeyed; stop strings need a tokenizer (`with_text`)."""
     if with_text or not rules.stop_strings:
         return rules.notices
     stop = list(rules.stop_strings)
@@ -129,35 +129,35 @@ def describe_unserved(rules: GenerationRules, *, with_text: bool) -> tuple[str, 
 
 
 def read_generation_config(model_path: Path, vocab_size: int) -> GenerationRules:
-    """Read and check `model_path/generation_config.json`; without one, config.json's old keys.
+    """Read and check generation_config.json, or the same keys of an older config.json.
 
     Args:
         model_path: checkpoint directory.
-        vocab_size: ids from here on are refused where transformers refuses them.
+        vocab_size: ids beyond it are refused where transformers refuses them.
 
     Raises:
-        ConfigError: the file is no JSON object, or an obeyed key has a value of the wrong form.
+        ConfigError: the file is not a JSON object, or an obeyed key has an invalid value.
     """
     path = model_path / "generation_config.json"
     has_file = path.is_file()
     path = path if has_file else model_path / "config.json"
     raw = read_json(path)
-    read = _Reader(raw, str(path), vocab_size)
+    reader = _Reader(raw, str(path), vocab_size)
     eos = None
     if has_file or "eos_token_id" in raw:
         eos = read_token_ids(raw.get("eos_token_id"), f"{path}: eos_token_id")
     return GenerationRules(
         eos_token_ids=eos,
-        suppress_tokens=read.ids("suppress_tokens"),
-        begin_suppress_tokens=read.ids("begin_suppress_tokens"),
-        bad_words_ids=read.bad_words(),
-        no_repeat_ngram_size=read.count("no_repeat_ngram_size"),
-        min_length=read.count("min_length"),
-        min_new_tokens=read.count("min_new_tokens"),
-        forced_bos_token_ids=read.forced("forced_bos_token_id"),
-        forced_eos_token_ids=read.forced("forced_eos_token_id"),
-        max_time=read.seconds("max_time"),
-        stop_strings=read.texts("stop_strings"),
+        suppress_tokens=reader.ids("suppress_tokens"),
+        begin_suppress_tokens=reader.ids("begin_suppress_tokens"),
+        bad_words_ids=reader.bad_words(),
+        no_repeat_ngram_size=reader.count("no_repeat_ngram_size"),
+        min_length=reader.count("min_length"),
+        min_new_tokens=reader.count("min_new_tokens"),
+        forced_bos_token_ids=reader.forced("forced_bos_token_id"),
+        forced_eos_token_ids=reader.forced("forced_eos_token_id"),
+        max_time=reader.seconds("max_time"),
+        stop_strings=reader.texts("stop_strings"),
         notices=(*_notices(raw, path), *_missing_end(eos, model_path)),
     )
 
@@ -197,7 +197,7 @@ class _Reader:
         return tuple(texts)
 
     def ids(self, key: str) -> tuple[int, ...]:
-        """Tokens to suppress; those without a row are suppressed already."""
+        """Ids to suppress, without those beyond the vocabulary: they are never sampled."""
         value = self.raw.get(key)
         value = [] if value is None else value
         if not isinstance(value, list) or any(type(i) is not int for i in value):
@@ -226,14 +226,14 @@ class _Reader:
 
 
 def _notices(raw: Mapping[str, Any], path: Path) -> list[str]:
-    """What the file asks for and a run does not do, each by its name."""
+    """Notices that name the file's keys that a run does not obey."""
     notices = []
     sampling = ["do_sample", *SAMPLING_KEYS] if raw.get("do_sample") is True else []
     if raw.get("repetition_penalty") != 1:
         sampling.append("repetition_penalty")
-    if given := [f"{key} {raw[key]}" for key in sampling if raw.get(key) is not None]:
+    if unused := [f"{key} {raw[key]}" for key in sampling if raw.get(key) is not None]:
         notices.append(
-            f"{path}: not used: {', '.join(given)}; the flags decide how tokens are chosen "
+            f"{path}: not used: {', '.join(unused)}; the flags decide how tokens are chosen "
             "(--temperature, --top_k, --top_p, --repetition_penalty), and without them the "
             "likeliest token is"
         )
@@ -251,9 +251,9 @@ def _notices(raw: Mapping[str, Any], path: Path) -> list[str]:
 
 
 def _missing_end(eos: tuple[int, ...] | None, model_path: Path) -> list[str]:
-    """A generation_config.json without an end-of-text id beside a config.json that has one."""
+    """A notice if only config.json has an end-of-text id, which transformers ignores then."""
     path = model_path / "config.json"
     if eos != () or not path.is_file() or read_json(path).get("eos_token_id") is None:
         return []
     own = model_path / "generation_config.json"
-    return [f"{own} names no eos_token_id, so no text ends early: {path} does not count beside it"]
+    return [f"{own} names no eos_token_id, so no text ends early; the one in {path} is not used"]

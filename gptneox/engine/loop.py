@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One loop for several ranks: rank 0 takes commands, every rank applies them, then all step.
+"""One engine loop for all ranks: rank 0 receives commands, all ranks apply them and step.
 
-Each round rank 0 broadcasts the commands that came since the last one. Every rank applies them in
-the same order to its own engine and computes one step, so that all engines stay alike.
+In each round rank 0 broadcasts the commands it received since the last round. Every rank applies
+them in the same order to its own engine and computes one step, so the engines stay in lockstep.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gptneox.engine.api import Completion
 from gptneox.engine.paged import PagedEngine
 from gptneox.engine.sequence import SamplingParams
 
-# Collectives give up after ten minutes (NCCL's default, the shortest); the others hear earlier.
+# Collectives time out after ten minutes (NCCL's default, the shortest), so rank 0 sends earlier.
 HEARTBEAT_S = 60.0
 
 
@@ -34,38 +34,38 @@ class Add:
 
 @dataclass(frozen=True)
 class Abort:
-    """Forget a request."""
+    """Cancel a request."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class Stop:
-    """End the loop; what is not finished is forgotten."""
+    """End the loop and cancel all unfinished requests."""
 
 
 Command = Add | Abort | Stop
 
 
 class EngineLoop:
-    """Runs the engines of all ranks in step.
+    """Runs the engines of all ranks in lockstep.
 
     Rank 0 calls `add`, `abort` and `round`; the other ranks call `follow`, which returns when rank
-    0 calls `stop`. `add` and `abort` may be called from other threads than `round`.
+    0 calls `stop`. `add` and `abort` may be called from any thread.
     """
 
     def __init__(self, engine: PagedEngine) -> None:
         self.engine, self.group = engine, engine.group
         self._commands: list[Command] = []
         self._request_ids: dict[int, int] = {}  # number -> request id of the engine
-        self._numbers: dict[int, int] = {}  # and back
+        self._numbers: dict[int, int] = {}  # request id -> number
         self._next_number = 0
-        self._lock = threading.Lock()  # of the commands
-        self._in_round = threading.Lock()  # a heartbeat is a round, too
+        self._lock = threading.Lock()  # guards the commands
+        self._round_lock = threading.Lock()  # rounds also come from the heartbeat thread
         self._stopped = False
 
     def add(self, prompt_ids: Seq[int], params: SamplingParams) -> int:
-        """Check a request now and queue it with the next round; returns its number.
+        """Check a request now and queue it in the next round; returns its number.
 
         Raises:
             InvalidParameter: see `PagedEngine.check`.
@@ -78,7 +78,7 @@ class EngineLoop:
         return number
 
     def abort(self, number: int) -> None:
-        """Forget a request with the next round; unknown and finished ones are fine."""
+        """Cancel a request in the next round; unknown or finished requests are ignored."""
         with self._lock:
             self._commands.append(Abort(number))
 
@@ -91,29 +91,29 @@ class EngineLoop:
 
     @property
     def has_work(self) -> bool:
-        """Whether a round would do something."""
+        """Whether there are commands or unfinished requests."""
         return bool(self._commands) or self.engine.has_work
 
     def round(self) -> list[tuple[int, Completion]]:
-        """Send the commands, apply them, compute one step if there is work for one.
+        """Broadcast and apply the queued commands, then compute one step if there is work.
 
         Returns:
-            What the step added, with the numbers of the requests.
+            The step's completions with the numbers of their requests.
         """
-        with self._in_round:
+        with self._round_lock:
             with self._lock:
                 commands, self._commands = self._commands, []
             return self._advance(self._exchange(commands))
 
     def follow(self) -> None:
-        """On ranks above 0: do what rank 0 does until it stops."""
+        """On ranks above 0: run rank 0's rounds until it stops."""
         while not self._stopped:
             self._advance(self._exchange([]))
 
     def generate(self, prompts: Seq[Seq[int]], params: Seq[SamplingParams]) -> list[Completion]:
-        """On rank 0: the finished completions of all prompts, in their order.
+        """On rank 0: the finished completions of all prompts, in prompt order.
 
-        All are checked before the first is computed.
+        All prompts are checked before the first step.
 
         Raises:
             InvalidParameter: see `PagedEngine.check`.
@@ -128,14 +128,14 @@ class EngineLoop:
 
     @contextmanager
     def idle(self) -> Iterator[None]:
-        """Within, rank 0 waits for something else, and a thread keeps the other ranks waiting."""
+        """Send heartbeats while rank 0 waits for input, so that the other ranks do not time out."""
         over = threading.Event()
 
-        def beat() -> None:
+        def send_heartbeats() -> None:
             while not over.wait(HEARTBEAT_S):
                 self.round()
 
-        thread = threading.Thread(target=beat, daemon=True)
+        thread = threading.Thread(target=send_heartbeats, daemon=True)
         if self.group.world_size > 1:
             thread.start()
         try:
@@ -174,7 +174,7 @@ class EngineLoop:
         del self._numbers[self._request_ids.pop(number)]
 
     def _exchange(self, commands: Seq[Command]) -> Seq[Command]:
-        """Rank 0's commands on every rank; without any it costs one broadcast of one number."""
+        """Rank 0's commands on every rank; an empty list costs one broadcast of one integer."""
         if self.group.world_size == 1:
             return commands
         size = torch.tensor([len(commands)], device=self.engine.device.torch_device)

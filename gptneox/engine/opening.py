@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both engines do before they read weights; `main.py doctor` does no more than this."""
+"""The part of loading that comes before the weights; `main.py doctor` runs only this part."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from gptneox.weights.load import check_memory, check_weights, find_part, measure
 class Opened:
     """A checkpoint without its weights."""
 
-    path: Path  # the files of this rank
+    path: Path  # the directory of this rank
     config: ModelConfig
-    tokenizer: Any  # None when none was wanted
+    tokenizer: Any  # None if none was requested
     rules: GenerationRules
-    dtype: torch.dtype  # to compute in
+    dtype: torch.dtype  # compute dtype
     notices: tuple[str, ...]  # for the user
 
 
@@ -47,11 +47,11 @@ def open_checkpoint(
     """Read and check everything but the weights.
 
     Args:
-        model_path: a checkpoint directory, or a cut one.
+        model_path: a checkpoint directory, whole or cut.
         device: after `setup`.
-        group: this rank's place; nothing is sent.
-        dtype: "auto" as config.json says, or a dtype.
-        with_tokenizer: False: ids in, ids out.
+        group: the ranks; nothing is sent.
+        dtype: a dtype, or "auto" for the one in config.json.
+        with_tokenizer: False for requests and answers in token ids only.
         trust_remote_code: see `load_tokenizer`.
         prefer_parts: see `rank_directory`.
 
@@ -74,7 +74,7 @@ def open_checkpoint(
 def check_loading(
     opened: Opened, device: Device, group: TensorParallelGroup, num_positions: int
 ) -> GPTNeoX:
-    """Refuse what the loading of the weights would refuse, without reading them.
+    """Run the checks of `load_model` without reading the weights.
 
     Returns:
         The model of this rank, empty, with its size.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paged engine: requests in, text out, one step at a time."""
+"""The paged engine: continuous batching over a paged KV cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EngineSection
 from gptneox.engine.api import Completion, Engine, NextToken, StepStats, raise_failure
 from gptneox.engine.block_manager import BlockManager
-from gptneox.engine.detokenizer import Detokenizer, extend
+from gptneox.engine.detokenizer import Detokenizer, append_until_end
 from gptneox.engine.generation_config import NO_RULES, GenerationRules
 from gptneox.engine.runner import ModelRunner, StepResult
 from gptneox.engine.sampler import describe_non_finite
@@ -27,19 +27,19 @@ from gptneox.model import GPTNeoX
 
 @dataclass
 class _Request:
-    """A sequence with the text it becomes."""
+    """A sequence with its detokenizer and stop ids."""
 
     seq: Sequence
     detokenizer: Detokenizer | None
     stop_ids: frozenset[int]
-    started: float = 0.0  # perf_counter of its first step
+    start: float = 0.0  # perf_counter of its first step
 
 
 class PagedEngine(Engine):
-    """Continuous batching over a paged cache.
+    """Continuous batching over a paged KV cache.
 
-    `add_request` checks and queues, `step` computes, `abort` cancels between steps; `complete`
-    and `generate` do all of it for a list of prompts.
+    `add_request` checks and queues a request, `step` computes one step, `abort` cancels a request
+    between steps. `complete` and `generate` run a list of prompts to the end.
     """
 
     name = "paged"
@@ -56,7 +56,7 @@ class PagedEngine(Engine):
         """See `Engine`.
 
         Raises:
-            RuntimeError: the memory holds not even one block.
+            RuntimeError: there is no memory for a single block.
         """
         super().__init__(model, settings, dtype, tokenizer=tokenizer, rules=rules)
         config, ranks = model.config, model.group.world_size
@@ -88,12 +88,12 @@ class PagedEngine(Engine):
         self.runner = ModelRunner(model, cache)
         self._requests: dict[int, _Request] = {}
         self._next_id = 0
-        self._undelivered: list[Completion] = []  # computed while another caller was waiting
+        self._undelivered: list[Completion] = []  # of other requests, computed by `complete`
 
     # -- requests --------------------------------------------------------------------------------
 
     def check(self, prompt_ids: Seq[int], params: SamplingParams) -> None:
-        """Raise InvalidParameter for a request that can never run, the cache included."""
+        """Raise InvalidParameter for a request that can never run or never fits the cache."""
         super().check(prompt_ids, params)
         check_fits_cache(len(prompt_ids), params, self.block_manager)
 
@@ -116,7 +116,7 @@ class PagedEngine(Engine):
         return seq.request_id
 
     def abort(self, request_id: int) -> None:
-        """Forget a request, wherever it is; unknown and finished ones are fine."""
+        """Cancel a request in any state; unknown or finished requests are ignored."""
         self._undelivered = [c for c in self._undelivered if c.request_id != request_id]
         if request := self._requests.pop(request_id, None):
             self._end(request.seq, "abort")
@@ -127,22 +127,22 @@ class PagedEngine(Engine):
         return bool(self._undelivered) or self.scheduler.has_work
 
     def step(self) -> list[Completion]:
-        """Compute one step; returns what it added, one entry per request that moved on.
+        """Compute one step; returns one completion per request that advanced.
 
-        Completions that a `complete` of another caller computed meanwhile come first.
+        Completions that an interleaved `complete` computed for other requests come first.
         """
         earlier, self._undelivered = self._undelivered, []
         return earlier + (self._compute() if self.scheduler.has_work else [])
 
     def stream(self) -> Iterator[Completion]:
-        """Step until nothing is left; yields everything as it comes."""
+        """Step until no request is left; yields each step's completions."""
         while self.has_work:
             yield from self.step()
 
     def complete(
         self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams]
     ) -> Iterator[tuple[int, Completion]]:
-        """See `Engine`. Other callers' requests go on beside these; `step` hands theirs over."""
+        """See `Engine`. Other requests advance too; `step` returns their completions."""
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         for prompt, p in zip(prompts, each, strict=True):
             self.check(prompt, p)
@@ -164,7 +164,7 @@ class PagedEngine(Engine):
                         if completion.finished:
                             waiting.remove(completion.request_id)
                         yield index[completion.request_id], completion
-                if not self.scheduler.has_work:  # the rest was aborted
+                if not self.scheduler.has_work:  # the other requests were aborted
                     waiting.intersection_update(c.request_id for c in self._undelivered)
         finally:
             for request_id in waiting:
@@ -213,7 +213,7 @@ class PagedEngine(Engine):
         result = self.runner.run(scheduled, measure=self.stats.measure)
         self.model.device.synchronize()
         self._account(scheduled, result, start)
-        self.scheduler.computed(scheduled)
+        self.scheduler.mark_computed(scheduled)
         late = self._late(scheduled, start)
         completions = []
         for item, new in zip(scheduled, result.token_ids, strict=True):
@@ -225,30 +225,30 @@ class PagedEngine(Engine):
         return completions
 
     def _late(self, scheduled: list[Scheduled], now: float) -> set[int]:
-        """Requests whose time is over; the clock of rank 0 counts."""
+        """Ids of the requests over the time limit; rank 0's clock decides, so that ranks agree."""
         if self.rules.max_time is None:
             return set()
         requests = [self._requests[item.seq.request_id] for item in scheduled]
         for request in requests:
-            request.started = request.started or now
+            request.start = request.start or now
         now, limit = time.perf_counter(), self.rules.max_time
-        late = {r.seq.request_id for r in requests if now - r.started > limit}
+        late = {r.seq.request_id for r in requests if now - r.start > limit}
         return set(self.model.group.broadcast_object(late))
 
     def _advance(self, request: _Request, new: list[int], *, late: bool) -> Completion:
-        """Add new tokens to a request, one by one, and end it where it has to end."""
+        """Append new tokens to a request one by one, and finish it when it ends."""
         seq = request.seq
         room = seq.params.max_new_tokens - seq.num_output_tokens
         room = min(room, len(new)) if late else room
-        num_taken, text, reason = extend(request.detokenizer, new, request.stop_ids, room)
-        seq.token_ids += new[:num_taken]
-        completion = Completion(seq.request_id, text, new[:num_taken])
+        count, text, reason = append_until_end(request.detokenizer, new, request.stop_ids, room)
+        seq.token_ids += new[:count]
+        completion = Completion(seq.request_id, text, new[:count])
         if reason:
             self._finish(request, completion, reason)
         return completion
 
     def _fail(self, request: _Request) -> Completion:
-        """End a request whose logits are not finite; the others go on."""
+        """Finish a request with an error because its logits are not finite."""
         completion = Completion(request.seq.request_id)
         completion.error = describe_non_finite(request.seq.request_id)
         self._finish(request, completion, "error")
@@ -284,37 +284,37 @@ class PagedEngine(Engine):
 
 
 def blocks_needed(prompt_lens: Seq[int], num_new: int, block_size: int) -> int:
-    """KV-cache blocks with which all rows run side by side; the scheduler keeps spare ones."""
-    spare = len(prompt_lens) - 1
+    """KV-cache blocks that let all rows run in one batch."""
+    spare = len(prompt_lens) - 1  # see Scheduler._admit
     return spare + sum(-(-(n + num_new) // block_size) for n in prompt_lens)
 
 
 def affordable_blocks(settings: EngineSection, block_bytes: int, free: int) -> int:
-    """Blocks of the KV cache that `free` bytes hold; below 1: not even one."""
+    """KV-cache blocks that fit `free` bytes after the reserve; 0 or less if none fits."""
     room = free - int(settings.reserved_memory_gb * 2**30)
     return int(room * settings.memory_fraction) // block_bytes
 
 
 def count_blocks(settings: EngineSection, config: ModelConfig, block_bytes: int, free: int) -> int:
-    """Blocks of the KV cache: as many as asked for, else what memory holds and the batch can use.
+    """KV-cache blocks: --num_blocks, else what fits the memory and the batch can use.
 
     Args:
-        settings: of the engine.
+        settings: the [engine] section.
         config: the architecture.
-        block_bytes: of K and V of one block on one rank, over all layers.
-        free: bytes that are free when the weights are loaded.
+        block_bytes: bytes of K and V of one block on one rank, over all layers.
+        free: free bytes after the weights are loaded.
     """
     if settings.num_blocks:
         return settings.num_blocks
     affordable = affordable_blocks(settings, block_bytes, free)
     positions = config.positions(settings.max_position_embeddings)
     per_request = -(-positions // settings.block_size)
-    # One request more than runs at once, so that finished prefixes stay for a while.
+    # Room for one extra request keeps finished prefixes in the cache for a while.
     return min(affordable, per_request * (settings.max_batch_size + 1))
 
 
 def check_blocks(num_blocks: int, settings: EngineSection, block_bytes: int, free: int) -> None:
-    """Raise RuntimeError for a KV cache without a block, or one that the memory cannot hold."""
+    """Raise RuntimeError if the KV cache has no block or does not fit the memory."""
     if num_blocks < 1:
         room = max(free - int(settings.reserved_memory_gb * 2**30), 0)
         raise RuntimeError(
@@ -331,7 +331,7 @@ def check_blocks(num_blocks: int, settings: EngineSection, block_bytes: int, fre
 
 
 def check_fits_cache(num_prompt: int, params: SamplingParams, blocks: BlockManager) -> None:
-    """Raise InvalidParameter for a request that not even an empty cache holds."""
+    """Raise InvalidParameter for a request that does not fit an empty cache."""
     needed = blocks.blocks_for(num_prompt + params.max_new_tokens)
     if needed > blocks.num_blocks:
         raise InvalidParameter(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns scheduled sequences into tensors, runs the model, samples."""
+"""Runs the model for one step: batch tensors, forward pass, sampling."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from gptneox.engine.sequence import Sequence
 from gptneox.kv_cache import PagedKVCache
 from gptneox.model import GPTNeoX
 
-# Rows of prompt logits held at once: V = 50432 in fp32 takes 51 MB.
+# Rows of prompt logits computed at once: 51 MB for V = 50432 in fp32.
 _LOGIT_ROWS = 256
 
 
 @dataclass
 class StepResult:
-    """What a step of the model gave; every rank has the same."""
+    """The sampled tokens of one step; the same on every rank."""
 
-    token_ids: list[list[int]]  # of each scheduled item: one for each of its `sample_rows`
+    token_ids: list[list[int]]  # per scheduled item, one for each of its `sample_rows`
     failed: set[int]  # ids of the requests whose logits are NaN or infinite
-    prepare_s: float = 0.0  # before the model, when measured
-    forward_s: float = 0.0  # the model, logits included, when measured
+    prepare_s: float = 0.0  # time before the forward pass, if measured
+    forward_s: float = 0.0  # time of the forward pass, logits included, if measured
 
 
 class ModelRunner:
@@ -43,15 +43,15 @@ class ModelRunner:
     def run(self, scheduled: list[Scheduled], *, measure: bool = False) -> StepResult:
         """Compute one step.
 
-        Log-probabilities are appended to the sequences that asked for them (on rank 0).
+        Rank 0 appends log-probabilities to the sequences whose parameters ask for them.
 
         Args:
-            scheduled: what to compute.
-            measure: wait for the device after the model, to time it by itself.
+            scheduled: the tokens to compute.
+            measure: synchronize with the device after the forward pass, to time it separately.
         """
-        started = time.perf_counter()
+        start = time.perf_counter()
         batch = self.prepare(scheduled)
-        prepared = time.perf_counter()
+        prepare_end = time.perf_counter()
         hidden = self.step(batch)  # [T, C]
         failed = self._score_prompts(scheduled, hidden)
         rows, seqs, first = [], [], 0
@@ -67,15 +67,15 @@ class ModelRunner:
         result = StepResult([[] for _ in scheduled], failed)
         if measure:
             self.model.device.synchronize()
-            result.prepare_s = prepared - started
-            result.forward_s = time.perf_counter() - prepared
+            result.prepare_s = prepare_end - start
+            result.forward_s = time.perf_counter() - prepare_end
         if logits is not None:
             token_ids = iter(self._sample(logits, seqs, failed))
             result.token_ids = [[next(token_ids) for _ in item.sample_rows] for item in scheduled]
         return result
 
     def prepare(self, scheduled: list[Scheduled]) -> ForwardBatch:
-        """The step's tensors; sequences with one token come first, as the scheduler sorted them."""
+        """The step's tensors; the scheduler has put sequences with a single token first."""
         size = self.cache.block_size
         input_ids: list[int] = []
         positions: list[int] = []
@@ -118,15 +118,15 @@ class ModelRunner:
         return hidden
 
     def _sample(self, logits: Tensor, seqs: list[Sequence], failed: set[int]) -> list[int]:
-        """Rank 0 chooses and every rank learns the choice; adds to `failed`.
+        """Sample on rank 0 and broadcast the tokens; adds to `failed`.
 
-        logits: [S, V], a row for each of the S entries of `seqs`.
+        logits: [S, V], one row per entry of `seqs`.
         """
         if self.group.rank == 0:
             choice = self.sampler.choose(logits, seqs)
         else:
             choice = torch.empty(len(seqs) + 1, dtype=torch.int64, device=self.device)
-        # The one place where a step waits for the device.
+        # The only point of a step that waits for the device.
         *token_ids, is_finite = self.group.broadcast(choice).tolist()
         if not is_finite:
             rows = self.group.broadcast_object(non_finite_rows(logits))
@@ -143,7 +143,7 @@ class ModelRunner:
         return token_ids
 
     def _score_prompts(self, scheduled: list[Scheduled], hidden: Tensor) -> set[int]:
-        """Log-probabilities of prompt tokens, for requests that asked; a few rows at a time.
+        """Compute the prompt log-probabilities that requests asked for, `_LOGIT_ROWS` at a time.
 
         Returns the ids of the requests whose logits are not finite.
         """
@@ -152,8 +152,8 @@ class ModelRunner:
             seq, start = item.seq, item.seq.num_computed_tokens
             num_top = seq.params.prompt_logprobs
             if num_top is not None:
-                # The hidden state at position p scores the token at p + 1. After a preemption
-                # some positions come again; they are scored once.
+                # The hidden state at position p scores the token at p + 1. A preempted sequence
+                # recomputes positions that are already scored; these are skipped.
                 end = min(start + item.num_tokens, seq.num_prompt_tokens - 1)
                 for p in range(max(start, seq.num_scored_tokens), end, _LOGIT_ROWS):
                     targets = seq.token_ids[p + 1 : min(p + _LOGIT_ROWS, end) + 1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From logits to the next token ids."""
+"""Sampling: next token ids from logits."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from gptneox.engine.sequence import SamplingParams, Sequence, TokenLogprobs
 
 
 class Sampler:
-    """Greedy or random choice per sequence, independent of what else is in the batch.
+    """Greedy or random sampling per sequence, independent of the rest of the batch.
 
-    Order of the filters as in transformers' `generate`: repetition penalty, the checkpoint's own
-    rules, temperature, top_k, top_p. Each sequence with a temperature has its own generator, so a
-    seed gives the same text whatever its batch mates are.
+    The filters run in the order of transformers' `generate`: repetition penalty, the checkpoint's
+    rules, temperature, top_k, top_p. Each sequence has its own random generator, so a seed gives
+    the same text in any batch.
     """
 
     def __init__(self, ops: Operators | None = None) -> None:
@@ -28,14 +28,14 @@ class Sampler:
         self._generators: dict[int, torch.Generator] = {}
 
     def choose(self, logits: Tensor, seqs: Seq[Sequence]) -> Tensor:
-        """Choose one token for each row, on the device; waits for no result.
+        """Sample one token for each row on the device, without waiting for it.
 
         Args:
             logits: [S, V], any float dtype.
-            seqs: the S sequences the rows belong to; one may have several rows.
+            seqs: the sequence of each row; one sequence may have several rows.
 
         Returns:
-            [S + 1] int64: S token ids, and whether the sum of all logits is finite (else ask
+            [S + 1] int64: S token ids, and whether the sum of all logits is finite (if not, see
             `non_finite_rows`).
         """
         logits = logits.float()
@@ -59,7 +59,7 @@ class Sampler:
         if params.temperature == 0:
             return logits.argmax()
         probs = filtered_probs(logits, params)
-        # As torch.multinomial draws one token, but with noise of the sequence's own generator.
+        # The method of torch.multinomial for one token, with the sequence's own generator.
         noise = torch.empty(probs.shape).exponential_(generator=self._generator(seq))
         return (probs / noise.to(probs.device, non_blocking=True)).argmax()
 
@@ -75,15 +75,15 @@ class Sampler:
 
 
 def non_finite_rows(logits: Tensor) -> list[int]:
-    """The rows of logits [S, V] that hold NaN or infinity: nothing can be sampled from them."""
+    """Rows of logits [S, V] that contain NaN or infinity."""
     if math.isfinite(logits.sum(dtype=torch.float32).item()):
         return []
-    finite = torch.isfinite(logits).all(-1).tolist()  # all of them where only the sum overflowed
-    return [i for i, ok in enumerate(finite) if not ok]
+    is_finite = torch.isfinite(logits).all(-1).tolist()  # all true if only the sum overflowed
+    return [i for i, ok in enumerate(is_finite) if not ok]
 
 
 def describe_non_finite(request_id: int) -> str:
-    """For the user, why a request failed."""
+    """The error message for a request with non-finite logits."""
     return (
         f"the logits of request {request_id} are not finite: the weights hold NaN or Inf, or the "
         "dtype overflows; try --dtype float32 and check the checkpoint"
@@ -91,36 +91,35 @@ def describe_non_finite(request_id: int) -> str:
 
 
 def penalize_repetition(logits: Tensor, token_ids: list[int], penalty: float) -> Tensor:
-    """Divide positive and multiply negative logits [V] of tokens already present.
+    """Divide the positive and multiply the negative logits [V] of `token_ids` by the penalty.
 
     Source: CTRL, arXiv:1909.05858; HF RepetitionPenaltyLogitsProcessor.
     """
-    seen = torch.tensor(sorted(set(token_ids))).to(logits.device, non_blocking=True)
-    values = logits[seen]
+    ids = torch.tensor(sorted(set(token_ids))).to(logits.device, non_blocking=True)
+    values = logits[ids]
     values = torch.where(values < 0, values * penalty, values / penalty)
-    return logits.index_copy(0, seen, values.nan_to_num())  # finite for extreme penalties, too
+    return logits.index_copy(0, ids, values.nan_to_num())  # extreme penalties overflow
 
 
 def restrict(logits: Tensor, forced: Seq[int], banned: Iterable[int]) -> Tensor:
-    """Logits [V] where only the tokens `forced` are left, if there are any, and none of `banned`.
+    """Logits [V] that allow only the tokens `forced` (if any), and none of `banned`.
 
     Source: HF ForcedEOSTokenLogitsProcessor, SuppressTokensLogitsProcessor.
     """
     if forced:
-        nothing = torch.full_like(logits, -math.inf)
-        return nothing.index_fill(0, _indices(forced, logits), 0)
+        return torch.full_like(logits, -math.inf).index_fill(0, _indices(forced, logits), 0)
     return logits.index_fill(0, _indices(banned, logits), -math.inf)
 
 
 def _indices(token_ids: Iterable[int], logits: Tensor) -> Tensor:
-    """Those of the ids that have a logit, on its device."""
-    known = sorted(i for i in token_ids if 0 <= i < logits.shape[-1])
-    return torch.tensor(known, dtype=torch.int64).to(logits.device, non_blocking=True)
+    """The ids within the vocabulary, as a tensor on the device of `logits`."""
+    valid_ids = sorted(i for i in token_ids if 0 <= i < logits.shape[-1])
+    return torch.tensor(valid_ids, dtype=torch.int64).to(logits.device, non_blocking=True)
 
 
 def filtered_probs(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Probabilities [V] after temperature, top_k and top_p; excluded tokens have 0."""
-    # Taking the maximum off and a lower bound keep a tiny temperature finite.
+    """Probabilities [V] after temperature, top_k and top_p; excluded tokens get 0."""
+    # Subtracting the maximum and bounding the divisor keep a tiny temperature finite.
     logits = (logits - logits.max()) / max(params.temperature, 1e-30)
     if 0 < params.top_k < logits.shape[-1]:
         smallest = logits.topk(params.top_k).values[-1]
@@ -139,10 +138,10 @@ def token_logprobs(
     """Log-probabilities of `token_ids`, of the `num_top` likeliest tokens and of `extra_ids`.
 
     Args:
-        logits: [S, V]; the softmax is fp32 and over the raw logits, before any filter.
+        logits: [S, V]; the softmax is fp32 over the raw logits, before any filter.
         token_ids: S ids.
-        num_top: 0: only `extra_ids` are in `top`.
-        extra_ids: tokens that are in `top` however unlikely they are.
+        num_top: number of likeliest tokens in `top`.
+        extra_ids: tokens that are always in `top`.
     """
     logprobs = logits.float().log_softmax(-1)
     ids = torch.tensor(token_ids, device=logits.device).unsqueeze(-1)

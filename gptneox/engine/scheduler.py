@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which sequences run in the next step, and how many of their tokens.
+"""Decides which sequences run in the next step, and how many of their tokens.
 
-Deterministic by construction (no clock, no randomness, no set iteration): every rank of a
-tensor-parallel run makes the same decisions from the same requests, without a message.
+Scheduling is deterministic (no clock, no randomness, no set iteration), so every rank of a
+tensor-parallel run makes the same decisions from the same requests without communication.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from gptneox.engine.sequence import Sequence, Status
 
 @dataclass(frozen=True)
 class Scheduled:
-    """`num_tokens` tokens of a sequence, from its first one that is not computed.
+    """The next `num_tokens` uncomputed tokens of a sequence.
 
-    `sample_rows` are those of them after which a token is sampled, in order: normally the
-    newest token of the sequence alone, and none while a prompt is not complete.
+    `sample_rows` are the indices among them after which a token is sampled: normally only the
+    last one, and none while the prompt is incomplete.
     """
 
     seq: Sequence
@@ -28,7 +28,7 @@ class Scheduled:
 
 
 def _scheduled(seq: Sequence, num_tokens: int, start: int) -> Scheduled:
-    """The next `num_tokens` tokens of a sequence of which `start` are computed."""
+    """The next `num_tokens` tokens of a sequence whose first `start` tokens are computed."""
     reaches_end = start + num_tokens == len(seq.token_ids)
     samples = reaches_end and seq.params.max_new_tokens > 0
     return Scheduled(seq, num_tokens, (num_tokens - 1,) if samples else ())
@@ -46,7 +46,7 @@ class Scheduler:
         max_prefill_batch_size: int = 0,
         enable_chunked_prefill: bool = True,
     ) -> None:
-        """See `config.EngineSection` for the meaning of the limits."""
+        """The limits are those of `EngineSection`."""
         self.block_manager = block_manager
         self.max_batch_size, self.prefill_budget = max_batch_size, prefill_budget
         self.max_prefill_batch_size = max_prefill_batch_size or max_batch_size
@@ -56,20 +56,20 @@ class Scheduler:
         self.num_preemptions = 0
 
     def add(self, seq: Sequence) -> None:
-        """Queue a sequence; the caller has checked that it fits an empty cache."""
+        """Queue a sequence. The caller must have checked that it fits an empty cache."""
         self.waiting.append(seq)
 
     @property
     def has_work(self) -> bool:
-        """Whether a step is due."""
+        """Whether any sequence is unfinished."""
         return bool(self.waiting or self.running)
 
     def schedule(self) -> list[Scheduled]:
         """The next step: sequences with one token first, then longer chunks.
 
-        Running sequences come before waiting ones. One that needs a block when none is free
-        sends the youngest back to the queue, to be computed again later. The oldest can
-        always go on, because each request fits an empty cache: no state is ever stuck.
+        Running sequences come before waiting ones. If a running sequence needs a block and none is
+        free, the youngest is preempted and recomputed later. The oldest always progresses, because
+        every request fits an empty cache, so scheduling never deadlocks.
         """
         budget = self.prefill_budget
         scheduled: list[Scheduled] = []
@@ -78,7 +78,7 @@ class Scheduler:
             seq = self.running[position]
             num_left = len(seq.token_ids) - seq.num_computed_tokens
             if not self._grow(seq):
-                break  # it was itself the youngest
+                break  # it was the youngest and has been preempted
             if num_left > 1:
                 num_left = min(num_left, budget) if self.enable_chunked_prefill else num_left
                 budget -= num_left
@@ -89,7 +89,7 @@ class Scheduler:
         return sorted(scheduled, key=lambda s: s.num_tokens > 1)  # stable
 
     def _grow(self, seq: Sequence) -> bool:
-        """Get blocks for all tokens of `seq`; False when it had to be preempted itself."""
+        """Allocate blocks for all tokens of `seq`; False if `seq` itself was preempted."""
         while True:
             try:
                 self.block_manager.grow(seq)
@@ -108,7 +108,7 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _admit(self, budget: int, *, has_prefill: bool) -> list[Scheduled]:
-        """Start waiting sequences while batch, budget and blocks allow; never out of order."""
+        """Start waiting sequences in order while batch size, budget and blocks allow it."""
         admitted: list[Scheduled] = []
         while self.waiting and len(self.running) < self.max_batch_size:
             seq = self.waiting[0]
@@ -121,10 +121,10 @@ class Scheduler:
             if self.enable_chunked_prefill:
                 num_left = min(num_left, budget)
             elif num_left > budget and (has_prefill or admitted):
-                break  # a prompt above the budget runs whole, in a step without other prompts
+                break  # a prompt longer than the budget needs a step without other prompts
             try:
-                # One spare block for each running sequence, or the next step preempts this one.
-                self.block_manager.start(seq, shared, keep_free=len(self.running))
+                # Keep one block per running sequence, or the next step would preempt this one.
+                self.block_manager.allocate(seq, shared, keep_free=len(self.running))
             except NoFreeBlocks:
                 break
             self.waiting.popleft()
@@ -134,14 +134,14 @@ class Scheduler:
             budget -= num_left
         return admitted
 
-    def computed(self, scheduled: list[Scheduled]) -> None:
-        """A step is done: its tokens are in the cache."""
+    def mark_computed(self, scheduled: list[Scheduled]) -> None:
+        """Record that the K and V of a step's tokens are in the cache."""
         for item in scheduled:
             item.seq.num_computed_tokens += item.num_tokens
-            self.block_manager.commit(item.seq)
+            self.block_manager.cache_full_blocks(item.seq)
 
     def finish(self, seq: Sequence, reason: str) -> None:
-        """End a sequence at any point between two steps and free its blocks."""
+        """End a sequence between two steps and free its blocks."""
         if seq.status is Status.RUNNING:
             self.running.remove(seq)
         elif seq.status is Status.WAITING:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A SentencePiece model as a tokenizer, for checkpoints that have nothing else (rinna, LINE).
+"""A SentencePiece model as a tokenizer, for checkpoints that have no other (rinna, LINE).
 
-transformers 5 would convert such a model, for which it needs a further package; the processor of
-the sentencepiece package itself is what these models were trained with.
+transformers 5 would convert such a model with an additional package. This module uses the
+processor of the sentencepiece package, which tokenized the training data of these models.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from gptneox.config.errors import ConfigError
 from gptneox.config.files import read_json
 
 MODEL_NAMES = ("tokenizer.model", "spiece.model")
-# Merged behind a serialized model: its normalizer_spec.add_dummy_prefix becomes false.
+# Appended to a serialized model, this sets normalizer_spec.add_dummy_prefix to false.
 # Source: sentencepiece_model.proto; field 3 of ModelProto, and in it field 3 of NormalizerSpec.
 _NO_DUMMY_PREFIX = bytes((3 << 3 | 2, 2, 3 << 3, 0))
-NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+TOKEN_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is found in a text before the model cuts the rest into pieces."""
+    """A token that is split off a text before the model tokenizes the rest."""
 
     content: str
     special: bool  # left out of decoded text
-    lstrip: bool = False  # takes the blanks before it along
-    rstrip: bool = False  # and those behind it
+    lstrip: bool = False  # strips the spaces before it
+    rstrip: bool = False  # strips the spaces after it
 
 
 def read_settings(model_path: Path) -> dict[str, Any]:
-    """tokenizer_config.json and, as transformers reads it, special_tokens_map.json; {} without.
+    """The keys of tokenizer_config.json and special_tokens_map.json; {} without these files.
 
-    Source: transformers PreTrainedTokenizerBase._from_pretrained: the map is of the time before
-    `added_tokens_decoder` and not read beside it.
+    Source: transformers PreTrainedTokenizerBase._from_pretrained, which ignores the map if
+    tokenizer_config.json has the newer `added_tokens_decoder`.
 
     Raises:
         ConfigError: a file is not a JSON object.
@@ -46,16 +46,16 @@ def read_settings(model_path: Path) -> dict[str, Any]:
     settings = read_json(path) if path.is_file() else {}
     path = model_path / "special_tokens_map.json"
     if path.is_file():
-        named = read_json(path)
-        settings = settings if "added_tokens_decoder" in settings else settings | named
+        special_map = read_json(path)
+        settings = settings if "added_tokens_decoder" in settings else settings | special_map
     return settings
 
 
 class SentencePieceTokenizer:
     """The part of transformers' tokenizer interface that the engines use.
 
-    Added tokens are those of tokenizer_config.json, special_tokens_map.json and
-    added_tokens.json, as transformers' slow tokenizers (SentencePieceBackend) take them.
+    Added tokens come from tokenizer_config.json, special_tokens_map.json and added_tokens.json,
+    in the order of transformers' slow tokenizers (SentencePieceBackend).
     """
 
     is_fast = True  # unknown ids decode to nothing
@@ -76,7 +76,7 @@ class SentencePieceTokenizer:
         try:
             self._processor = SentencePieceProcessor(model_file=str(file))
         except (RuntimeError, OSError) as error:
-            raise ConfigError(f"{file} is no SentencePiece model; download it again") from error
+            raise ConfigError(f"{file} is not a SentencePiece model; download it again") from error
         settings = read_settings(model_path)
         self._without_prefix: Any = None
         if settings.get("legacy") is False:
@@ -87,9 +87,9 @@ class SentencePieceTokenizer:
         self._ids: dict[str, int] = {}  # of the added tokens
         self.name_or_path = str(model_path)
         self._add_listed(model_path, settings)
-        self._add_named(settings)
-        self.bos_token_id = self._own_or_named("bos", settings)
-        self.eos_token_id = self._own_or_named("eos", settings)
+        self._add_role_tokens(settings)
+        self.bos_token_id = self._role_id("bos", settings)
+        self.eos_token_id = self._role_id("eos", settings)
         for i in filter(self._processor.IsControl, range(self._num_pieces)):
             content = self._processor.IdToPiece(i)
             self.added_tokens_decoder.setdefault(i, AddedToken(content, special=True))
@@ -105,7 +105,7 @@ class SentencePieceTokenizer:
         return pieces | self._ids
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a text; no special token is ever added."""
+        """Token ids of a text, without added special tokens."""
         token_ids: list[int] = []
         start = strip = 0
         for match in self._splitter.finditer(text):
@@ -121,10 +121,10 @@ class SentencePieceTokenizer:
         return token_ids + self._encode_part(rest, first=start == 0)
 
     def _encode_part(self, text: str, *, first: bool) -> list[int]:
-        """Ids of what lies between added tokens; each part begins with a blank, unless not legacy.
+        """Ids of the text between added tokens; a legacy tokenizer prepends a space to each part.
 
         Source: transformers T5Tokenizer.tokenize and _tokenize, whose setting `legacy` is true by
-        default. The processor drops blanks at a beginning, so that one is kept behind "<unk>".
+        default. The processor drops a leading space, so "<unk>" is put before the text to keep it.
         """
         processor = self._without_prefix
         if processor is None:
@@ -141,7 +141,7 @@ class SentencePieceTokenizer:
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool = False,
     ) -> str:
-        """Text of token ids; an added token stands for itself, padding rows for nothing."""
+        """Text of token ids, with added tokens verbatim; vocabulary padding decodes to nothing."""
         text = ""
         pieces: list[int] = []
         for i in token_ids:
@@ -160,15 +160,15 @@ class SentencePieceTokenizer:
         self.added_tokens_decoder[token_id] = token
 
     def _piece_id(self, content: str) -> int | None:
-        """The id of a piece of the model, None when it has no such piece."""
+        """The id of a piece of the model; None if there is no such piece."""
         token_id = int(self._processor.PieceToId(content))
         return token_id if self._processor.IdToPiece(token_id) == content else None
 
     def _add_listed(self, model_path: Path, settings: dict[str, Any]) -> None:
-        """Tokens with ids: `added_tokens_decoder`, else the older added_tokens.json."""
+        """Add the tokens of `added_tokens_decoder`, or of the older added_tokens.json."""
         path = model_path / "added_tokens.json"
         listed = settings.get("added_tokens_decoder")
-        special = {token.content for token in _named(settings)}
+        special = {token.content for token in _role_tokens(settings)}
         if listed is None and path.is_file():
             for content, token_id in read_json(path).items():
                 _check_listed(path, content, token_id)
@@ -187,27 +187,27 @@ class SentencePieceTokenizer:
             assert token_id is not None
             self._add(token, token_id)
 
-    def _add_named(self, settings: dict[str, Any]) -> None:
-        """Tokens with a role: pieces of the model, or new ones behind all that there are."""
+    def _add_role_tokens(self, settings: dict[str, Any]) -> None:
+        """Add the tokens with a role: pieces of the model, or new tokens after all others."""
         processor = self._processor
-        own = {"eos_token": processor.eos_id(), "unk_token": processor.unk_id()}  # -1: it has none
-        named = {role: processor.IdToPiece(i) for role, i in own.items() if i >= 0} | settings
-        for token in _named(named):
+        ids = {"eos_token": processor.eos_id(), "unk_token": processor.unk_id()}  # -1: none
+        defaults = {role: processor.IdToPiece(i) for role, i in ids.items() if i >= 0}
+        for token in _role_tokens(defaults | settings):
             if token.content not in self._ids:
                 token_id = self._piece_id(token.content)
                 self._add(token, len(self) if token_id is None else token_id)
 
-    def _own_or_named(self, role: str, settings: dict[str, Any]) -> int | None:
-        """The id of a role's token: as the checkpoint names it, else as the model does."""
+    def _role_id(self, role: str, settings: dict[str, Any]) -> int | None:
+        """The id of a role's token as the checkpoint's settings name it, else the model's own."""
         token = _token(settings.get(f"{role}_token"), special=True)
         if token:
             return self._ids[token.content]
-        token_id = int(getattr(self._processor, f"{role}_id")())  # -1: the model has none
+        token_id = int(getattr(self._processor, f"{role}_id")())  # -1: none
         return token_id if token_id >= 0 else None
 
 
 def _token(entry: Any, *, special: bool) -> AddedToken | None:
-    """An entry of the settings, a text or an object, as a token; None where it is neither."""
+    """A token from a settings entry, which is a string or an object; None for anything else."""
     if isinstance(entry, str):
         return AddedToken(entry, special) if entry else None
     if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
@@ -216,9 +216,9 @@ def _token(entry: Any, *, special: bool) -> AddedToken | None:
     return AddedToken(entry["content"], special or bool(entry.get("special")), **flags)
 
 
-def _named(settings: dict[str, Any]) -> list[AddedToken]:
-    """The special tokens that the settings name, in the order in which transformers adds them."""
-    entries = [settings.get(f"{role}_token") for role in NAMED_TOKENS]
+def _role_tokens(settings: dict[str, Any]) -> list[AddedToken]:
+    """The special tokens in the settings, in the order in which transformers adds them."""
+    entries = [settings.get(f"{role}_token") for role in TOKEN_ROLES]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         more = settings.get(key)
         entries += (

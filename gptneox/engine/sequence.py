@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was asked (SamplingParams) and how far it is (Sequence)."""
+"""A request's parameters (SamplingParams) and its state (Sequence)."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     detokenize: bool = True  # False: the completion has no text
-    logprobs: int | None = None  # alternatives returned beside each new token's log-probability
-    prompt_logprobs: int | None = None  # the same for each prompt token but the first,
-    prompt_logprobs_start: int = 1  # from this one on
-    logprob_token_ids: tuple[int, ...] = ()  # with logprobs: also in `top`, however unlikely
+    logprobs: int | None = None  # return each new token's log-probability and this many top tokens
+    prompt_logprobs: int | None = None  # the same for the prompt tokens
+    prompt_logprobs_start: int = 1  # first prompt position to score
+    logprob_token_ids: tuple[int, ...] = ()  # with logprobs: tokens that are always in `top`
 
     def __post_init__(self) -> None:
         lowest = 0 if self.prompt_logprobs is not None else 1  # 0: score the prompt, no new token
@@ -60,7 +60,7 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
-        if not isinstance(self.stop, tuple):  # a plain string would be taken letter by letter
+        if not isinstance(self.stop, tuple):  # a str would be iterated letter by letter
             raise InvalidParameter("stop", self.stop, "a tuple of strings")
         for token_id in self.stop_token_ids:
             _integer("stop_token_ids", token_id, 0)
@@ -87,7 +87,7 @@ def _real(name: str, value: Any, low: float, high: float, *, above: bool = False
 
 
 def check_vocabulary(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
-    """Raise InvalidParameter for the first id that the embedding has no row for."""
+    """Raise InvalidParameter for the first id outside the vocabulary."""
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
             expected = f"an id of the vocabulary (0 to {vocab_size - 1})"
@@ -95,7 +95,7 @@ def check_vocabulary(name: str, token_ids: Iterable[int], vocab_size: int) -> No
 
 
 class Status(enum.Enum):
-    """Where a sequence is."""
+    """State of a sequence."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -104,7 +104,7 @@ class Status(enum.Enum):
 
 @dataclass
 class TokenLogprobs:
-    """Log-probability of one token, and of the most likely alternatives (id -> value)."""
+    """Log-probability of one token, and of the likeliest tokens at its position (id -> value)."""
 
     token_id: int
     logprob: float
@@ -113,23 +113,23 @@ class TokenLogprobs:
 
 @dataclass(eq=False)
 class Sequence:
-    """One request on its way: its tokens, the blocks they are cached in, and how many are."""
+    """State of one request: its tokens, its KV-cache blocks and its progress."""
 
     request_id: int
-    token_ids: list[int]  # prompt, then what was generated
+    token_ids: list[int]  # prompt, then generated tokens
     params: SamplingParams
     num_prompt_tokens: int
     status: Status = Status.WAITING
     block_table: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0  # leading tokens whose K and V are in the cache
-    num_committed_blocks: int = 0  # leading blocks known to the prefix cache,
-    content_id: int = 0  # and the identity of what they hold
-    num_scored_tokens: int = 0  # prompt tokens after the first that are already scored
+    num_cached_blocks: int = 0  # leading blocks that are in the prefix cache
+    content_id: int = 0  # prefix-cache id of the content of these blocks
+    num_scored_tokens: int = 0  # prompt tokens already scored, without the first
     finish_reason: str = ""  # "stop" | "length" | "abort" | "error"
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     rules: GenerationRules = NO_RULES  # of the checkpoint
-    eos_token_ids: Seq[int] = ()  # empty where end-of-text is ignored
+    eos_token_ids: Seq[int] = ()  # empty with `ignore_eos`
 
     @classmethod
     def create(
@@ -140,7 +140,7 @@ class Sequence:
         rules: GenerationRules = NO_RULES,
         eos_token_ids: Seq[int] = (),
     ) -> Sequence:
-        """A new, waiting sequence."""
+        """Make a waiting sequence."""
         seq = cls(request_id, list(prompt_ids), params, 0, rules=rules)
         seq.num_prompt_tokens = len(seq.token_ids)
         seq.num_scored_tokens = params.prompt_logprobs_start - 1
@@ -148,7 +148,7 @@ class Sequence:
         return seq
 
     def restrict(self) -> tuple[Seq[int], set[int]]:
-        """What the next token must be one of, and must not be; see `GenerationRules`."""
+        """The allowed and the forbidden next tokens; see `GenerationRules.restrict`."""
         return self.rules.restrict(
             self.token_ids, self.num_prompt_tokens, self.max_tokens, self.eos_token_ids
         )
@@ -165,5 +165,5 @@ class Sequence:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens that the sequence can grow to."""
+        """Maximum length of prompt and answer."""
         return self.num_prompt_tokens + self.params.max_new_tokens

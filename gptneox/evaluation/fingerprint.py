@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which files make a checkpoint the one it is, and a hash of their content."""
+"""The files that identify a checkpoint, and a hash of their content."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-_NUM_BLOCKS, _BLOCK_BYTES = 64, 1 << 20  # what is read of each large weight file
+_NUM_BLOCKS, _BLOCK_BYTES = 64, 1 << 20  # sampled from each large weight file
 
 
 def model_files(model_path: Path) -> list[Path]:
-    """config.json and the weight files: what makes a checkpoint the one it is."""
+    """config.json, the weight files and the tokenizer files."""
     patterns = ("config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*")
     return sorted({path for pattern in patterns for path in model_path.glob(pattern)})
 
 
 def content_hash(files: Iterable[Path]) -> str:
-    """SHA-256 over names, sizes and contents; of large files over blocks spread evenly."""
+    """SHA-256 over names, sizes and contents; large files are sampled in evenly spread blocks."""
     digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size

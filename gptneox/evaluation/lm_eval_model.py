@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model class `gptneox` of lm-evaluation-harness, over the paged engine.
 
-`python -m gptneox.evaluation.lm_eval_model` takes the command line of `lm_eval` and knows this
-class; lm_eval 0.4 has no hook through which an installed package could make its own command know
-it. In Python, importing this module is enough.
+`python -m gptneox.evaluation.lm_eval_model` has the command line of `lm_eval` and registers this
+class first; lm_eval 0.4 has no hook for registering models of other packages. In Python, importing
+this module registers the class.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from gptneox.session import load_engine, start
 
 AUTO_BATCH_SIZE = 16
 
-# What `_loglikelihood_tokens` is given: texts (unused), context ids, continuation ids.
+# A request of `_loglikelihood_tokens`: texts (the cache key), context ids, continuation ids.
 TokenRequest = tuple[Any, list[int], list[int]]
 
 
@@ -52,10 +52,10 @@ TokenRequest = tuple[Any, list[int], list[int]]
 class GPTNeoXLM(TemplateLM):  # type: ignore[misc]  # lm_eval is optional and has no types
     """Scores and generates as the Hugging Face backend does; the softmax is always fp32.
 
-    Under torchrun the ranks share one model; all but rank 0 only follow, and leave with it.
+    Under torchrun the ranks share one model; ranks above 0 follow rank 0 and exit with it.
     """
 
-    _rank, _world_size = 0, 1  # of lm_eval's data parallelism, which is not used
+    _rank, _world_size = 0, 1  # lm_eval's data parallelism is not used
 
     def __init__(
         self,
@@ -71,14 +71,14 @@ class GPTNeoXLM(TemplateLM):  # type: ignore[misc]  # lm_eval is optional and ha
         """Load a checkpoint.
 
         Args:
-            pretrained: its directory; empty: the one shipped.
+            pretrained: checkpoint directory; empty for the embedded checkpoint.
             dtype: auto, float16, bfloat16 or float32.
-            device: as [model] device; a number after a colon is left out. None: auto.
-            batch_size: requests running at once; "auto" is a number that fits.
-            max_batch_size: bounds "auto".
-            max_length: tokens of context and continuation together; None: as config.json says.
-            add_bos_token: None: as the tokenizer does by itself.
-            engine: further keys of [engine], such as block_size and memory_fraction.
+            device: as [model] device; a suffix such as ":0" is ignored. None for auto.
+            batch_size: maximum number of requests in a batch, or "auto".
+            max_batch_size: upper limit for "auto".
+            max_length: tokens of context and continuation together; None for config.json's value.
+            add_bos_token: None for the tokenizer's default.
+            engine: more keys of [engine], such as block_size and memory_fraction.
 
         Raises:
             ValueError, OSError, RuntimeError: with a message for the user.
@@ -88,16 +88,16 @@ class GPTNeoXLM(TemplateLM):  # type: ignore[misc]  # lm_eval is optional and ha
             batch_size = min(AUTO_BATCH_SIZE, max_batch_size or AUTO_BATCH_SIZE)
         path = Path(pretrained).expanduser() if pretrained else EMBEDDED_CHECKPOINT
         config = ModelConfig.from_pretrained(path)
-        # One position less where `max_position_embeddings` below could not be raised by one.
-        longest = config.max_position_embeddings - config.rope_is_dynamic
-        self._max_length = max_length or longest
+        # With dynamic rope, `max_position_embeddings` below cannot exceed config.json's value.
+        default_length = config.max_position_embeddings - config.rope_is_dynamic
+        self._max_length = max_length or default_length
         options = {
             "model_path": path,
             "dtype": dtype,
             "device": (device or "auto").split(":")[0],
             "attention": "paged",
             "max_batch_size": batch_size,
-            # A text of max_length + 1 tokens is scored whole: the last one is only predicted.
+            # max_length + 1 tokens can be scored, because the last one is only predicted.
             "max_position_embeddings": self._max_length + 1,
             **engine,
         }
@@ -106,12 +106,12 @@ class GPTNeoXLM(TemplateLM):  # type: ignore[misc]  # lm_eval is optional and ha
             settings = read_settings(argv, Path())
         except SystemExit as error:
             raise ConfigError(f"--model_args: {', '.join(engine)} are not all known") from error
-        place, self._group = start(settings)
-        loaded = load_engine(settings, place, self._group)
-        assert isinstance(loaded, PagedEngine)
-        self._engine, self._loop = loaded, EngineLoop(loaded)
-        self.tokenizer = loaded.tokenizer
-        self._batch_size, self._device = int(batch_size), place.torch_device
+        chosen_device, self._group = start(settings)
+        paged = load_engine(settings, chosen_device, self._group)
+        assert isinstance(paged, PagedEngine)
+        self._engine, self._loop = paged, EngineLoop(paged)
+        self.tokenizer = paged.tokenizer
+        self._batch_size, self._device = int(batch_size), chosen_device.torch_device
         self._add_bos_token = add_bos_token
         if self._group.rank > 0:
             self._loop.follow()
@@ -121,9 +121,9 @@ class GPTNeoXLM(TemplateLM):  # type: ignore[misc]  # lm_eval is optional and ha
     def _run(
         self, work: list[tuple[list[int], SamplingParams]], what: str, hide: bool
     ) -> list[Completion]:
-        """Finished outputs of all requests in order, with a progress bar."""
+        """The completions of all requests in order, with a progress bar."""
         outputs: list[Completion] = []
-        # A few batches at once, so that the engine is full while the bar moves.
+        # Several batches per call keep the engine full between updates of the bar.
         chunk_size = 8 * self._batch_size
         remaining = iter(work)
         with tqdm(total=len(work), desc=what, disable=hide) as bar:
@@ -137,16 +137,16 @@ class GPTNeoXLM(TemplateLM):  # type: ignore[misc]  # lm_eval is optional and ha
 
     @property
     def eot_token_id(self) -> int:
-        """End of text."""
-        named = self.tokenizer.eos_token_id
-        ids = self._engine.eos_token_ids if named is None else (named,)
+        """The end-of-text id."""
+        eos_token_id = self.tokenizer.eos_token_id
+        ids = self._engine.eos_token_ids if eos_token_id is None else (eos_token_id,)
         if not ids:
             raise ConfigError("neither the tokenizer nor config.json names an end-of-text token")
         return int(ids[0])
 
     @property
     def prefix_token_id(self) -> int:
-        """Stands before a text that has no context."""
+        """The id used as the context of a text without one."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
 
@@ -157,23 +157,23 @@ class GPTNeoXLM(TemplateLM):  # type: ignore[misc]  # lm_eval is optional and ha
 
     @property
     def max_gen_toks(self) -> int:
-        """New tokens where a task does not say."""
+        """Default number of new tokens."""
         return MAX_GEN_TOKS
 
     @property
     def batch_size(self) -> int:
-        """Requests running at once."""
+        """Maximum number of requests in a batch."""
         return self._batch_size
 
     @property
     def tokenizer_name(self) -> str:
-        """Part of the names of lm_eval's caches."""
+        """Part of lm_eval's cache keys."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids; special ones as told, else as `add_bos_token` says, but never twice."""
+        """Token ids; `add_bos_token` is the default for special tokens; a BOS is never doubled."""
         if add_special_tokens is None:
             add_special_tokens = self._add_bos_token
             if string.startswith(self.tokenizer.decode([self.prefix_token_id])):
@@ -187,10 +187,10 @@ class GPTNeoXLM(TemplateLM):  # type: ignore[misc]  # lm_eval is optional and ha
     def _loglikelihood_tokens(
         self, requests: list[TokenRequest], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """(sum of log p over the continuation, whether greedy choice would give it) per request.
+        """(log-likelihood of the continuation, whether greedy decoding gives it) per request.
 
-        Too long pairs lose tokens on the left. Requests that differ in their last token only,
-        such as the letters of a multiple-choice question, share one forward pass.
+        Pairs that are too long are truncated on the left. Requests that differ only in the last
+        token, such as the letters of a multiple-choice question, share one forward pass.
         """
         groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for i, (_, context, continuation) in enumerate(requests):
@@ -201,7 +201,7 @@ class GPTNeoXLM(TemplateLM):  # type: ignore[misc]  # lm_eval is optional and ha
                 )
             tokens = (context + continuation)[-(self.max_length + 1) :]
             groups.setdefault((tuple(tokens[:-1]), len(continuation)), []).append(i)
-        # Longest first: what does not fit shows at once. Neighbours share their beginnings.
+        # Longest first, so that an error of memory comes early; sorted, to share prefixes.
         keys = sorted(groups, key=lambda key: (-len(key[0]), key))
         work = []
         for prefix, num_scored in keys:
@@ -218,20 +218,20 @@ class GPTNeoXLM(TemplateLM):  # type: ignore[misc]  # lm_eval is optional and ha
         outputs = self._run(work, "log-likelihoods", disable_tqdm)
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for key, output in zip(keys, outputs, strict=True):
-            head = output.prompt_logprobs
-            total = sum(token.logprob for token in head)
-            greedy = all(token.token_id in token.top for token in head)
+            prompt_logprobs = output.prompt_logprobs
+            total = sum(token.logprob for token in prompt_logprobs)
+            prompt_is_greedy = all(token.token_id in token.top for token in prompt_logprobs)
             for i in groups[key]:
                 last_id = requests[i][2][-1]
-                likeliest = greedy and output.token_ids[0] == last_id
-                results[i] = (total + output.logprobs[0].top[last_id], likeliest)
+                is_greedy = prompt_is_greedy and output.token_ids[0] == last_id
+                results[i] = (total + output.logprobs[0].top[last_id], is_greedy)
                 request_args = requests[i][0]
                 if request_args is not None:
                     self.cache_hook.add_partial("loglikelihood", request_args, results[i])
         return results
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows of `max_length`, each token scored once."""
+        """Log-likelihood of whole texts in windows of `max_length`; each token is scored once."""
         windows: list[TokenRequest] = []
         counts = []
         for request in requests:
@@ -251,11 +251,11 @@ class GPTNeoXLM(TemplateLM):  # type: ignore[misc]  # lm_eval is optional and ha
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to a stop string, which is left out."""
+        """Continuations, cut before the first stop string."""
         work, stops = [], []
         for request in requests:
             context, options = request.args
-            # As for a likelihood, something has to stand before a text that has no context.
+            # The model needs at least one token.
             token_ids = self.tok_encode(context) or [self.prefix_token_id]
             params, stop = read_options(options, len(token_ids))
             room = self.max_length - params.max_new_tokens

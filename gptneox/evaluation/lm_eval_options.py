@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `generation_kwargs` of an lm-evaluation-harness task as the engine's parameters."""
+"""Translates the `generation_kwargs` of an lm-evaluation-harness task to `SamplingParams`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from gptneox.config.errors import ConfigError
 from gptneox.engine.sequence import MAX_STOP_STRINGS, SamplingParams
 
-MAX_GEN_TOKS = 256  # where a task does not say, as the Hugging Face backend
+MAX_GEN_TOKS = 256  # default of lm_eval's Hugging Face backend
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _SERVED: dict[str, Callable[[Any], Any]] = {
     "top_k": int, "top_p": float, "repetition_penalty": float, "seed": int,
 }  # fmt: skip
 
-# Options of transformers and vLLM that change no text while they have this value.
+# Options of transformers and vLLM with their neutral values.
 _NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "n", "best_of"), 1),
     **dict.fromkeys(("min_length", "min_new_tokens", "min_tokens", "no_repeat_ngram_size"), 0),
@@ -25,9 +25,9 @@ _NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("ignore_eos", "renormalize_logits", "remove_invalid_values"), False),
     **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), True),
 }
-# Of these the likeliest token does not depend.
+# Neutral values of options that only affect sampling; greedy decoding ignores these options.
 _NEUTRAL_WHEN_SAMPLING = {"min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
-# And of these nothing does, as long as there is one beam.
+# Options that do not affect the text if there is one beam.
 _WITHOUT_EFFECT = {
     *("use_cache", "cache_implementation", "pad_token_id", "length_penalty", "early_stopping"),
     *("return_dict_in_generate", "output_scores", "output_logits", "output_attentions"),
@@ -36,36 +36,37 @@ _WITHOUT_EFFECT = {
 
 
 def read_options(options: Mapping[str, Any], num_context: int) -> tuple[SamplingParams, list[str]]:
-    """The engine's parameters and all stop strings of a task's generation_kwargs.
+    """The sampling parameters and all stop strings of a task's generation_kwargs.
 
     Args:
-        options: as the task file or --gen_kwargs says. Not sampling is the default, and
-            `do_sample: false` goes before a temperature.
-        num_context: tokens of the context, which `max_length` counts with the new ones.
+        options: from the task file or --gen_kwargs. Greedy is the default, and
+            `do_sample: false` overrides a temperature.
+        num_context: number of context tokens, which `max_length` includes.
 
     Raises:
-        ConfigError: an option that would change the text is not served.
+        ConfigError: an option that would change the text is not supported.
 
     Source: lm_eval.models.utils.normalize_gen_kwargs, and the options of `generate`.
     """
-    given = {name: value for name, value in options.items() if value not in (None, "", [], {})}
-    until = given.pop("until", [])
+    remaining = {name: value for name, value in options.items() if value not in (None, "", [], {})}
+    until = remaining.pop("until", [])
     stop = [until] if isinstance(until, str) else [text for text in until if text]
-    chosen: dict[str, Any] = {"max_new_tokens": _num_new(given, num_context)}
-    temperature = float(given.pop("temperature", 0.0 if not given.get("do_sample") else 1.0))
-    if not given.pop("do_sample", temperature > 0):
+    params: dict[str, Any] = {"max_new_tokens": _num_new(remaining, num_context)}
+    default = 1.0 if remaining.get("do_sample") else 0.0
+    temperature = float(remaining.pop("temperature", default))
+    if not remaining.pop("do_sample", temperature > 0):
         temperature = 0.0
     for name, kind in _SERVED.items():
-        if name in given:
-            chosen[name] = kind(given.pop(name))
-    if temperature == 0.0:  # what only shapes the choice among several tokens is without effect
-        chosen.pop("top_k", None)
-        chosen.pop("top_p", None)
+        if name in remaining:
+            params[name] = kind(remaining.pop(name))
+    if temperature == 0.0:  # greedy: these have no effect
+        params.pop("top_k", None)
+        params.pop("top_p", None)
     neutral = _NEUTRAL | (_NEUTRAL_WHEN_SAMPLING if temperature > 0 else {})
     ignored = _WITHOUT_EFFECT | (set() if temperature > 0 else set(_NEUTRAL_WHEN_SAMPLING))
     unknown = {
         name: value
-        for name, value in given.items()
+        for name, value in remaining.items()
         if name not in ignored and not (name in neutral and neutral[name] == value)
     }
     if unknown:
@@ -74,15 +75,15 @@ def read_options(options: Mapping[str, Any], num_context: int) -> tuple[Sampling
             f"generation option {shown} is not served; leave it out, or override it with "
             "--gen_kwargs"
         )
-    shown_stop = tuple(stop[:MAX_STOP_STRINGS])  # any further ones only cut the finished text
-    return SamplingParams(temperature=temperature, stop=shown_stop, **chosen), stop
+    engine_stop = tuple(stop[:MAX_STOP_STRINGS])  # the caller cuts the text at the others
+    return SamplingParams(temperature=temperature, stop=engine_stop, **params), stop
 
 
-def _num_new(given: dict[str, Any], num_context: int) -> int:
-    """Take the options that say how long a text may become; returns the new tokens."""
-    lengths = [given.pop(name, None) for name in _LENGTH_NAMES]
+def _num_new(remaining: dict[str, Any], num_context: int) -> int:
+    """Pop the length options; returns the maximum number of new tokens."""
+    lengths = [remaining.pop(name, None) for name in _LENGTH_NAMES]
     num_new = next((int(n) for n in lengths if n is not None), MAX_GEN_TOKS)
-    total = given.pop("max_length", None)
+    total = remaining.pop("max_length", None)
     if total is None:
         return num_new
     if int(total) <= num_context:

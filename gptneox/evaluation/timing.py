@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stopwatch around one `generate` on either path, and the least work that it can be.
+"""Times one `generate` on either path, and counts the least work that it needs.
 
-Every moment between start and end belongs to exactly one part, so the parts add up to the whole.
+The measured parts do not overlap and leave no gap, so they add up to the total.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from gptneox.engine.sequence import SamplingParams
 
 @dataclass
 class StepTime:
-    """One forward and what surrounds it, in seconds.
+    """One step, in seconds.
 
-    A total is always measured; the split of it only when the device was waited for.
+    `total_s` is always measured; its parts only if the run synchronized with the device (`split`).
     """
 
     is_prefill: bool
     total_s: float
-    pre_s: float = 0.0  # preparing the inputs
+    pre_s: float = 0.0  # input preparation
     forward_s: float = 0.0  # the model, logits included
-    post_s: float = 0.0  # choosing the next token, stop checks, bookkeeping
+    post_s: float = 0.0  # sampling, stop checks, bookkeeping
 
 
 @dataclass
 class Timing:
-    """One run: set-up, steps, detokenising."""
+    """One run: set-up, steps, detokenization."""
 
     set_up_s: float
     steps: list[StepTime]
@@ -47,12 +47,12 @@ class Timing:
 
     @property
     def generate_s(self) -> float:
-        """Without detokenising."""
+        """Time without detokenization."""
         return self.set_up_s + sum(step.total_s for step in self.steps)
 
     @property
     def response_s(self) -> float:
-        """From the prompts to the text."""
+        """Time from the prompts to the text."""
         return self.generate_s + self.detokenize_s
 
     @property
@@ -66,7 +66,7 @@ class Timing:
         return [step for step in self.steps if not step.is_prefill]
 
     def parts_ms(self) -> dict[str, float]:
-        """Where the response time went; the values add up to it."""
+        """The parts of the response time; they add up to it."""
         parts = {"set_up": self.set_up_s}
         for name, steps in (("prefill", self.prefill_steps), ("decode", self.decode_steps)):
             if self.has_split:
@@ -80,7 +80,7 @@ class Timing:
 
 
 class Stopwatch:
-    """Runs a batch on an engine and times it. Every rank calls it alike."""
+    """Runs a batch on an engine and times it. Every rank must make the same calls."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.path, self.tokenizer = engine, engine.name, engine.tokenizer
@@ -102,10 +102,9 @@ class Stopwatch:
         Args:
             prompts: token ids.
             num_new: new tokens per prompt.
-            split: wait for the device around each forward, to tell it from what surrounds it.
-            detokenize: turn the answers into text, as part of the response time; at the end, in
-                one go.
-            ignore_eos: go on after the end-of-text token.
+            split: synchronize with the device around each forward pass, to time it separately.
+            detokenize: decode the answers at the end, as part of the response time.
+            ignore_eos: continue after the end-of-text token.
 
         Raises:
             ValueError: the prompts do not fit the model or the cache.
@@ -131,15 +130,15 @@ class Stopwatch:
 
 
 def _step_times(stats: Seq[StepStats], end: float, *, split: bool) -> list[StepTime]:
-    """Each step from its beginning to that of the next one; the last one to `end`."""
-    times = []
+    """Step times. A step lasts until the next one begins, the last one until `end`."""
+    step_times = []
     for step, next_start in zip(stats, [*(s.start for s in stats[1:]), end], strict=True):
-        time_ = StepTime(bool(step.num_prefill_tokens), next_start - step.start)
+        step_time = StepTime(bool(step.num_prefill_tokens), next_start - step.start)
         if split:
-            time_.pre_s, time_.forward_s = step.prepare_s, step.forward_s
-            time_.post_s = time_.total_s - step.prepare_s - step.forward_s
-        times.append(time_)
-    return times
+            step_time.pre_s, step_time.forward_s = step.prepare_s, step.forward_s
+            step_time.post_s = step_time.total_s - step.prepare_s - step.forward_s
+        step_times.append(step_time)
+    return step_times
 
 
 def _texts(tokenizer: Any, token_ids: Seq[Seq[int]]) -> list[str]:
@@ -149,7 +148,7 @@ def _texts(tokenizer: Any, token_ids: Seq[Seq[int]]) -> list[str]:
 def random_prompts(
     stopwatch: Stopwatch, batch_size: int, input_len: int, seed: int = 1
 ) -> list[list[int]]:
-    """Uniformly random ids that the tokenizer knows, the same on every rank."""
+    """Uniformly random ids of the tokenizer's vocabulary, the same on every rank."""
     high = stopwatch.config.vocab_size
     if stopwatch.tokenizer is not None:
         high = min(high, len(stopwatch.tokenizer))
@@ -161,7 +160,7 @@ def random_prompts(
 
 
 def max_over_ranks(stopwatch: Stopwatch, values: Seq[float]) -> list[float]:
-    """Each value's maximum over the ranks; one rank's own values stay as they are."""
+    """The maximum of each value over the ranks."""
     if stopwatch.group.world_size == 1:
         return list(values)
     dtype = torch.float64 if stopwatch.device.torch_device.type == "cpu" else torch.float32

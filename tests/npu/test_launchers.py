@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import checkpoints as twins
+from support import checkpoints
 
 REPO = Path(__file__).resolve().parents[2]
 MAIN = (sys.executable, REPO / "main.py")
-PROMPTS = twins.prompts([17, 40], 288, seed=5)
+PROMPTS = checkpoints.prompts([17, 40], 288, seed=5)
 NUM_NEW = 8
 
 
@@ -29,7 +29,9 @@ NUM_NEW = 8
 def checkpoint(tmp_path_factory):
     """The 20B twin in fp16, and what Hugging Face answers in fp32."""
     path = tmp_path_factory.mktemp("launchers") / "checkpoint"
-    model = twins.write_checkpoint(path, twins.FAMILY["gpt-neox-20b"], dtype=torch.float16)
+    model = checkpoints.write_checkpoint(
+        path, checkpoints.FAMILY["gpt-neox-20b"], dtype=torch.float16
+    )
     answers = []
     for prompt in PROMPTS:
         rows = model.generate(
@@ -91,7 +93,7 @@ def check_reductions(kernels, name):
     """One all-reduce per layer and step, after the one product that makes the partial sum."""
     last = ["Cat", "Addmm"] if name == "910B4" else ["Cat", "MatmulWeightNz", "InplaceAdd"]
     places = [i for i, kernel in enumerate(kernels) if kernel == "c10d::allreduce_"]
-    assert len(places) == twins.FAMILY["gpt-neox-20b"]["num_hidden_layers"] * NUM_NEW
+    assert len(places) == checkpoints.FAMILY["gpt-neox-20b"]["num_hidden_layers"] * NUM_NEW
     for i in places:
         around = [k.removeprefix("aclnn") for k in kernels[i - len(last) : i + 2]]
         assert around == [*last, "c10d::allreduce_", "Add"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several test files share; a failed `assert` here is explained as in a test."""
+"""Helpers shared by test files; pytest also rewrites their asserts."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model of the KV cache that notices when a slot holds what belongs to another prefix."""
+"""A model of the KV cache that detects a slot with the K and V of another prefix."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from gptneox.engine.sequence import Sequence
 
 
 class CacheOracle:
-    """What the slots of a real cache would hold.
+    """Tracks the content of each slot of a KV cache.
 
-    K and V at a position depend on every token up to it, so a slot is modelled by the identity of
-    that whole prefix. A wrong share, a stale block or a lost write shows as a wrong identity.
+    K and V at a position depend on all tokens up to it, so a slot's content is modelled as the id
+    of that prefix. A wrongly shared block, a stale block or a lost write shows as a wrong id.
     """
 
     def __init__(self, manager: BlockManager) -> None:
@@ -21,14 +21,14 @@ class CacheOracle:
         self._prefixes: dict[int, list[int]] = {}  # request -> identity of each of its prefixes
 
     def prefixes(self, seq: Sequence) -> list[int]:
-        known = self._prefixes.setdefault(seq.request_id, [])
-        for token_id in seq.token_ids[len(known) :]:
-            key = (known[-1] if known else 0, token_id)
-            known.append(self._identities.setdefault(key, len(self._identities) + 1))
-        return known
+        prefixes = self._prefixes.setdefault(seq.request_id, [])
+        for token_id in seq.token_ids[len(prefixes) :]:
+            key = (prefixes[-1] if prefixes else 0, token_id)
+            prefixes.append(self._identities.setdefault(key, len(self._identities) + 1))
+        return prefixes
 
     def write(self, seq: Sequence, num_tokens: int) -> None:
-        """Fill the slots of the next `num_tokens`; none of them may be visible to anyone else."""
+        """Fill the slots of the next `num_tokens`; they must not be shared with other sequences."""
         size, identities = self.manager.block_size, self.prefixes(seq)
         for p in range(seq.num_computed_tokens, seq.num_computed_tokens + num_tokens):
             block = seq.block_table[p // size]
@@ -37,7 +37,7 @@ class CacheOracle:
             self.slots[block, p % size] = identities[p]
 
     def read(self, seq: Sequence, end: int) -> None:
-        """The first `end` positions of `seq` must hold what was computed from its own tokens."""
+        """The first `end` positions of `seq` must hold the K and V of its own tokens."""
         size, identities = self.manager.block_size, self.prefixes(seq)
         for p in range(end):
             slot = (seq.block_table[p // size], p % size)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scaled-down twins of the published GPT-NeoX checkpoints, with seeded random weights.
+"""Twins of the published GPT-NeoX checkpoints: scaled down, with seeded random weights.
 
-A twin keeps what makes its model special (head_dim, rotary share, activation, residual form,
-padded or odd vocabulary, tied embeddings, the keys of its era's config.json) and is small in
-everything else: layers, heads, vocabulary, positions.
+A twin keeps the model's properties that matter to the code (head_dim, rotary share, activation,
+residual form, padded or odd vocabulary, tied embeddings, the config.json keys of its time), with
+fewer layers and heads, a smaller vocabulary and fewer positions.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from support.tokenizers import byte_level_tokenizer, write_tokenizer
 
 
 def _old(head_dim: int, num_heads: int, vocab_size: int, **keys: Any) -> dict[str, Any]:
-    """A config.json as transformers 4.x wrote it; a key given as None is absent from the file."""
+    """A config.json as transformers 4.x wrote it, without the keys whose value is None."""
     hidden_size = head_dim * num_heads
     config = {
         "architectures": ["GPTNeoXForCausalLM"],
@@ -70,7 +70,7 @@ _NEOX_20B = _old(
     transformers_version="4.19.0.dev0",
 )
 
-# The keys come from each model's own config.json; sizes are scaled, but stay odd where they were.
+# Keys from each model's config.json. Sizes are scaled down; odd ones stay odd.
 FAMILY: dict[str, dict[str, Any]] = {
     "gpt-neox-20b": _NEOX_20B,
     "gpt-neoxt-chat-20b": _NEOX_20B
@@ -144,13 +144,13 @@ def write_checkpoint(
     form: str = "safetensors",
     sharpness: float = 1.0,
 ) -> GPTNeoXForCausalLM:
-    """Write a checkpoint with random weights; returns the same model, in fp32, in evaluation mode.
+    """Write a checkpoint with random weights; returns the same model in fp32, in evaluation mode.
 
     Args:
-        directory: made when absent.
-        config_dict: what config.json holds; its dtype key is set to `dtype`.
+        directory: created if absent.
+        config_dict: content of config.json; its dtype key is set to `dtype`.
         seed: of the weights.
-        dtype: of the files. The returned model holds the rounded values.
+        dtype: of the files. The returned model has the rounded values.
         form: "safetensors" (one file), "sharded" (several, with an index), "bin" (one pickle),
             "new_keys" (one safetensors file, config.json as transformers 5 writes it).
         sharpness: see `randomize`.
@@ -160,7 +160,7 @@ def write_checkpoint(
     config = GPTNeoXConfig(**config_dict)
     model = GPTNeoXForCausalLM(config).float().eval().requires_grad_(False)
     randomize(model, seed, dtype, sharpness)
-    # A copy, because the rotary frequencies of a model that was half precision once stay rounded.
+    # Convert a copy: converting back to fp32 would leave the rotary frequencies rounded.
     copy.deepcopy(model).to(dtype).save_pretrained(
         directory, max_shard_size="200KB" if form == "sharded" else "1GB"
     )
@@ -190,11 +190,11 @@ def randomize(
     dtype: torch.dtype = torch.float32,
     sharpness: float = 1.0,
 ) -> None:
-    """Fill every parameter, biases and normalisations too, so that none can be forgotten.
+    """Fill every parameter, biases and norms included, so that a test notices a missing one.
 
-    Products keep the scale of their input roughly, so logits are spread (standard deviation
-    near 3) and rounding is not amplified from layer to layer. A `sharpness` above 1 makes
-    attention choosier: rounding grows, but greedy text does not run in circles any more.
+    Layers roughly keep the scale of their input, so rounding is not amplified from layer to layer,
+    and logits have a standard deviation near 3. A `sharpness` above 1 sharpens attention: rounding
+    errors grow, but greedy text no longer repeats itself.
     """
     generator = torch.Generator().manual_seed(seed)
     gains = {"query_key_value": 1.5 * sharpness, "attention.dense": 2.0, "mlp": 1.5}
@@ -212,7 +212,7 @@ def randomize(
 
 
 def prompts(lengths: Seq[int], vocab_size: int, seed: int = 0) -> list[list[int]]:
-    """Random prompts of the given lengths."""
+    """Random prompts of these lengths."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
@@ -220,7 +220,7 @@ def prompts(lengths: Seq[int], vocab_size: int, seed: int = 0) -> list[list[int]
 def load_engine(
     directory: Path, device: Device, dtype: str = "float32", **settings: Any
 ) -> PagedEngine:
-    """The paged engine over a checkpoint without a tokenizer; `settings` as in [engine]."""
+    """A paged engine without a tokenizer; `settings` as in [engine]."""
     section = EngineSection(**settings)
     return PagedEngine.from_pretrained(
         directory, section, device, dtype=dtype, with_tokenizer=False
@@ -237,11 +237,11 @@ CHAIN_CONFIG = FAMILY["pythia-14m"] | {
 
 
 def write_chain_checkpoint(directory: Path, *texts: str, **keys: object) -> Path:
-    """A checkpoint whose next token depends on the last one only, so that its text is known.
+    """A checkpoint whose next token depends only on the last one, so that its text is predictable.
 
-    After each letter of a text comes the next one, and end-of-text after the last; a text that
-    ends with its first letter goes round for ever. "~" stands for a padding id, which shows
-    nothing. Layers add nothing, and a token is embedded as the head's row of its successor.
+    Each letter of a text is followed by the next one, and the last one by end-of-text; a text that
+    ends with its first letter repeats forever. "~" stands for a padding id, which decodes to
+    nothing. Layers add nothing; a token's embedding is the head's row of its successor.
     """
     directory.mkdir(parents=True, exist_ok=True)
     assert write_tokenizer(directory) < PADDING_ID
@@ -269,7 +269,7 @@ def write_chain_checkpoint(directory: Path, *texts: str, **keys: object) -> Path
 
 
 def copy_checkpoint(source: Path, target: Path) -> Path:
-    """A copy that a test may damage."""
+    """Copy a checkpoint for a test that changes it."""
     shutil.copytree(source, target)
     return target
 
@@ -277,12 +277,12 @@ def copy_checkpoint(source: Path, target: Path) -> Path:
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], config: dict[str, Any], form: str = "safetensors"
 ) -> Path:
-    """A checkpoint of these tensors; returns `path`.
+    """Write a checkpoint with these tensors; returns `path`.
 
     Args:
-        path: made here.
-        tensors: by name, as they are.
-        config: what config.json holds.
+        path: created here.
+        tensors: by name, written unchanged.
+        config: content of config.json.
         form: "safetensors", "sharded", "bin", "sharded bin", or "symlinks" (to files elsewhere).
     """
     path.mkdir(parents=True)
@@ -298,11 +298,11 @@ def write_tensors(
         index = path / f"{stem}{suffix}.index.json"
         index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
     for file, part in files.items():
-        chosen = {name: tensors[name] for name in part}
+        shard = {name: tensors[name] for name in part}
         if is_bin:
-            torch.save(chosen, path / file)
+            torch.save(shard, path / file)
         else:
-            save_file(chosen, path / file, {"format": "pt"})
+            save_file(shard, path / file, {"format": "pt"})
     if form == "symlinks":
         blobs = path.with_name(f"{path.name} blobs")
         blobs.mkdir()
@@ -313,7 +313,7 @@ def write_tensors(
 
 
 def write_large(path: Path, num_layers: int, **keys: Any) -> tuple[Path, int]:
-    """A checkpoint of zeros, 25 MB (bf16) per layer; returns its largest tensor's bytes too."""
+    """A checkpoint of zeros, 25 MB (bf16) per layer; also returns its largest tensor's bytes."""
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": num_layers}
     sizes |= {"num_attention_heads": 8, "vocab_size": 37}
     config = FAMILY["polyglot-ko-1.3b"] | sizes | keys

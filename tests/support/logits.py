@@ -15,9 +15,9 @@ from gptneox.engine.sequence import SamplingParams, Sequence
 
 @torch.inference_mode()
 def paged_logits(engine: PagedEngine, token_ids: list[int], num_prefill: int) -> Tensor:
-    """Logits [len(token_ids), V] fp32 of one prefill and then one step per token."""
+    """Logits [len(token_ids), V] fp32 of one prefill, followed by one step per token."""
     seq = Sequence.create(0, token_ids, SamplingParams())
-    engine.block_manager.start(seq, [])
+    engine.block_manager.allocate(seq, [])
     rows = []
     for num_tokens in [num_prefill] + [1] * (len(token_ids) - num_prefill):
         hidden = engine.runner.step(engine.runner.prepare([Scheduled(seq, num_tokens)]))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps, caches and numbers for the tests of operators, and how near two results must be.
+"""Steps, caches, random tensors and the tolerances for operator tests.
 
-Limits. The base computes in fp32 and rounds once, except for `linear`. fp32 results may differ by
-the order of sums: 2e-5 of the largest value. In half precision a device may also round what lies
-between (probabilities, partial sums): one more half unit each, so two units of the dtype
-(2 * eps) at the largest value, which bounds every result because attention averages its values.
+Tolerances. The base computes in fp32 and rounds once, except for `linear`. fp32 results may differ
+by the order of summation: 2e-5 of the largest value. In half precision a device may also round
+intermediates (probabilities, partial sums), half a unit each, so results may differ by two units
+(2 * eps) of the largest value, which bounds every result because attention averages its values.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def assert_near(actual: Tensor, expected: Tensor) -> None:
-    """Two results may differ by the limits above; both are moved to the CPU."""
+    """Compare two results on the CPU, with the tolerances above."""
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
     eps = torch.finfo(expected.dtype).eps
@@ -44,7 +44,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 def make_batch(
     lengths: list[tuple[int, int]], block_size: int, seed: int = 0, *, shares: bool = True
 ) -> ForwardBatch:
-    """A step over randomly chosen blocks, one in two tables; block 0 belongs to nobody."""
+    """A step over random blocks, one of them shared by two sequences; block 0 is unused."""
     context_lens = [cached + new for cached, new in lengths]
     counts = [-(-n // block_size) for n in context_lens]
     generator = torch.Generator().manual_seed(seed)
@@ -87,7 +87,7 @@ def batch_on(batch: ForwardBatch, device: torch.device) -> ForwardBatch:
 def make_cache(
     ops: Operators, batch: ForwardBatch, block_size: int, heads: int, d: int, dtype: torch.dtype
 ) -> PagedKVCache:
-    """One layer: random K and V where a sequence of `batch` has been, NaN everywhere else."""
+    """A cache of one layer: random K and V at the cached positions of `batch`, NaN elsewhere."""
     num_blocks = int(batch.block_tables.max()) + 1
     cache = PagedKVCache(ops, 1, num_blocks, block_size, heads, d, FloatKV(dtype))
     written = torch.zeros(num_blocks * block_size, dtype=torch.bool)

@@ -19,7 +19,7 @@ REPO = Path(__file__).resolve().parents[2]
 MAIN = REPO / "main.py"
 STUB_STATUS = 7
 
-# Writes what it was called with to $RECORD, and ends with a status of its own.
+# Writes its arguments and environment to $RECORD, and exits with STUB_STATUS.
 RECORDER = f"""
 import json, os, sys
 call = {{"program": sys.argv[1], "argv": sys.argv[2:], "env": dict(os.environ), "cwd": os.getcwd()}}
@@ -28,7 +28,7 @@ with open(os.environ["RECORD"], "w") as file:
 sys.exit({STUB_STATUS})
 """
 
-# Settings of the machine the tests run on that would change what a launcher does.
+# Environment variables of the test machine that would change what a launcher does.
 SETTINGS = re.compile(
     r"(ASCEND_|MASTER_|HCCL_|LD_PRELOAD|OMP_|PYTHON|TORCHRUN|RANK|LOCAL_RANK|WORLD_SIZE|NNODES|NODE_RANK"
     r"|TP_WORLD_SIZE|BIND_CPU|IS_QUANT|INF_NAN|CUDA_VISIBLE|LOCAL_WORLD_SIZE|PET_|GPTNEOX_WENT_ON)"
@@ -44,7 +44,7 @@ def clean_environ(**extra: str) -> dict[str, str]:
 
 
 def run_main(*argv: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    """main.py as a user starts it; line ends are not translated."""
+    """Run main.py as a user does; line endings are not translated."""
     done = subprocess.run(
         [sys.executable, str(MAIN), *argv],
         cwd=cwd,
@@ -59,7 +59,7 @@ def run_main(*argv: str, cwd: Path, **environ: str) -> subprocess.CompletedProce
 
 
 class Terminal:
-    """A Python program on a terminal of its own, whose output is what the terminal shows."""
+    """A Python program in its own pseudo-terminal."""
 
     def __init__(self, *argv: str | Path, cwd: Path, **environ: str) -> None:
         self.main_fd, terminal = pty.openpty()
@@ -85,7 +85,7 @@ class Terminal:
         os.write(self.main_fd, text if isinstance(text, bytes) else text.encode())
 
     def wait_for(self, text: str, timeout: float = 60) -> str:
-        """Everything up to the next `text`."""
+        """Wait for `text`; returns the output before it."""
         end = time.monotonic() + timeout
         while text not in self.seen:
             left = end - time.monotonic()
@@ -111,7 +111,7 @@ def write_program(path: Path, body: str) -> Path:
 
 
 def recording_stub(folder: Path, name: str) -> Path:
-    """A program that records its call; for -c and for launch.py it is a Python."""
+    """A program that records its call; with -c or launch.py it runs Python instead."""
     real, recorder = shlex.quote(sys.executable), folder / "recorder.py"
     folder.mkdir(parents=True, exist_ok=True)
     recorder.write_text(RECORDER)

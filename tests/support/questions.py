@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from support import checkpoints as twins
+from support import checkpoints
 
 SUBJECTS = ("anatomy", "college_physics", "world_religions")
 NUM_DEV, NUM_VAL, NUM_BOOLQ = 3, 4, 12
@@ -48,8 +48,8 @@ def write_model(
     directory: Path, name: str = "pythia-14m", seed: int = 0, positions: int = 512
 ) -> Path:
     """A random fp32 twin with that tokenizer."""
-    config = twins.FAMILY[name] | {"vocab_size": 352, "max_position_embeddings": positions}
-    twins.write_checkpoint(directory, config, seed)
+    config = checkpoints.FAMILY[name] | {"vocab_size": 352, "max_position_embeddings": positions}
+    checkpoints.write_checkpoint(directory, config, seed)
     make_tokenizer().save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "GPTNeoXTokenizer", "eos_token": "<|endoftext|>", '
@@ -62,7 +62,7 @@ def write_model(
 def edit_weights(
     source: Path, directory: Path, edit: Callable[[dict[str, torch.Tensor]], None]
 ) -> Path:
-    """A copy of a checkpoint with other weights."""
+    """A copy of a checkpoint whose weights `edit` has changed."""
     directory.mkdir()
     for file in source.iterdir():
         if file.suffix != ".safetensors":
@@ -74,7 +74,7 @@ def edit_weights(
 
 
 def always(favoured: str | None) -> Callable[[dict[str, torch.Tensor]], None]:
-    """Weights with which the next token is always `favoured`; None: all tokens are equal."""
+    """Edit weights so that the next token is always `favoured`; None: all tokens are equal."""
 
     def edit(tensors: dict[str, torch.Tensor]) -> None:
         tensors["gpt_neox.final_layer_norm.weight"].zero_()
@@ -93,7 +93,7 @@ def sentence(rng: random.Random, most: int) -> str:
 def write_boolq(
     folder: Path, number: int = NUM_BOOLQ, longest: int = 12
 ) -> list[dict[str, object]]:
-    """dev.jsonl in a folder; returns its rows."""
+    """Write dev.jsonl to a folder; returns its rows."""
     rng = random.Random(1)
     rows = [
         {
@@ -124,7 +124,7 @@ def write_rows(path: Path, rows: Seq[Seq[str]]) -> None:
 
 
 def write_mmlu(folder: Path) -> None:
-    """dev/ and val/ of three subjects."""
+    """Write dev/ and val/ of three subjects."""
     rng = random.Random(2)
     for subject in SUBJECTS:
         write_rows(folder / "dev" / f"{subject}_dev.csv", choice_rows(rng, NUM_DEV))

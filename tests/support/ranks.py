@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor-parallel ranks for tests: processes joined over gloo, and what they are told to run.
+"""Tensor-parallel ranks for tests: processes in a gloo group, and the functions they run.
 
-The processes are forked from a server that has imported everything once, so a team of ranks costs
-milliseconds instead of the seconds that importing torch takes each time.
+The processes are forked from a server that has imported everything once, so starting a team takes
+milliseconds instead of the seconds that importing torch takes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import gptneox.adapter  # noqa: F401  # slow to import: once, before the ranks are forked
+import gptneox.adapter  # noqa: F401  # slow: imported once, before the ranks are forked
 from gptneox.config.settings import EngineSection
 from gptneox.devices import select
 from gptneox.engine.generate import GenerateEngine
@@ -47,7 +47,7 @@ class RankFailed(AssertionError):
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """A port without a listener."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -60,7 +60,7 @@ def start_process(function: Callable[..., None], *args: Any) -> multiprocessing.
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     try:
-        forkserver.ensure_running()  # takes PYTHONPATH along; later calls find it running
+        forkserver.ensure_running()  # inherits PYTHONPATH; later calls do nothing
     finally:
         del os.environ["PYTHONPATH"]
         if before is not None:
@@ -88,7 +88,7 @@ class Team:
         """`function(group, *args)` on every rank; returns the results in rank order.
 
         Raises:
-            RankFailed: a rank raised or died; the team is of no use afterwards.
+            RankFailed: a rank raised or died; the team is closed.
         """
         for pipe in self._pipes:
             pipe.send_bytes(pickle.dumps((function, args)))
@@ -103,10 +103,10 @@ class Team:
             for pipe in ready:
                 rank = self._pipes.index(pipe)
                 try:
-                    done, value = pickle.loads(pipe.recv_bytes())
+                    ok, value = pickle.loads(pipe.recv_bytes())
                 except EOFError:
-                    done, value = False, "it died"
-                if not done:
+                    ok, value = False, "it died"
+                if not ok:
                     self.close()
                     raise RankFailed(f"rank {rank}: {value}")
                 results[rank] = value
@@ -129,7 +129,7 @@ class Team:
 
 
 class Teams:
-    """One team for each world size, made when it is first asked for."""
+    """One team per world size, created on first use."""
 
     def __init__(self) -> None:
         self._teams: dict[int, Team] = {}
@@ -147,7 +147,7 @@ class Teams:
 
 @contextlib.contextmanager
 def open_teams() -> Iterator[Teams]:
-    """Teams that are gone afterwards."""
+    """Teams that are closed at the end."""
     teams = Teams()
     try:
         yield teams
@@ -174,23 +174,23 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
             return
         try:
             answer = (True, function(group, *args))
-        except Exception:  # noqa: BLE001  # whatever it was, the test shall see it
+        except Exception:  # noqa: BLE001  # the test reports every error
             answer = (False, traceback.format_exc())
         pipe.send_bytes(pickle.dumps(answer))
 
 
-# -- what ranks run ------------------------------------------------------------------------------
+# -- functions that ranks run --------------------------------------------------------------------
 
 
 @dataclass
 class Answers:
-    """What one rank made of some prompts."""
+    """One rank's results for some prompts."""
 
     token_ids: list[list[int]]
     logits: list[Tensor]  # of each prompt: [len(prompt), V]; on rank 0 only
     decode_logits: Tensor  # of the step after the first prompt: [1, V]
     all_reduces: tuple[int, int]  # in a prefill step, and in a decode step
-    digest: str  # of all logits, to compare ranks and weights bit for bit
+    digest: str  # hash of all logits, to compare runs bit for bit
 
 
 def paged(
@@ -215,19 +215,19 @@ Steps = list[tuple[Tensor, int]]  # of a prefill and a decode step: logits [T, V
 
 
 def _answers(group: TensorParallelGroup, new_ids: list[list[int]], steps: list[Steps]) -> Answers:
-    logits, (decode, in_decode) = [both[0][0] for both in steps], steps[0][1]
+    logits, (decode, decode_reduces) = [prefill[0] for prefill, _ in steps], steps[0][1]
     digest = hashlib.sha256()
     for tensor in (*logits, decode):
         digest.update(tensor.contiguous().numpy())
-    counts = (steps[0][0][1], in_decode)
-    shown = logits if group.rank == 0 else []
-    return Answers(new_ids, shown, decode, counts, digest.hexdigest())
+    all_reduces = (steps[0][0][1], decode_reduces)
+    own_logits = logits if group.rank == 0 else []
+    return Answers(new_ids, own_logits, decode, all_reduces, digest.hexdigest())
 
 
 @torch.inference_mode()
 def _paged_steps(engine: PagedEngine, token_ids: list[int]) -> Steps:
     seq = Sequence.create(0, token_ids, SamplingParams())
-    engine.block_manager.start(seq, [])
+    engine.block_manager.allocate(seq, [])
     group, steps = engine.model.group, []
     for num_tokens in (len(token_ids) - 1, 1):
         before = group.num_all_reduces
@@ -271,7 +271,7 @@ PATHS = {"paged": paged, "flash": flash}
 def both_paths(
     group: TensorParallelGroup, places: dict[str, Path], prompts: Seq[list[int]], num_new: int
 ) -> dict[str, Answers]:
-    """Logits of every place on every path; all new tokens of one place on each, elsewhere one."""
+    """Answers of every place on both paths; only one place per path generates all `num_new`."""
     answers = {}
     for i, (name, run) in enumerate(PATHS.items()):
         for j, (place, path) in enumerate(places.items()):
@@ -284,12 +284,12 @@ def both_paths(
 
 
 class Job:
-    """A launcher in a session of its own, writing to files."""
+    """A launcher in its own session, with its output in files."""
 
     def __init__(
         self, folder: Path, *command: str | Path, prefix: Seq[str] = (), **env: str
     ) -> None:
-        """Start `bash COMMAND…` in `folder`, which is made; `prefix` goes before it."""
+        """Start `PREFIX… bash COMMAND…` in `folder`, which is created."""
         folder.mkdir(parents=True, exist_ok=True)
         self.out, self.err = folder / "stdout", folder / "stderr"
         environment = clean_environ(PYTHON=sys.executable, OMP_NUM_THREADS="1", **env)
@@ -321,12 +321,12 @@ class Job:
             time.sleep(0.005)
 
     def wait_for_text(self, text: str, file: Path | None = None) -> None:
-        """Until `text` stands in stdout, or in another file."""
+        """Wait until stdout, or another file, contains `text`."""
         file = file or self.out
         self.wait_for(lambda: text in file.read_text(errors="replace"), text)
 
     def pid_of_rank(self, rank: int) -> int:
-        """The process of a rank, once it is there."""
+        """Wait for the process of a rank; returns its pid."""
 
         def find() -> int:
             for pid in self.processes():
@@ -339,16 +339,16 @@ class Job:
         return int(self.wait_for(find, f"process of rank {rank}"))
 
     def processes(self) -> list[int]:
-        """All processes of the job's session, torchrun's children too."""
-        found = []
+        """All processes of the job's session, and torchrun's children."""
+        pids = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):
                 words = (entry / "stat").read_text().rpartition(")")[2].split()
                 # torchrun starts ranks in sessions of their own; their parent is in ours
                 family = {int(words[1]), int(words[3])}
                 if words[0] != "Z" and self.process.pid in family:
-                    found.append(int(entry.name))
-        return found
+                    pids.append(int(entry.name))
+        return pids
 
     def finish(self, timeout: float = TIMEOUT_S) -> int:
         """The exit status; a job that does not end in time is killed and the test fails."""
@@ -360,7 +360,7 @@ class Job:
             self.kill()
 
     def kill(self) -> None:
-        """End whatever is left of it."""
+        """Kill all processes that are left."""
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

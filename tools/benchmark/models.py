@@ -76,12 +76,12 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint, and what is remembered of it."""
+    """A checkpoint to measure."""
 
     name: str
     path: Path
     config: ModelConfig
-    identity: dict[str, Any]  # what a conversion of it depends on
+    identity: dict[str, Any]  # a converted copy is out of date when this changes
 
     @property
     def key(self) -> str:
@@ -147,7 +147,7 @@ def make_checkpoint(folder: Path, shape: Shape, dtype: str, say: Callable[[str],
 def _write_weights(target: Path, config: ModelConfig, dtype_name: str) -> None:
     """One file, or shards with an index; a tensor's values depend on the seed and its place only.
 
-    torch computes in one thread here: threads that it starts would spin beside what is measured.
+    torch uses one thread here, because its threads would keep spinning during the measurement.
     """
     import torch
 

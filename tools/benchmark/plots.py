@@ -54,9 +54,9 @@ def _cases(figure: Figure, result: Result) -> None:
         names = list(result["engines"])
         width = 0.8 / len(names)
         for i, name in enumerate(names):
-            found = [case["summary"].get(name) for case in result["cases"]]
-            places = [x + i * width for x, summary in enumerate(found) if summary]
-            values = [summary[key] for summary in found if summary]
+            summaries = [case["summary"].get(name) for case in result["cases"]]
+            places = [x + i * width for x, summary in enumerate(summaries) if summary]
+            values = [summary[key] for summary in summaries if summary]
             middle = [value["median"] for value in values]
             errors = [
                 [m - v["min"] for m, v in zip(middle, values, strict=True)],

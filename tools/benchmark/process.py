@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark's side of the protocol: an engine's process, which only runs while it is asked.
+"""The benchmark's side of the protocol: an engine's process, which only runs during a request.
 
-Between two requests the whole process group is stopped (SIGSTOP), so that threads which spin while
-they wait for work take nothing from the engine whose turn it is.
+Between requests the process group is stopped (SIGSTOP), so that its spinning threads do not slow
+down the engine that is being measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmark.errors import WorkerError
 
 TOOLS = Path(__file__).resolve().parents[1]
 ROOT = TOOLS.parent
-_LOG_LINES = 12  # of a dead worker's log that a message shows
+_LOG_LINES = 12  # lines of a dead worker's log in the error message
 _CHUNK = 1 << 20
 
 
@@ -136,14 +136,14 @@ class WorkerProcess:
 def worker_environment(
     base: Mapping[str, str], extra: Mapping[str, str], threads: int, *, same_interpreter: bool
 ) -> dict[str, str]:
-    """What a worker sees.
+    """The environment of a worker.
 
     Args:
         base: the environment of the benchmark.
         extra: the engine's or the variant's own; it wins.
         threads: for the libraries that ask OpenMP.
-        same_interpreter: keep the packages that the caller has added; an environment of its own
-            must not see them.
+        same_interpreter: keep the caller's PYTHON variables, which an engine's own virtual
+            environment must not see.
     """
     environment = {k: v for k, v in base.items() if same_interpreter or not k.startswith("PYTHON")}
     paths = [str(ROOT)]

@@ -91,7 +91,7 @@ def revision() -> str:
 
 
 def write(result: Result, path: Path) -> None:
-    """The JSON file, whole or not there."""
+    """Write the JSON file atomically."""
     write_file(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -104,9 +104,9 @@ def read(path: Path) -> Result:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is no result of this benchmark: {error}") from error
+        raise UsageError(f"{path} is not a result of this benchmark: {error}") from error
     if not isinstance(result, dict) or result.get("format") != FORMAT:
-        raise UsageError(f'{path} is no result of this benchmark: "format" is not {FORMAT!r}')
+        raise UsageError(f'{path} is not a result of this benchmark: "format" is not {FORMAT!r}')
     return result
 
 
@@ -177,7 +177,7 @@ _COLUMNS = {
 
 
 def limits_line(result: Result) -> str:
-    """What the machine reached by itself, over the whole run."""
+    """The machine's measured limits over the whole run."""
     values = [case["bandwidth"] for case in result["cases"]]
     low = min(value["min"] for value in values) / 1e9
     high = max(value["max"] for value in values) / 1e9
@@ -192,7 +192,7 @@ def limits_line(result: Result) -> str:
 
 
 def label(result: Result, name: str) -> str:
-    """An engine's name, with its width where that is not the asked one."""
+    """An engine's name, with its dtype if that is not the requested one."""
     dtype = result["engines"][name]["dtype"]
     return name if dtype == result["dtype"] else f"{name} ({dtype})"
 
@@ -239,7 +239,7 @@ def spread(value: Mapping[str, float]) -> str:
 
 
 def median_run(runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The run that as many took longer than as took less."""
+    """The run with the median p99 time to the first token."""
     return sorted(runs, key=lambda run: run["first_token_ms"]["p99"])[(len(runs) - 1) // 2]
 
 
@@ -309,9 +309,9 @@ def write_docs(document: Path, sources: Sequence[Path]) -> None:
     """Put the results between the two marks of a document, in the order given.
 
     Raises:
-        UsageError: a source is no result, or the document has not both marks once.
+        UsageError: a source is not a result, or the document does not have both marks once.
     """
-    found = [read(path) for path in sources]
+    results = [read(path) for path in sources]
     try:
         text = document.read_text(encoding="utf-8")
     except OSError as error:
@@ -323,12 +323,12 @@ def write_docs(document: Path, sources: Sequence[Path]) -> None:
         )
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    body = "\n\n".join(_section(result) for result in found)
+    body = "\n\n".join(_section(result) for result in results)
     write_file(document, f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")
 
 
 def _section(result: Result) -> str:
-    """One result under a heading, with what is needed to have it again."""
+    """One result under a heading, with the command that reproduces it."""
     kind = {"cases": "speed", "requests": "requests over time", "overhead": "time beside the model"}
     what = f"{result['curve']} curve" if result.get("curve") else kind[result["kind"]]
     versions = "; ".join(

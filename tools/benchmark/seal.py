@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders that are built once and kept: whole and sealed, or built anew.
+"""Folders that are built once and kept.
 
-A build starts with a mark of its own and ends with a seal that names what was asked and every
-file's size. A folder without a matching seal is never used; one that bears neither mark nor seal
-was made by somebody else and is never touched.
+A build starts by writing a mark and ends by writing a seal with its recipe and all file sizes. A
+folder without a matching seal is rebuilt. A folder with neither mark nor seal is not ours and is
+never touched.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ def make(
     *,
     list_files: bool = True,
 ) -> Path:
-    """The folder that `recipe` describes: the sealed one, else `build` fills a new one.
+    """Return the folder for `recipe`, built by `build` unless it is sealed already.
 
     Args:
-        folder: where it is or will be.
-        recipe: what it is made from, in JSON types; a seal with another recipe does not count.
+        folder: its path.
+        recipe: the inputs of the build, in JSON types; a seal with another recipe is out of date.
         build: fills an empty folder.
         say: takes notices for the user.
         list_files: check sizes of files at each use; False for a tree of many small files.
 
     Raises:
-        RuntimeError: there is something that was not made here.
+        RuntimeError: the folder exists and was not built here.
     """
     if is_sealed(folder, recipe):
         return folder
@@ -92,7 +92,7 @@ def _clear(folder: Path, say: Callable[[str], None]) -> None:
             f"{folder} is in the way: it was not made here, so it is not replaced; move it, or "
             "choose another --cache"
         )
-    say(f"{folder} is unfinished or out of date; building it anew")
+    say(f"{folder} is unfinished or out of date; rebuilding it")
     shutil.rmtree(folder)
 
 

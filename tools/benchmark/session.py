@@ -95,7 +95,7 @@ class Session:
         self._measure_matmul()
 
     def _measure_matmul(self) -> None:
-        """FLOP/s of large products; the best that was ever reached is the peak."""
+        """Measure FLOP/s of large matrix products; the peak is the best of all measurements."""
         assert self._probe is not None, "measure_limits comes first"
         dtypes = list(dict.fromkeys([self.options.dtype, "float32"]))
         for name, value in self._probe.ask("matmul", dtypes=dtypes)["matmul"].items():
@@ -107,7 +107,7 @@ class Session:
         return float(self._probe.ask("bandwidth")["bandwidth"])
 
     def matmul_peak(self, dtype: str) -> float:
-        """FLOP/s of products for weights of a dtype; widening them to float32 is always open."""
+        """Peak FLOP/s for weights of a dtype, at least that of float32 (weights can be widened)."""
         return max(self.matmul.get(dtype, 0.0), self.matmul["float32"])
 
     # -- loading ---------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ class Session:
 
     @contextmanager
     def _or_without(self, contestant: Contestant) -> Iterator[None]:
-        """A failure within ends a peer, not the measurement; that of our own engine goes on."""
+        """Drop a peer that fails in the block; reraise a failure of our own engine."""
         try:
             yield
         except WorkerError as error:
@@ -229,7 +229,7 @@ class Session:
     # -- measuring -------------------------------------------------------------------------------
 
     def measure(self, case: Case, num_rounds: int) -> dict[str, Any]:
-        """Warm up, then let everybody run the same prompts in turn, `num_rounds` times."""
+        """Warm up, then run the same prompts on all engines in turn, `num_rounds` times."""
         for contestant in list(self.contestants):
             self.say(f"{case}: warming up {contestant.name}")
             with self._or_without(contestant):
@@ -303,7 +303,7 @@ class Session:
     def _run(
         self, contestant: Contestant, case: Case, rows: Sequence[Sequence[int]]
     ) -> dict[str, Any]:
-        """One turn, with what else the processors did meanwhile."""
+        """Run one engine, and measure the processor time of everything else meanwhile."""
         idle = [c for c in self.contestants if c is not contestant]
         idle_before, busy_before = _cpu_seconds(idle), machine_busy_seconds()
         own_before = _cpu_seconds([contestant]) + sum(os.times()[:2])
@@ -326,7 +326,7 @@ class Session:
 def contestants(
     against: Sequence[str], variants: Sequence[tuple[str, dict[str, str]]]
 ) -> list[Contestant]:
-    """Everything that takes part, in the order of turns: ours, its variants, the others."""
+    """All engines in the order of their turns: ours, its variants, the others."""
     ours = ENGINES[OURS]
     return [
         Contestant(OURS, ours),
@@ -336,7 +336,7 @@ def contestants(
 
 
 def _least_agreement(*dtypes: str) -> float:
-    """Share of equal first tokens below which it may be another model."""
+    """Share of equal first tokens below which a peer may compute another model."""
     return 0.95 if set(dtypes) == {"float32"} else 0.5
 
 
@@ -353,7 +353,7 @@ def _cpu_seconds(group: Sequence[Contestant]) -> float:
 
 
 def machine_busy_seconds() -> float:
-    """Processor time that anything has used since the start. Source: proc(5), stat."""
+    """Processor time used by all programs since boot. Source: proc(5), stat."""
     try:
         text = Path("/proc/stat").read_text(encoding="ascii")
     except OSError:

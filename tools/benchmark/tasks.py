@@ -58,8 +58,8 @@ def measure(args: Namespace, command: Sequence[str], say: Say) -> int:
         if not args.overhead and args.curve != "requests":
             task = _measure_cases
         task(session, args, cases, result, path)
-        wanted = 1 + len(args.variant) + len(args.against)
-        is_whole = len(session.contestants) == wanted
+        num_engines = 1 + len(args.variant) + len(args.against)
+        is_whole = len(session.contestants) == num_engines
     files = [path]
     if args.plot:
         from benchmark.plots import write_plot
@@ -80,7 +80,7 @@ def _file_name(args: Namespace, model_name: str) -> str:
 def _cases(args: Namespace, max_positions: int) -> list[Case]:
     if args.overhead:
         return [Case(max(args.batch), args.prompt, args.output)]
-    if args.curve == "requests":  # the longest that may come, side by side
+    if args.curve == "requests":  # the largest possible batch
         prompt, output = 2 * args.prompt - 1, 2 * args.output - 1
         return arguments.check_positions([Case(args.max_batch, prompt, output)], max_positions)
     return arguments.cases(args, max_positions)
@@ -99,18 +99,18 @@ def _engines(session: Session) -> dict[str, Any]:
 def _measure_cases(
     session: Session, args: Namespace, cases: list[Case], result: results.Result, path: Path
 ) -> None:
-    """Every case, engines in turn; the file is written after each, so that none is lost."""
+    """Measure every case; the file is written after each one, so that an abort loses nothing."""
     prefill_tokens = min(MAX_PREFILL_TOKENS, max(case.batch * case.prompt for case in cases))
     session.load(contestants(args.against, args.variant), cases, prefill_tokens)
     result |= {"kind": "cases", "engines": _engines(session), "cases": []}
-    _note_cache(session, args)
+    _note_cache(session)
     for case in cases:
         result["cases"].append(session.measure(case, args.runs))
         results.write(result, path)
 
 
-def _note_cache(session: Session, args: Namespace) -> None:
-    """Small weights stay in the processor, whose bandwidth is another one."""
+def _note_cache(session: Session) -> None:
+    """Add a note if the weights fit the processor's cache, whose bandwidth is higher."""
     weights = session.model.config.num_decode_parameters * 2
     if session.device == "cpu" and weights < cache_bytes():
         session.notes.append(
@@ -147,7 +147,7 @@ def draw_requests(
 ) -> list[tuple[float, list[int], int]]:
     """Requests of a Poisson process: moment in seconds, prompt, new tokens.
 
-    Lengths are even from 1 to 2 n - 1, so n on average; the first request comes at once.
+    Lengths are uniform from 1 to 2 n - 1, so n on average; the first request arrives at 0.
     """
     generator = random.Random(REQUEST_SEED)
     requests = []

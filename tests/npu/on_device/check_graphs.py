@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from support import checkpoints as twins
+from support import checkpoints
 
 from gptneox.devices.npu.device import NpuDevice
 from gptneox.devices.npu.steps import NpuPagedStep
@@ -23,10 +23,10 @@ def make_engine(tmp_path):
     def make(graphs, name="gpt-neox-20b", **settings):
         path = tmp_path / name
         if not path.exists():
-            twins.write_checkpoint(path, twins.FAMILY[name], dtype=torch.float16)
+            checkpoints.write_checkpoint(path, checkpoints.FAMILY[name], dtype=torch.float16)
         device = NpuDevice()
         device.setup(0)
-        return twins.load_engine(path, device, "auto", graphs=graphs, **settings)
+        return checkpoints.load_engine(path, device, "auto", graphs=graphs, **settings)
 
     return make
 
@@ -38,7 +38,7 @@ def answers(engine, vocab=288):
         SamplingParams(max_new_tokens=NUM_NEW - 3 * i, ignore_eos=True, logprobs=0)
         for i in range(len(lengths))
     ]
-    outputs = engine.generate(twins.prompts(lengths, vocab, seed=4), params)
+    outputs = engine.generate(checkpoints.prompts(lengths, vocab, seed=4), params)
     return [(o.token_ids, [step.logprob for step in o.logprobs]) for o in outputs]
 
 
@@ -80,8 +80,10 @@ def test_a_step_is_one_launch(a2, make_engine, trace):
         return hidden
 
     engine.runner.step = traced
-    engine.generate(twins.prompts([5], 288), SamplingParams(max_new_tokens=4, ignore_eos=True))
-    num_layers = twins.FAMILY["gpt-neox-20b"]["num_hidden_layers"]
+    engine.generate(
+        checkpoints.prompts([5], 288), SamplingParams(max_new_tokens=4, ignore_eos=True)
+    )
+    num_layers = checkpoints.FAMILY["gpt-neox-20b"]["num_hidden_layers"]
     copies = ["aclnnInplaceCopy"] * 5  # into the buffers
     updates = ["aclnnFusedInferAttentionScoreV2"] * num_layers  # arguments only
     assert len(found[0]) > len(copies) + num_layers + 1, "a prompt runs as it is"

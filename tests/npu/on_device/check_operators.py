@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from steps import Sequences
-from support import checkpoints as twins
+from support import checkpoints
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -59,8 +59,8 @@ ATTENTION = {
 
 def make_engine(name, npu, tmp_path_factory):
     directory = tmp_path_factory.mktemp("operators") / "checkpoint"
-    twins.write_checkpoint(directory, twins.FAMILY[name], dtype=torch.float16)
-    return twins.load_engine(directory, npu, "auto", num_blocks=2)
+    checkpoints.write_checkpoint(directory, checkpoints.FAMILY[name], dtype=torch.float16)
+    return checkpoints.load_engine(directory, npu, "auto", num_blocks=2)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ STEPS = {
 
 def kernels_of_layer(engine, trace, before, counts):
     """Of layer 1: what all layers share is made in layer 0."""
-    tokens = Sequences(engine, twins.prompts([64] * len(counts), 288))
+    tokens = Sequences(engine, checkpoints.prompts([64] * len(counts), 288))
     if before:
         tokens.step(before)
     layer, found = engine.model.gpt_neox.layers[1], []
@@ -141,7 +141,7 @@ def shapes(value):
 @pytest.mark.parametrize("step", STEPS)
 def test_shape_rules_agree(engine, chip, step):
     """Every call again on FakeTensors: the meta kernels check what the host kernels leave out."""
-    tokens = Sequences(engine, twins.prompts([64, 64], 288))
+    tokens = Sequences(engine, checkpoints.prompts([64, 64], 288))
     before, counts = STEPS[step]
     if before:
         tokens.step(before)

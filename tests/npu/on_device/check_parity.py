@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from steps import BLOCK, Sequences
-from support import checkpoints as twins
+from support import checkpoints
 
 from gptneox.engine.sequence import SamplingParams
 
@@ -26,7 +26,7 @@ FEW = ("gpt-neox-20b", "pythia-1b", "pythia-2.8b", "relu-serial")
 def marked_twins():
     """Every twin; one whose layers look like an earlier one's takes part in the long run only."""
     seen, params = set(), []
-    for name, config in twins.FAMILY.items():
+    for name, config in checkpoints.FAMILY.items():
         defaults = (("use_parallel_residual", True), ("attention_bias", True))
         form = tuple(config.get(key, default) for key, default in defaults)
         head_dim = config["hidden_size"] // config["num_attention_heads"]
@@ -42,8 +42,8 @@ def twin(request, npu, chip, tmp_path_factory):
     if chip == "DUO without ATB" and request.param not in FEW:
         pytest.skip("the same operators as for another twin")
     directory = tmp_path_factory.mktemp("twin") / "checkpoint"
-    config = twins.FAMILY[request.param] | {"max_position_embeddings": 320}
-    model = twins.write_checkpoint(directory, config, dtype=DTYPE)
+    config = checkpoints.FAMILY[request.param] | {"max_position_embeddings": 320}
+    model = checkpoints.write_checkpoint(directory, config, dtype=DTYPE)
     vocab = config["vocab_size"]
     return SimpleNamespace(
         path=directory, hf=model, half=copy.deepcopy(model).to(DTYPE), vocab=vocab
@@ -81,12 +81,12 @@ def compare(tokens, twin):
 
 @pytest.fixture
 def engine(twin, npu):
-    return twins.load_engine(twin.path, npu, "auto", num_blocks=2)
+    return checkpoints.load_engine(twin.path, npu, "auto", num_blocks=2)
 
 
 def test_prefill_decode_and_chunks(twin, engine):
     """All lengths in one step, then decoding, then decoding next to chunks."""
-    tokens = Sequences(engine, twins.prompts([n + 24 for n in LENGTHS], twin.vocab))
+    tokens = Sequences(engine, checkpoints.prompts([n + 24 for n in LENGTHS], twin.vocab))
     tokens.step(LENGTHS)
     tokens.step([1] * len(LENGTHS))
     tokens.step([1, 20, 1, 3, 20, 2, 1, 20, 9])  # chunks behind what is cached, next to decoding
@@ -99,7 +99,7 @@ def test_64_decode_steps(twin, engine, request):
     if "gpt-neox-20b" not in request.node.name and "not slow" in request.config.option.markexpr:
         pytest.skip("every twin in the long run")
     lengths = (1, 17, 64, 100)
-    tokens = Sequences(engine, twins.prompts([n + 64 for n in lengths], twin.vocab))
+    tokens = Sequences(engine, checkpoints.prompts([n + 64 for n in lengths], twin.vocab))
     tokens.step(lengths)
     for _ in range(64):
         tokens.step([1] * len(lengths))
@@ -111,13 +111,15 @@ def test_bf16_on_a2(npu, chip, tmp_path):
     if chip != "A2":
         pytest.skip("of an A2")
     for name in ("gpt-neox-20b", "redpajama-incite-3b"):
-        config = twins.FAMILY[name]
-        model = twins.write_checkpoint(tmp_path / name, config, dtype=torch.bfloat16)
+        config = checkpoints.FAMILY[name]
+        model = checkpoints.write_checkpoint(tmp_path / name, config, dtype=torch.bfloat16)
         half = copy.deepcopy(model).to(torch.bfloat16)
-        engine = twins.load_engine(tmp_path / name, npu, "auto", num_blocks=2)
+        engine = checkpoints.load_engine(tmp_path / name, npu, "auto", num_blocks=2)
         assert engine.dtype == torch.bfloat16
         lengths = (1, 17, 127)
-        tokens = Sequences(engine, twins.prompts([n + 3 for n in lengths], config["vocab_size"]))
+        tokens = Sequences(
+            engine, checkpoints.prompts([n + 3 for n in lengths], config["vocab_size"])
+        )
         tokens.step(lengths)
         for _ in range(3):
             tokens.step([1] * len(lengths))
@@ -126,7 +128,7 @@ def test_bf16_on_a2(npu, chip, tmp_path):
 
 def test_prefix_cache_hit(twin, engine):
     """Two sequences share the block that the first has filled."""
-    first, second = twins.prompts([150, 140], twin.vocab)
+    first, second = checkpoints.prompts([150, 140], twin.vocab)
     tokens = Sequences(engine, [first, first[:BLOCK] + second[BLOCK:]])
     tokens.step([140, 0])
     tokens.tables[1][0] = tokens.tables[0][0]
@@ -143,7 +145,7 @@ def test_flash_path(twin, npu):
     assert model.gpt_neox.embed_in.weight.dtype == DTYPE
     errors, half_errors = [], []
     for lengths in ((200, 200), (17, 200), (1, 1)):
-        ids = twins.prompts([n + 3 for n in lengths], twin.vocab)
+        ids = checkpoints.prompts([n + 3 for n in lengths], twin.vocab)
         longest = max(lengths)
         mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths])
         rows = [[0] * (longest - n) + i[:n] for n, i in zip(lengths, ids, strict=True)]
@@ -172,11 +174,11 @@ def test_generates_what_hugging_face_does(twin, npu, request):
     """64 steps of the engine, with a chunked prompt and a prefix hit on the way."""
     if "gpt-neox-20b" not in request.node.name:
         pytest.skip("one twin is enough")
-    engine = twins.load_engine(
+    engine = checkpoints.load_engine(
         twin.path, npu, "auto", num_blocks=12, max_batch_size=3, max_prefill_tokens=100
     )
     params = SamplingParams(max_new_tokens=64, ignore_eos=True, logprobs=0)
-    prompts = twins.prompts([150, 17, 1], twin.vocab, seed=3)
+    prompts = checkpoints.prompts([150, 17, 1], twin.vocab, seed=3)
     prompts.append(prompts[0][:140])
     for prompt, output in zip(prompts, engine.generate(prompts, params), strict=True):
         exact, half_error = reference(twin, prompt + output.token_ids)
