@@ -32,7 +32,7 @@ def run(settings: Settings) -> None:  # no valid syntax? Python >= 3.10 is wante
     """Hand over to the task."""
     task = settings.args.task
     if task == "compare":
-        from gptneox.evaluation.report import run_compare
+        from gptneox.tasks.compare import run as run_compare
 
         run_compare(settings)
         return

@@ -24,9 +24,9 @@ from support import checkpoints as twins
 from support.processes import MAIN, REPO, clean_environ
 from support.tokenizers import write_tokenizer
 
-from gptneox.tasks import modeltest_plan
+from gptneox.evaluation import modeltest_plan
+from gptneox.evaluation.modeltest_plan import CASES, LM_EVAL_TASKS, MODES, Hosts, parse
 from gptneox.tasks.modeltest import PERFORMANCE_COLUMNS, formatted, with_averages
-from gptneox.tasks.modeltest_plan import CASES, LM_EVAL_TASKS, MODES, Hosts, parse
 
 RUN = REPO / "tests" / "modeltest" / "run.sh"
 BOOLQ = [
@@ -214,7 +214,7 @@ def test_wrong_input(
 
 def test_the_parser_is_light() -> None:
     code = (
-        "import sys, gptneox.tasks.modeltest_plan\n"
+        "import sys, gptneox.evaluation.modeltest_plan\n"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True, timeout=60)
@@ -252,7 +252,7 @@ def test_averages_are_over_what_ran_and_in_the_last_row() -> None:
 
 STUB = """#!/usr/bin/env bash
 for word in "$@"; do
-  if [[ $word == -c || $word == gptneox.tasks.modeltest_plan ]]; then exec {python} "$@"; fi
+  if [[ $word == -c || $word == gptneox.evaluation.modeltest_plan ]]; then exec {python} "$@"; fi
 done
 exec {python} -c 'import json, os, sys
 json.dump({{"program": sys.argv[1], "argv": sys.argv[2:], "env": dict(os.environ)}},

@@ -17,6 +17,7 @@ from typing import Any
 
 from gptneox.config.errors import ConfigError
 from gptneox.config.files import read_text
+from gptneox.config.settings import EMBEDDED_CHECKPOINT
 from gptneox.evaluation.scoring import (
     LETTERS,
     GenerationScorer,
@@ -31,9 +32,9 @@ from gptneox.evaluation.scoring import (
 )
 from gptneox.evaluation.subjects import CEVAL_SUBJECTS, MMLU_SUBJECTS, Subject, read_mapping
 
+SHIPPED_SETS = EMBEDDED_CHECKPOINT / "eval"  # one folder for each set
 MAX_PROMPT_TOKENS = 2000  # of the multiple-choice protocol; more examples are left out
 CMMLU_MAX_PROMPT_TOKENS = 2048
-SCORINGS = ("logits", "first_letter")
 
 
 @dataclass(frozen=True)

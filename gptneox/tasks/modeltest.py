@@ -29,17 +29,16 @@ from gptneox.config.model import ModelConfig
 from gptneox.config.settings import PerformanceSection
 from gptneox.devices.device import Device
 from gptneox.evaluation import datasets
-from gptneox.evaluation.datasets import Dataset
-from gptneox.evaluation.report import counted, csv_text, say, table
+from gptneox.evaluation.datasets import SHIPPED_SETS, Dataset
+from gptneox.evaluation.loading import load_stopwatch
+from gptneox.evaluation.modeltest_plan import Plan, parse
+from gptneox.evaluation.report import counted, csv_text, say, table, versions
 from gptneox.evaluation.scoring import Result, evaluate
 from gptneox.evaluation.timing import Stopwatch, Timing, max_over_ranks, random_prompts
 from gptneox.files import check_writable, write_file
 from gptneox.parallel import TensorParallelGroup
 from gptneox.prompts import encode
 from gptneox.session import load_engine, start
-from gptneox.tasks.modeltest_plan import Plan, parse
-from gptneox.tasks.performance import load, versions
-from gptneox.tasks.precision import SHIPPED_SETS
 from gptneox.weights.load import rank_directory
 
 logger = logging.getLogger(__name__)
@@ -313,7 +312,7 @@ class ModelTest:
     def stopwatch(self, max_batch_size: int) -> Stopwatch:
         """The loaded model with room for every case."""
         cases = self.plan.cases
-        return load(self.settings, self.device, self.group, cases, max_batch_size)
+        return load_stopwatch(self.settings, self.device, self.group, cases, max_batch_size)
 
     def performance(self) -> None:
         """Every batch size over its cases: one table for each batch size."""

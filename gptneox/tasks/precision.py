@@ -20,10 +20,10 @@ from tqdm import tqdm
 from gptneox.cli import Settings
 from gptneox.config.errors import ConfigError
 from gptneox.config.model import ModelConfig
-from gptneox.config.settings import EMBEDDED_CHECKPOINT, PrecisionSection
+from gptneox.config.settings import PrecisionSection
 from gptneox.engine.api import Engine
 from gptneox.engine.detokenizer import load_tokenizer
-from gptneox.evaluation.datasets import Dataset, read_boolq, read_ceval, read_mmlu
+from gptneox.evaluation.datasets import SHIPPED_SETS, Dataset, read_boolq, read_ceval, read_mmlu
 from gptneox.evaluation.fingerprint import content_hash, model_files
 from gptneox.evaluation.scoring import NO_ANSWER, Question, QuestionFailed, Result, evaluate
 from gptneox.evaluation.subjects import HARD_SUBJECTS
@@ -33,7 +33,6 @@ from gptneox.weights.load import rank_directory
 
 logger = logging.getLogger(__name__)
 
-SHIPPED_SETS = EMBEDDED_CHECKPOINT / "eval"
 LOG_NAME, CACHE_NAME, FINGERPRINT_NAME = "device0.log", "cache0.csv", "cache0.json"
 CLASSES_NAME, SUBJECTS_NAME = "result_0_classes_acc.json", "result_0_subject_acc.json"
 

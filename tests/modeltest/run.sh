@@ -33,7 +33,7 @@ source "$repo/scripts/env.sh" runtime
 
 # The grammar is read by Python; what is wrong is said there, in one line.
 plan=$(PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}" \
-  "$PYTHON" -m gptneox.tasks.modeltest_plan "$@")
+  "$PYTHON" -m gptneox.evaluation.modeltest_plan "$@")
 mapfile -t plan <<<"$plan"
 num_ranks=${plan[2]}
 if ((plan[3] > 1)); then
