@@ -26,7 +26,7 @@ from support.tokenizers import write_tokenizer
 
 from gptneox.evaluation import modeltest_plan
 from gptneox.evaluation.modeltest_plan import CASES, LM_EVAL_TASKS, MODES, Hosts, parse
-from gptneox.tasks.modeltest import PERFORMANCE_COLUMNS, formatted, with_averages
+from gptneox.evaluation.modeltest_results import PERFORMANCE_COLUMNS, formatted, with_averages
 
 RUN = REPO / "tests" / "modeltest" / "run.sh"
 BOOLQ = [
@@ -570,7 +570,7 @@ def test_speeds_are_shown_when_the_writing_fails(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("gptneox.tasks.modeltest.write_file", full)
+    monkeypatch.setattr("gptneox.evaluation.modeltest_results.write_file", full)
     done = task(f"pa_fp16 performance [[16,4]] 1 {MODEL} W 1")
     assert done.status == 1
     assert "mean next tok/s" in done.out
