@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Question sets on disk: BoolQ, MMLU, C-Eval, CMMLU and GSM8K in their published formats.
 
-Text stays text: "None", "NA", "nan" and "1.0" are answers like any other.
+Cells are text: "None", "NA", "nan" and "1.0" are not converted.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from gptneox.evaluation.scoring import (
 from gptneox.evaluation.subjects import CEVAL_SUBJECTS, MMLU_SUBJECTS, Subject, read_mapping
 
 SHIPPED_SETS = EMBEDDED_CHECKPOINT / "eval"  # one folder for each set
-MAX_PROMPT_TOKENS = 2000  # of the multiple-choice protocol; more examples are left out
+MAX_PROMPT_TOKENS = 2000  # of the multiple-choice protocol; examples beyond it are left out
 CMMLU_MAX_PROMPT_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Questions, how they are answered, and where they come from."""
+    """Questions, their scorer, and the files they come from."""
 
     name: str
     questions: list[Question]
     scorer: Scorer
     files: list[Path]
     groups: dict[str, str] = field(default_factory=dict)  # subject -> class
-    num_examples: int = 0  # asked for before each question
-    max_prompt_tokens: int | None = None  # beside the model's own limit
+    num_examples: int = 0  # requested before each question
+    max_prompt_tokens: int | None = None  # the protocol's; the model's own limit applies besides
     missing: list[str] = field(default_factory=list)  # subjects without files
 
     def content_hash(self) -> str:
-        """SHA-256 over what is asked and what counts as right, in order."""
+        """SHA-256 over all prompts and their answers, in order."""
         digest = hashlib.sha256()
         for q in self.questions:
             row = [q.subject, q.header, list(q.examples), q.body, q.answer]
@@ -61,7 +61,7 @@ class Dataset:
 
 # -- BoolQ ---------------------------------------------------------------------------------------
 
-# The first label wins a tie: True only where " yes" is strictly likelier.
+# Of equal log-probabilities the first counts: True only where " yes" is strictly likelier.
 _YES_NO = {
     "False": "How can we learning machine learning: no",
     "True": "How can we learning machine learning: yes",
@@ -115,8 +115,8 @@ def read_choice_rows(path: Path, *, header: bool) -> list[ChoiceRow]:
 
     Args:
         path: a CSV file in UTF-8, with or without a byte-order mark.
-        header: the first row and the first column (an id) are no data, and columns after the
-            answer (explanations) are ignored.
+        header: the first row is a header and the first column an id; columns after the answer
+            (explanations) are ignored.
 
     Raises:
         ConfigError: a row is malformed; the message names file and line.
@@ -151,7 +151,7 @@ def choice_header(subject: str) -> str:
 
 
 def choice_scorer(scoring: str, num_new_tokens: int) -> Scorer:
-    """`logits`: the likeliest of " A" to " D"; `first_letter`: of the generated text."""
+    """`logits`: the likeliest of " A" to " D"; `first_letter`: the first one generated."""
     if scoring == "first_letter":
         return GenerationScorer("first_letter", num_new_tokens, first_letter)
     return NextTokenScorer({letter: f"Answer: {letter}" for letter in LETTERS})
@@ -167,7 +167,7 @@ def read_mmlu(
 ) -> Dataset:
     """{folder}/dev/{subject}_dev.csv (examples) and {folder}/{split}/{subject}_{split}.csv.
 
-    The mapping is {folder}/subject_mapping.json where there is one, else the 57 subjects.
+    The subjects are those of {folder}/subject_mapping.json, or else the 57 of MMLU.
 
     Raises:
         FileNotFoundError: no subject has its files.
@@ -187,7 +187,7 @@ def read_ceval(
     scoring: str = "logits",
     num_new_tokens: int = 32,
 ) -> Dataset:
-    """As `read_mmlu`, for files with a header row and an id column, and 52 subjects."""
+    """Like `read_mmlu`, for 52 subjects in files with a header row and an id column."""
     layout = _Layout(folder, split, "{split}/{subject}_{split}.csv", header=True)
     subjects = layout.mapping("ceval_all_sets", CEVAL_SUBJECTS)
     scorer = choice_scorer(scoring, num_new_tokens)
@@ -197,8 +197,8 @@ def read_ceval(
 def read_mmlu_generated(folder: Path, *, shots: int = 0) -> Dataset:
     """MMLU's test split as tests/modeltest asks it.
 
-    Without examples the model reasons for 256 tokens and `choice_from_reasoning` reads its
-    letter; with examples the first character of 20 tokens counts.
+    Without examples the model reasons for 256 tokens, from which `choice_from_reasoning` takes
+    a letter. With examples it generates 20 tokens, and their first character is the answer.
     """
     layout = _Layout(folder, "test", "{split}/{subject}_{split}.csv", header=False)
     subjects = layout.mapping("mmlu_all_sets", MMLU_SUBJECTS)
@@ -217,23 +217,24 @@ def read_ceval_generated(folder: Path, *, shots: int = 0) -> Dataset:
 def read_cmmlu(folder: Path, *, shots: int = 5) -> Dataset:
     """{folder}/dev/{subject}.csv and test/{subject}.csv: the likeliest of A to D.
 
-    Too long prompts lose their longest example first. Without a subject_mapping.json the
-    subjects are the files of test/.
+    The longest examples of a prompt that is too long are dropped first. Without a
+    subject_mapping.json the files of test/ give the subjects.
     """
     layout = _Layout(folder, "test", "{split}/{subject}.csv", header=True)
-    found = {path.stem: Subject("") for path in sorted((folder / "test").glob("*.csv"))}
-    subjects = layout.mapping("cmmlu_all_sets", found)
+    default = {path.stem: Subject("") for path in sorted((folder / "test").glob("*.csv"))}
+    subjects = layout.mapping("cmmlu_all_sets", default)
     scorer = NextTokenScorer({letter: f"答案是：{letter}" for letter in LETTERS})
     return layout.read("cmmlu", subjects, _cmmlu(shots), scorer, shots, CMMLU_MAX_PROMPT_TOKENS)
 
 
 def generated_scorer(shots: int) -> Scorer:
-    """How modeltest reads a letter out of generated text."""
+    """The scorer of modeltest's multiple-choice sets."""
     if shots:
         return GenerationScorer("first_character", 20, first_character)
     return GenerationScorer("reasoning", 256, choice_from_reasoning)
 
 
+# Subject and class, example rows, row -> the fields of its Question.
 _Form = Callable[[str, Subject, list[ChoiceRow], ChoiceRow], dict[str, Any]]
 
 
@@ -276,7 +277,7 @@ def _cmmlu(shots: int) -> _Form:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the files of a multiple-choice set lie."""
+    """The files of a multiple-choice set."""
 
     folder: Path
     split: str
@@ -290,8 +291,8 @@ class _Layout:
         path = self.folder / "subject_mapping.json"
         if not path.is_file():
             return dict(bundled)
-        found = read_mapping(path, key)
-        return {n: _completed(s, bundled.get(n)) for n, s in found.items()}
+        subjects = read_mapping(path, key)
+        return {n: _completed(s, bundled.get(n)) for n, s in subjects.items()}
 
     def read(
         self,
@@ -318,25 +319,25 @@ class _Layout:
                 questions.append(Question(len(questions), subject, answer=row.answer, **parts))
         if not questions:
             splits = [self.split, "dev"] if shots else [self.split]
-            wanted = " and ".join(str(self.path(split, "SUBJECT")) for split in splits)
+            expected = " and ".join(str(self.path(split, "SUBJECT")) for split in splits)
             raise FileNotFoundError(
-                f"no questions of {name}: none of its {len(subjects)} subjects has {wanted}"
+                f"no questions of {name}: none of its {len(subjects)} subjects has {expected}"
             )
         groups = {s: subjects[s].group or name for s in subjects if s not in missing}
         return Dataset(name, questions, scorer, files, groups, shots, max_prompt_tokens, missing)
 
 
-def _completed(found: Subject, bundled: Subject | None) -> Subject:
-    """An entry of subject_mapping.json, with what it leaves out from the bundled mapping."""
+def _completed(subject: Subject, bundled: Subject | None) -> Subject:
+    """An entry of subject_mapping.json; the bundled mapping fills its empty fields."""
     bundled = bundled or Subject("")
-    return Subject(found.group or bundled.group, found.chinese or bundled.chinese)
+    return Subject(subject.group or bundled.group, subject.chinese or bundled.chinese)
 
 
 # -- GSM8K ---------------------------------------------------------------------------------------
 
 
 def read_gsm8k(folder: Path) -> Dataset:
-    """Every *.jsonl of a folder: the question alone, 512 new tokens, the last number counts.
+    """Every *.jsonl of a folder, without examples: the last number of 512 new tokens counts.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -368,7 +369,7 @@ def _files(folder: Path, pattern: str, what: str) -> list[Path]:
 
 def _json_lines(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     """(where, object) of each line that is not blank."""
-    found = False
+    is_empty = True
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -379,9 +380,9 @@ def _json_lines(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
             raise ConfigError(f"{where}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ConfigError(f"{where}: {type(row).__name__}; a JSON object is expected")
-        found = True
+        is_empty = False
         yield where, row
-    if not found:
+    if is_empty:
         raise ConfigError(f"{path} holds no questions")
 
 

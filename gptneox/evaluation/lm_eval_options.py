@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `generation_kwargs` of an lm-evaluation-harness task as the engine's parameters."""
+"""Translates `generation_kwargs` of lm-evaluation-harness to parameters of the engine."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from gptneox.config.errors import ConfigError
 from gptneox.engine.sequence import MAX_STOP_STRINGS, SamplingParams
 
-MAX_GEN_TOKS = 256  # where a task does not say, as the Hugging Face backend
+MAX_GEN_TOKS = 256  # default of a task, as in the Hugging Face backend
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _SERVED: dict[str, Callable[[Any], Any]] = {
     "top_k": int, "top_p": float, "repetition_penalty": float, "seed": int,
 }  # fmt: skip
 
-# Options of transformers and vLLM that change no text while they have this value.
+# Options of transformers and vLLM, with the value that leaves the text as it is.
 _NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "n", "best_of"), 1),
     **dict.fromkeys(("min_length", "min_new_tokens", "min_tokens", "no_repeat_ngram_size"), 0),
@@ -25,9 +25,9 @@ _NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("ignore_eos", "renormalize_logits", "remove_invalid_values"), False),
     **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), True),
 }
-# Of these the likeliest token does not depend.
+# Likewise when sampling. Without sampling these options have no effect at all.
 _NEUTRAL_WHEN_SAMPLING = {"min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
-# And of these nothing does, as long as there is one beam.
+# Options that never change the text, as long as there is one beam.
 _WITHOUT_EFFECT = {
     *("use_cache", "cache_implementation", "pad_token_id", "length_penalty", "early_stopping"),
     *("return_dict_in_generate", "output_scores", "output_logits", "output_attentions"),
@@ -36,12 +36,12 @@ _WITHOUT_EFFECT = {
 
 
 def read_options(options: Mapping[str, Any], num_context: int) -> tuple[SamplingParams, list[str]]:
-    """The engine's parameters and all stop strings of a task's generation_kwargs.
+    """Parameters of the engine, and all stop strings, for a task's generation_kwargs.
 
     Args:
-        options: as the task file or --gen_kwargs says. Not sampling is the default, and
-            `do_sample: false` goes before a temperature.
-        num_context: tokens of the context, which `max_length` counts with the new ones.
+        options: those of the task file or of --gen_kwargs. By default the likeliest token is
+            chosen; `do_sample: false` overrides a temperature.
+        num_context: tokens of the context, which `max_length` includes.
 
     Raises:
         ConfigError: an option that would change the text is not served.
@@ -58,7 +58,7 @@ def read_options(options: Mapping[str, Any], num_context: int) -> tuple[Sampling
     for name, kind in _SERVED.items():
         if name in given:
             chosen[name] = kind(given.pop(name))
-    if temperature == 0.0:  # what only shapes the choice among several tokens is without effect
+    if temperature == 0.0:  # without sampling these have no effect
         chosen.pop("top_k", None)
         chosen.pop("top_p", None)
     neutral = _NEUTRAL | (_NEUTRAL_WHEN_SAMPLING if temperature > 0 else {})
@@ -79,7 +79,7 @@ def read_options(options: Mapping[str, Any], num_context: int) -> tuple[Sampling
 
 
 def _num_new(given: dict[str, Any], num_context: int) -> int:
-    """Take the options that say how long a text may become; returns the new tokens."""
+    """Remove the options for the length from `given`; returns the number of new tokens."""
     lengths = [given.pop(name, None) for name in _LENGTH_NAMES]
     num_new = next((int(n) for n in lengths if n is not None), MAX_GEN_TOKS)
     total = given.pop("max_length", None)

@@ -28,7 +28,7 @@ CLASSES_NAME, SUBJECTS_NAME = "result_0_classes_acc.json", "result_0_subject_acc
 
 @dataclass(frozen=True)
 class Score:
-    """Questions of one subject."""
+    """Correct answers to the questions of one subject."""
 
     subject: str
     group: str
@@ -37,7 +37,7 @@ class Score:
 
 
 def accuracy(scores: Seq[Score]) -> float | None:
-    """Share of right answers from 0 to 1; None of no questions."""
+    """Share of correct answers from 0 to 1; None without questions."""
     total = sum(s.total for s in scores)
     return sum(s.correct for s in scores) / total if total else None
 
