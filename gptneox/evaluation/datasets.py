@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,14 +159,9 @@ def choice_scorer(scoring: str, num_new_tokens: int) -> Scorer:
 
 
 def read_mmlu(
-    folder: Path,
-    *,
-    split: str = "val",
-    shots: int = 5,
-    scoring: str = "logits",
-    num_new_tokens: int = 32,
+    folder: Path, *, shots: int = 5, scoring: str = "logits", num_new_tokens: int = 32
 ) -> Dataset:
-    """{folder}/dev/{subject}_dev.csv (examples) and {folder}/{split}/{subject}_{split}.csv.
+    """{folder}/dev/{subject}_dev.csv (examples) and {folder}/val/{subject}_val.csv.
 
     The subjects are those of {folder}/subject_mapping.json, or else the 57 of MMLU.
 
@@ -173,25 +169,16 @@ def read_mmlu(
         FileNotFoundError: no subject has its files.
         ConfigError: a file is malformed.
     """
-    layout = _Layout(folder, split, "{split}/{subject}_{split}.csv", header=False)
-    subjects = layout.mapping("mmlu_all_sets", MMLU_SUBJECTS)
     scorer = choice_scorer(scoring, num_new_tokens)
-    return layout.read("mmlu", subjects, _few_shot(shots), scorer, shots, MAX_PROMPT_TOKENS)
+    return _MMLU.read(folder, "val", _few_shot, scorer, shots, MAX_PROMPT_TOKENS)
 
 
 def read_ceval(
-    folder: Path,
-    *,
-    split: str = "val",
-    shots: int = 5,
-    scoring: str = "logits",
-    num_new_tokens: int = 32,
+    folder: Path, *, shots: int = 5, scoring: str = "logits", num_new_tokens: int = 32
 ) -> Dataset:
     """Like `read_mmlu`, for 52 subjects in files with a header row and an id column."""
-    layout = _Layout(folder, split, "{split}/{subject}_{split}.csv", header=True)
-    subjects = layout.mapping("ceval_all_sets", CEVAL_SUBJECTS)
     scorer = choice_scorer(scoring, num_new_tokens)
-    return layout.read("ceval", subjects, _few_shot(shots), scorer, shots, MAX_PROMPT_TOKENS)
+    return _CEVAL.read(folder, "val", _few_shot, scorer, shots, MAX_PROMPT_TOKENS)
 
 
 def read_mmlu_generated(folder: Path, *, shots: int = 0) -> Dataset:
@@ -200,18 +187,14 @@ def read_mmlu_generated(folder: Path, *, shots: int = 0) -> Dataset:
     Without examples the model reasons for 256 tokens, from which `choice_from_reasoning` takes
     a letter. With examples it generates 20 tokens, and their first character is the answer.
     """
-    layout = _Layout(folder, "test", "{split}/{subject}_{split}.csv", header=False)
-    subjects = layout.mapping("mmlu_all_sets", MMLU_SUBJECTS)
-    form = _few_shot(shots) if shots else _mmlu_zero_shot
-    return layout.read("mmlu", subjects, form, generated_scorer(shots), shots, None)
+    form = _few_shot if shots else _mmlu_zero_shot
+    return _MMLU.read(folder, "test", form, generated_scorer(shots), shots)
 
 
 def read_ceval_generated(folder: Path, *, shots: int = 0) -> Dataset:
     """C-Eval's val split, asked as `read_mmlu_generated` does, in Chinese without examples."""
-    layout = _Layout(folder, "val", "{split}/{subject}_{split}.csv", header=True)
-    subjects = layout.mapping("ceval_all_sets", CEVAL_SUBJECTS)
-    form = _few_shot(shots) if shots else _ceval_zero_shot
-    return layout.read("ceval", subjects, form, generated_scorer(shots), shots, None)
+    form = _few_shot if shots else _ceval_zero_shot
+    return _CEVAL.read(folder, "val", form, generated_scorer(shots), shots)
 
 
 def read_cmmlu(folder: Path, *, shots: int = 5) -> Dataset:
@@ -220,11 +203,10 @@ def read_cmmlu(folder: Path, *, shots: int = 5) -> Dataset:
     The longest examples of a prompt that is too long are dropped first. Without a
     subject_mapping.json the files of test/ give the subjects.
     """
-    layout = _Layout(folder, "test", "{split}/{subject}.csv", header=True)
-    default = {path.stem: Subject("") for path in sorted((folder / "test").glob("*.csv"))}
-    subjects = layout.mapping("cmmlu_all_sets", default)
+    subjects = {path.stem: Subject("") for path in (folder / "test").glob("*.csv")}
+    choices = _ChoiceSet("cmmlu", subjects, header=True, pattern="{split}/{subject}.csv")
     scorer = NextTokenScorer({letter: f"答案是：{letter}" for letter in LETTERS})
-    return layout.read("cmmlu", subjects, _cmmlu(shots), scorer, shots, CMMLU_MAX_PROMPT_TOKENS)
+    return choices.read(folder, "test", _cmmlu, scorer, shots, CMMLU_MAX_PROMPT_TOKENS)
 
 
 def generated_scorer(shots: int) -> Scorer:
@@ -234,20 +216,19 @@ def generated_scorer(shots: int) -> Scorer:
     return GenerationScorer("reasoning", 256, choice_from_reasoning)
 
 
-# Subject and class, example rows, row -> the fields of its Question.
-_Form = Callable[[str, Subject, list[ChoiceRow], ChoiceRow], dict[str, Any]]
+# Subject, its entry, examples, row -> header, examples and body of the Question.
+_Form = Callable[[str, Subject, Seq[ChoiceRow], ChoiceRow], dict[str, Any]]
 
 
-def _few_shot(shots: int) -> _Form:
-    def form(name: str, subject: Subject, dev: list[ChoiceRow], row: ChoiceRow) -> dict[str, Any]:
-        examples = tuple(f"{r.text()} {r.answer}\n\n" for r in dev[:shots])
-        return {"header": choice_header(name), "examples": examples, "body": row.text()}
-
-    return form
+def _few_shot(
+    name: str, subject: Subject, examples: Seq[ChoiceRow], row: ChoiceRow
+) -> dict[str, Any]:
+    texts = tuple(f"{r.text()} {r.answer}\n\n" for r in examples)
+    return {"header": choice_header(name), "examples": texts, "body": row.text()}
 
 
 def _mmlu_zero_shot(
-    name: str, subject: Subject, dev: list[ChoiceRow], row: ChoiceRow
+    name: str, subject: Subject, examples: Seq[ChoiceRow], row: ChoiceRow
 ) -> dict[str, Any]:
     lead = (
         f"\nThere is a single choice question about {name.replace('_', ' ')}. "
@@ -257,80 +238,81 @@ def _mmlu_zero_shot(
 
 
 def _ceval_zero_shot(
-    name: str, subject: Subject, dev: list[ChoiceRow], row: ChoiceRow
+    name: str, subject: Subject, examples: Seq[ChoiceRow], row: ChoiceRow
 ) -> dict[str, Any]:
     lead = f"以下是中国关于{subject.chinese or name}考试的单项选择题，请选出其中的正确答案。\n"
     return {"body": row.text(lead, "让我们一步一步思考。答案: ")}
 
 
-def _cmmlu(shots: int) -> _Form:
-    def form(name: str, subject: Subject, dev: list[ChoiceRow], row: ChoiceRow) -> dict[str, Any]:
-        def ask(r: ChoiceRow) -> str:
-            return r.text("题目：", "答案是：")
-
-        header = f"以下是关于{subject.chinese or name}的单项选择题，请直接给出正确答案的选项。\n\n"
-        examples = tuple(f"{ask(r)}{r.answer}\n\n" for r in dev[:shots])
-        return {"header": header, "examples": examples, "body": ask(row), "drop_longest": True}
-
-    return form
+def _cmmlu(name: str, subject: Subject, examples: Seq[ChoiceRow], row: ChoiceRow) -> dict[str, Any]:
+    body, *texts = (r.text("题目：", "答案是：") for r in (row, *examples))
+    header = f"以下是关于{subject.chinese or name}的单项选择题，请直接给出正确答案的选项。\n\n"
+    answered = (f"{text}{r.answer}\n\n" for text, r in zip(texts, examples, strict=True))
+    return {"header": header, "examples": tuple(answered), "body": body, "drop_longest": True}
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """The files of a multiple-choice set."""
+class _ChoiceSet:
+    """A published multiple-choice set."""
 
-    folder: Path
-    split: str
-    pattern: str
-    header: bool
-
-    def path(self, split: str, subject: str) -> Path:
-        return self.folder / self.pattern.format(split=split, subject=subject)
-
-    def mapping(self, key: str, bundled: Mapping[str, Subject]) -> dict[str, Subject]:
-        path = self.folder / "subject_mapping.json"
-        if not path.is_file():
-            return dict(bundled)
-        subjects = read_mapping(path, key)
-        return {n: _completed(s, bundled.get(n)) for n, s in subjects.items()}
+    name: str
+    subjects: Mapping[str, Subject]  # where a folder has no subject_mapping.json
+    header: bool  # see `read_choice_rows`
+    pattern: str = "{split}/{subject}_{split}.csv"
 
     def read(
         self,
-        name: str,
-        subjects: Mapping[str, Subject],
+        folder: Path,
+        split: str,
         form: _Form,
         scorer: Scorer,
         shots: int,
-        max_prompt_tokens: int | None,
+        max_prompt_tokens: int | None = None,
     ) -> Dataset:
-        """All subjects in sorted order."""
+        """All subjects in sorted order; the examples are the first `shots` rows of dev."""
+        splits = [split, "dev"] if shots else [split]
+
+        def paths_of(subject: str) -> list[Path]:
+            return [folder / self.pattern.format(split=s, subject=subject) for s in splits]
+
+        subjects = self._subjects(folder)
         questions: list[Question] = []
         files, missing = [], []
         for subject in sorted(subjects):
-            paths = [self.path(self.split, subject)]
-            paths += [self.path("dev", subject)] if shots else []
+            paths = paths_of(subject)
             if not all(path.is_file() for path in paths):
                 missing.append(subject)
                 continue
             files += paths
             rows, *dev = (read_choice_rows(path, header=self.header) for path in paths)
+            examples = dev[0][:shots] if dev else []
             for row in rows:
-                parts = form(subject, subjects[subject], dev[0] if dev else [], row)
+                parts = form(subject, subjects[subject], examples, row)
                 questions.append(Question(len(questions), subject, answer=row.answer, **parts))
         if not questions:
-            splits = [self.split, "dev"] if shots else [self.split]
-            expected = " and ".join(str(self.path(split, "SUBJECT")) for split in splits)
+            expected = " and ".join(map(str, paths_of("SUBJECT")))
             raise FileNotFoundError(
-                f"no questions of {name}: none of its {len(subjects)} subjects has {expected}"
+                f"no questions of {self.name}: none of its {len(subjects)} subjects has {expected}"
             )
-        groups = {s: subjects[s].group or name for s in subjects if s not in missing}
-        return Dataset(name, questions, scorer, files, groups, shots, max_prompt_tokens, missing)
+        groups = {s: subjects[s].group or self.name for s in subjects if s not in missing}
+        return Dataset(
+            self.name, questions, scorer, files, groups, shots, max_prompt_tokens, missing
+        )
+
+    def _subjects(self, folder: Path) -> Mapping[str, Subject]:
+        """Those of subject_mapping.json, whose empty fields are filled; or else our own."""
+        path = folder / "subject_mapping.json"
+        if not path.is_file():
+            return self.subjects
+        subjects = {}
+        for name, entry in read_mapping(path, f"{self.name}_all_sets").items():
+            own = self.subjects.get(name, Subject(""))
+            subjects[name] = Subject(entry.group or own.group, entry.chinese or own.chinese)
+        return subjects
 
 
-def _completed(subject: Subject, bundled: Subject | None) -> Subject:
-    """An entry of subject_mapping.json; the bundled mapping fills its empty fields."""
-    bundled = bundled or Subject("")
-    return Subject(subject.group or bundled.group, subject.chinese or bundled.chinese)
+_MMLU = _ChoiceSet("mmlu", MMLU_SUBJECTS, header=False)
+_CEVAL = _ChoiceSet("ceval", CEVAL_SUBJECTS, header=True)
 
 
 # -- GSM8K ---------------------------------------------------------------------------------------

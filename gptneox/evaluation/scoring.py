@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from gptneox.config.errors import ConfigError
 from gptneox.engine.api import Engine, raise_failure
@@ -70,26 +71,25 @@ class Prediction:
     logprobs: dict[str, float] = field(default_factory=dict)  # label -> log p; empty for text
 
 
-class Scorer(Protocol):
+class Scorer(ABC):
     """Turns prompts into predictions and compares them with the answers."""
 
     name: str  # for the protocol in the result files
     num_new_tokens: int  # positions that must be free after a prompt
 
-    def check(self, tokenizer: Any) -> None:
+    def check(self, tokenizer: Any) -> None:  # noqa: B027 - any tokenizer, by default
         """Raise ConfigError if questions cannot be answered this way with `tokenizer`."""
-        ...
 
+    @abstractmethod
     def predict(self, engine: Engine, prompts: Seq[Seq[int]]) -> list[Prediction]:
         """One prediction per prompt; on ranks above 0 their values are not valid."""
-        ...
 
     def is_correct(self, value: str, answer: str) -> bool:
         """Whether a predicted value is correct."""
-        ...
+        return value == answer
 
 
-class NextTokenScorer:
+class NextTokenScorer(Scorer):
     """The label whose token is the likeliest next one; of equal ones the first.
 
     Log-probabilities come from an fp32 softmax over the whole vocabulary.
@@ -131,12 +131,8 @@ class NextTokenScorer:
             predictions.append(Prediction(value, [row.greedy_id], text, logprobs))
         return predictions
 
-    def is_correct(self, value: str, answer: str) -> bool:
-        """See `Scorer`."""
-        return value == answer
 
-
-class GenerationScorer:
+class GenerationScorer(Scorer):
     """The answer is read from greedily generated text, without the end-of-text token."""
 
     def __init__(
@@ -149,9 +145,6 @@ class GenerationScorer:
         """`extract` makes the value from the text, `matches` compares value and answer."""
         self.name, self.num_new_tokens = name, num_new_tokens
         self._extract, self._matches = extract, matches
-
-    def check(self, tokenizer: Any) -> None:
-        """See `Scorer`."""
 
     def predict(self, engine: Engine, prompts: Seq[Seq[int]]) -> list[Prediction]:
         """See `Scorer`."""
