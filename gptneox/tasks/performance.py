@@ -64,9 +64,9 @@ class Limits:
 class Method:
     """How a case is measured."""
 
-    mode: str  # "normal": a run of one token gives the time of the first token; "detail": the
-    # forward of the prompt does
-    split: bool  # detail only: tell each forward from what surrounds it; else its times stay 0
+    # "normal": the first token's time is that of a run of one token; "detail": of its forward.
+    mode: str
+    split: bool  # detail only: time each forward by itself; else the times of a token stay 0
     repeat: int = 1  # measured runs
     detokenize: bool = True  # as part of the response time
 
@@ -279,7 +279,7 @@ def make_result(
 ) -> PerformanceResult:
     """The cases with the provenance that is stored with every result."""
     section, device, config = settings.performance, stopwatch.device, stopwatch.config
-    notes = describe_run(settings, stopwatch)
+    notes = make_notes(settings, stopwatch)
     if any(case.times.next_ms < 0 for case in cases):
         notes.append(
             "a run of one token took longer than the whole case, so the machine was disturbed: "
@@ -309,8 +309,8 @@ def make_result(
     )
 
 
-def describe_run(settings: Settings, stopwatch: Stopwatch) -> list[str]:
-    """Notes on what limits the meaning of the figures."""
+def make_notes(settings: Settings, stopwatch: Stopwatch) -> list[str]:
+    """What a reader of the figures has to know."""
     section, config = settings.performance, stopwatch.config
     dtype = str(stopwatch.dtype).removeprefix("torch.")
     notes = []
