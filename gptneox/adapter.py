@@ -20,12 +20,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from gptneox.config.environment import Environment
 from gptneox.config.errors import ConfigError
 from gptneox.config.files import read_json
-from gptneox.config.model import ModelConfig
 from gptneox.devices import select
 from gptneox.kv_cache import ContiguousKVCache
 from gptneox.model import GPTNeoX
 from gptneox.parallel import init_group
-from gptneox.weights.load import load_model, rank_directory
+from gptneox.weights.load import find_part, load_model
 
 _Adapter = TypeVar("_Adapter", bound="GPTNeoXForCausalLM")
 
@@ -159,8 +158,7 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
                 environment.local_rank, environment.local_world_size, environment.omp_num_threads
             )
         group = init_group(environment.rank, environment.world_size, device.dist_backend)
-        path = rank_directory(path, group)
-        model_config = ModelConfig.from_pretrained(path)
+        path, model_config = find_part(path, group)
         generation_config = generation_config or _read_generation_config(path)
         model = GPTNeoX(model_config, device, group, max_position_embeddings)
         adapter = cls(config, model)
@@ -218,7 +216,7 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
                 config.num_layers,
                 config.num_heads // model.group.world_size,
                 config.head_dim,
-                self.gpt_neox.embed_in.weight.dtype,
+                model.size.kv_format,
                 model.num_positions,
             )
         )

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Key/value caches of a model: they store, and begin the steps that read and write them."""
+"""The key/value caches of a model, and how a step over one begins."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from gptneox.devices.cache import CacheShape, KVFormat, LayerCache
 from gptneox.devices.operators import Operators
-from gptneox.devices.step import ForwardBatch, LayerCache, PaddedBatch, RotaryTables, Step
+from gptneox.devices.step import ForwardBatch, PaddedBatch, RotaryTables, Step
 
 
 class PagedKVCache:
@@ -21,26 +21,24 @@ class PagedKVCache:
         block_size: int,
         num_heads: int,
         head_dim: int,
-        dtype: torch.dtype,
+        kv_format: KVFormat,
     ) -> None:
         self.ops = ops
         self.block_size, self.num_blocks = block_size, num_blocks
         self.scale = head_dim**-0.5
-        self.layers = [
-            ops.allocate_kv_cache(num_blocks, block_size, num_heads, head_dim, dtype)
-            for _ in range(num_layers)
-        ]
+        shape = CacheShape(num_blocks, block_size, num_heads, head_dim)
+        self.layers = [ops.allocate_kv_cache(shape, kv_format) for _ in range(num_layers)]
 
     def begin(self, batch: ForwardBatch, tables: RotaryTables) -> Step:
-        """A step that computes `batch`; it holds the slots to write and the blocks to read."""
+        """A step that computes `batch`, which names the slots to write and the blocks to read."""
         return self.ops.begin(batch, self.layers, tables, self.scale)
 
 
 class ContiguousKVCache:
     """K and V of every layer for a padded batch, as Hugging Face's `generate` works with it.
 
-    Stores grow by doubling, so a decode step copies nothing. `begin` opens a step, `advance`
-    closes it.
+    The memory grows by doubling, so most decode steps copy nothing. `begin` starts a step;
+    `advance` ends it.
     """
 
     def __init__(
@@ -49,10 +47,10 @@ class ContiguousKVCache:
         num_layers: int,
         num_heads: int,
         head_dim: int,
-        dtype: torch.dtype,
+        kv_format: KVFormat,
         max_positions: int,
     ) -> None:
-        self.ops, self.dtype, self.max_positions = ops, dtype, max_positions
+        self.ops, self.kv_format, self.max_positions = ops, kv_format, max_positions
         self.num_layers, self.num_heads, self.head_dim = num_layers, num_heads, head_dim
         self.scale = head_dim**-0.5
         self.length = 0  # cached positions, padding included
@@ -72,7 +70,7 @@ class ContiguousKVCache:
             input_ids: [B, S]; B is the same until the cache is empty again.
             positions: [B, S], a token's number among the unpadded ones of its row.
             key_mask: bool [B, length + S], False at padding; None when nothing is padded.
-            tables: what to rotate by.
+            tables: cos and sin of every position.
 
         Raises:
             ValueError: another batch size, or more positions than the model has.
@@ -103,29 +101,31 @@ class ContiguousKVCache:
         return self.ops.begin_padded(batch, self.layers, tables, self.scale)
 
     def _grow(self, capacity: int) -> None:
-        """Stores of `capacity` positions that hold what is cached."""
-        shape = (self.batch_size, capacity, self.num_heads, self.head_dim)
+        """Allocate `capacity` positions for each row, and copy what is cached."""
+        shape = CacheShape(self.batch_size, capacity, self.num_heads, self.head_dim)
         if not self.length:
             self.layers = []  # frees them before others are made
-            self.layers = [self._allocate(shape) for _ in range(self.num_layers)]
+            self.layers = [
+                self.ops.allocate_rows(shape, self.kv_format) for _ in range(self.num_layers)
+            ]
         else:
             for i, old in enumerate(self.layers):  # one at a time: the others' memory is free again
-                self.layers[i] = self._allocate(shape)
+                self.layers[i] = self.ops.allocate_rows(shape, self.kv_format)
                 for target, source in zip(self.layers[i], old, strict=True):
                     target[:, : self.length] = source[:, : self.length]
         self._capacity = capacity
 
-    def _allocate(self, shape: tuple[int, int, int, int]) -> LayerCache:
-        return self.ops.allocate_rows(*shape, self.dtype)
-
     def advance(self, num_new: int) -> None:
-        """Every layer has attended: `num_new` further positions are cached."""
+        """Count `num_new` further positions as cached, after every layer has attended."""
         self.length += num_new
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep, repeat or reorder rows of the batch; rows [B'] are indices (beam search)."""
         self.batch_size = len(rows)
-        self.layers = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.layers]
+        self.layers = [
+            type(layer)(*(tensor.index_select(0, rows) for tensor in layer))
+            for layer in self.layers
+        ]
 
     def truncate(self, length: int) -> None:
         """Forget positions from `length` on."""

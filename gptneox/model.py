@@ -8,6 +8,7 @@ so a state dict loads without a map.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import cast
 
 from torch import Tensor, nn
@@ -16,8 +17,17 @@ from gptneox.config.model import ModelConfig
 from gptneox.devices.device import Device
 from gptneox.devices.operators import LayerWeights, Operators, PackedLayer
 from gptneox.devices.step import RotaryTables, Step
-from gptneox.layers import Embedding, LayerNorm, Linear, VocabParallelHead, rotary_tables
+from gptneox.layers import (
+    Embedding,
+    LayerNorm,
+    Linear,
+    PackingUnit,
+    VocabParallelHead,
+    packing_units,
+    rotary_tables,
+)
 from gptneox.parallel import TensorParallelGroup, check_divides
+from gptneox.weights.size import ModelSize
 
 
 class Attention(nn.Module):
@@ -55,7 +65,7 @@ class MLP(nn.Module):
         return self.dense_4h_to_h(self.act(self.dense_h_to_4h(x)))
 
 
-class Layer(nn.Module):
+class Layer(PackingUnit):
     """One decoder layer, parallel residual (GPT-NeoX-20B, Pythia) or serial (RedPajama, rinna).
 
     Parallel: x + attn(LN1(x)) + mlp(LN2(x)), one all-reduce for both partial sums; operators
@@ -69,7 +79,7 @@ class Layer(nn.Module):
         super().__init__()
         self.parallel_residual, self.group = config.use_parallel_residual, group
         self.ops, self.activation = ops, config.activation
-        self.fused = self.parallel_residual and ops.fuses_layers
+        self.fused = self.packs_whole = self.parallel_residual and ops.fuses_layers
         self.packed: PackedLayer | None = None
         eps = config.layer_norm_eps
         self.input_layernorm = LayerNorm(config.hidden_size, eps, ops)
@@ -78,18 +88,18 @@ class Layer(nn.Module):
         self.mlp = MLP(config, ops, group.world_size)
 
     def pack(self) -> None:
-        """Hand all loaded weights of a fused layer to the operators and let go of them."""
+        """See `PackingUnit`; of a fused layer alone."""
         norms = (self.input_layernorm, self.post_attention_layernorm)
-        up, down = self.mlp.dense_h_to_4h.take(), self.mlp.dense_4h_to_h.take()
+        up, down = self.mlp.dense_h_to_4h.unload(), self.mlp.dense_4h_to_h.unload()
         assert up[1] is not None
         assert down[1] is not None
         self.packed = self.ops.pack_layer(
             LayerWeights(
                 norm_attention=(norms[0].weight.data, norms[0].bias.data),
                 norm_mlp=(norms[1].weight.data, norms[1].bias.data),
-                query_key_value=self.attention.query_key_value.take(),
+                query_key_value=self.attention.query_key_value.unload(),
                 dense_h_to_4h=(up[0], up[1]),
-                dense=self.attention.dense.take(),
+                dense=self.attention.dense.unload(),
                 dense_4h_to_h=(down[0], down[1]),
                 eps=norms[0].eps,
                 activation=self.activation,
@@ -139,6 +149,8 @@ class Decoder(nn.Module):
 class GPTNeoX(nn.Module):
     """The language model of one rank."""
 
+    size: ModelSize  # set by `weights.load.load_model`
+
     def __init__(
         self,
         config: ModelConfig,
@@ -147,17 +159,17 @@ class GPTNeoX(nn.Module):
         num_positions: int = 0,
         graphs: str = "auto",
     ) -> None:
-        """Build on the meta device; `checkpoint.load_model` fills it.
+        """Build on the meta device; `weights.load.load_model` loads the weights.
 
         Args:
             config: the architecture.
-            device: where; the model has operators of its own there.
+            device: where to run; it makes operators for this model.
             group: ranks that share the model; one process by default.
             num_positions: rows of the rotary table; config.max_position_embeddings by default.
             graphs: see `Device.operators`.
 
         Raises:
-            ConfigError: the heads cannot be shared evenly, or `num_positions` cannot be had.
+            ConfigError: the heads cannot be shared evenly, or the model has no such positions.
         """
         super().__init__()
         group = group or TensorParallelGroup()
@@ -169,6 +181,11 @@ class GPTNeoX(nn.Module):
         self.gpt_neox = Decoder(config, self.ops, group)
         self.rotary: RotaryTables = rotary_tables(config, self.num_positions, self.ops)
         self.embed_out = VocabParallelHead(config.vocab_size, config.hidden_size, self.ops, group)
+
+    def packing_units(self) -> Iterator[tuple[str, PackingUnit]]:
+        """Names and modules to load and pack one after the other; together they are the model."""
+
+        return packing_units(self)
 
     def forward(self, step: Step) -> Tensor:
         """Hidden states [T, C] of a step, for `compute_logits`."""

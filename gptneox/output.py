@@ -176,7 +176,7 @@ def write_benchmark(
 
 def print_summary(engine: Engine) -> None:
     """Prefill and decode speed, and the share of the memory bandwidth that decoding reached."""
-    stats, config = engine.stats, engine.model.config
+    stats, size = engine.stats, engine.model.size
     if stats.prefill_s:
         rate = stats.num_prefill_tokens / stats.prefill_s
         print(
@@ -186,9 +186,8 @@ def print_summary(engine: Engine) -> None:
     if not stats.decode_s:
         return
     # Bytes one rank reads: its part of the weights once per step, and the cached K and V.
-    ranks, itemsize = engine.model.group.world_size, engine.dtype.itemsize
-    read = stats.num_decode_steps * config.num_decode_parameters * itemsize / ranks
-    read += stats.num_decode_context_tokens * config.kv_bytes_per_token(itemsize, ranks)
+    read = stats.num_decode_steps * size.decode_weight_bytes
+    read += stats.num_decode_context_tokens * size.token_bytes
     achieved = read / stats.decode_s
     limit = engine.model.device.measure_bandwidth()
     print(

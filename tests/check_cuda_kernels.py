@@ -19,9 +19,9 @@ from triton.runtime import interpreter
 
 from gptneox.devices.cuda import device as cuda
 from gptneox.devices.cuda import kernels as cuda_kernels
-from gptneox.devices.cuda.graphs import DecodeGraphs
 from gptneox.devices.cuda.operators import TritonStep
 from gptneox.devices.device import Memory
+from gptneox.devices.graphs import DecodeGraphs
 from gptneox.devices.step import RotaryTables
 from gptneox.engine.sequence import SamplingParams
 
@@ -211,7 +211,7 @@ def test_engine_with_graphs_and_without(twin):
     assert sorted(engine.runner.step._captured) == [1, 2, 4]
     assert device.num_captured == 1 + 3  # the first one is the start-up's
     assert device.num_replayed > 5
-    assert all("Triton" in c.operator or c.step != "paged attention"
+    assert all("Triton" in c.operator or c.part != "paged attention"
                for c in engine.model.ops.operator_table(1, 128, 16, torch.float32))  # fmt: skip
 
 
@@ -223,7 +223,7 @@ def test_graphs_can_be_off_or_not_work(twin, caplog):
     assert engine.model.ops.operator_table(1, 128, 16, torch.float32)[1].reason == "--graphs off"
     assert "graphs" not in caplog.text
     ops = engine.model.ops
-    ops.graphs, ops._why_no_graphs = "auto", lambda: "not here"
+    ops.graphs, ops._find_fault_in_graphs = "auto", lambda: "not here"
     [_, steps, *_] = engine.model.ops.operator_table(1, 128, 16, torch.float32)
     assert (steps.operator, steps.reason) == ("eager", "not here")
     assert "without graphs: not here" in caplog.text

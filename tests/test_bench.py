@@ -30,7 +30,7 @@ from benchmark.workers.tensors import Tensors, query_key_value
 from benchmark.workers.worker import SteppingWorker
 
 from gptneox.config.model import ModelConfig
-from gptneox.evaluation.timing import decode_bytes, prefill_flops
+from gptneox.evaluation.timing import prefill_flops
 
 TINY = models.Shape(2, 32, 2, vocab_size=96, max_position_embeddings=128)
 
@@ -357,7 +357,7 @@ def test_shares_count_the_bytes_and_operations_of_the_model():
     run = {"decode_tokens_per_s": 80.0, "prefill_s": 0.5}
     limits = {"bandwidth": 40e9, "matmul": 800e9}
     shares = figures.shares(run, Case(8, 256, 64), config, "bfloat16", limits)
-    num_bytes = decode_bytes(config, 2, 1, 8, 288)
+    num_bytes = figures.size_of(config, "bfloat16").decode_bytes(8, 288)
     assert num_bytes == 2 * config.num_decode_parameters + 8 * 288 * 2 * 12 * 768 * 2
     assert shares["share_of_bandwidth"] == pytest.approx(num_bytes / 0.1 / 40e9)
     assert shares["share_of_matmul"] == pytest.approx(prefill_flops(config, 8, 256) / 0.5 / 800e9)

@@ -36,14 +36,16 @@ from torch import Tensor
 from gptneox.config.environment import Environment
 from gptneox.config.errors import ConfigError
 from gptneox.devices import create
+from gptneox.devices.cache import FloatKV, LayerCache
 from gptneox.devices.cpu import build as cpu_build
 from gptneox.devices.cpu.compiled import ACTIVATION_IDS, CompiledCpuDevice, CompiledCpuOperators
 from gptneox.devices.cpu.device import CpuDevice
 from gptneox.devices.cpu.operators import CpuOperators
 from gptneox.devices.device import Finding
 from gptneox.devices.operators import LayerWeights
-from gptneox.devices.step import ForwardBatch, LayerCache, PagedStep, RotaryTables, Step
+from gptneox.devices.step import ForwardBatch, PagedStep, RotaryTables, Step
 from gptneox.kv_cache import ContiguousKVCache
+from gptneox.weights.formats import FloatWeight
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPE = st.sampled_from(DTYPES)
@@ -125,13 +127,16 @@ def random_layer(
     def make(seed: int, *shape: int) -> Tensor:
         return (randn(*shape, seed=seed) / math.sqrt(shape[-1])).to(dtype)
 
+    def weight(seed: int, *shape: int) -> FloatWeight:
+        return FloatWeight(make(seed, *shape))
+
     return LayerWeights(
         norm_attention=(1 + make(1, c), make(2, c)),
         norm_mlp=(1 + make(3, c), make(4, c)),
-        query_key_value=(make(5, 3 * w, c), make(6, 3 * w) if has_bias else None),
-        dense_h_to_4h=(make(7, f, c), make(8, f)),
-        dense=(make(9, c, w), make(10, c) if has_bias else None),
-        dense_4h_to_h=(make(11, c, f), make(12, c)),
+        query_key_value=(weight(5, 3 * w, c), make(6, 3 * w) if has_bias else None),
+        dense_h_to_4h=(weight(7, f, c), make(8, f)),
+        dense=(weight(9, c, w), make(10, c) if has_bias else None),
+        dense_4h_to_h=(weight(11, c, f), make(12, c)),
         eps=1e-5,
         activation=activation,
     )
@@ -140,8 +145,8 @@ def random_layer(
 def layer_by_layer(x: Tensor, weights: LayerWeights, ops: CpuOperators) -> tuple[Tensor, Tensor]:
     """Unfused, in the dtype of x: qkv [T, 3W] and x + dense(q) + mlp, attention being its q."""
 
-    def linear(x: Tensor, pair: tuple[Tensor, Tensor | None]) -> Tensor:
-        weight, bias = (None if t is None else t.to(x.dtype) for t in pair)
+    def linear(x: Tensor, pair: tuple[FloatWeight, Tensor | None]) -> Tensor:
+        weight, bias = (None if t is None else t.to(x.dtype) for t in (pair[0].values, pair[1]))
         return BASE.linear(x, BASE.pack_linear(weight, bias))
 
     norms = [
@@ -150,7 +155,7 @@ def layer_by_layer(x: Tensor, weights: LayerWeights, ops: CpuOperators) -> tuple
     ]
     qkv = linear(norms[0], weights.query_key_value)
     mlp = ops.activation(weights.activation)(linear(norms[1], weights.dense_h_to_4h))
-    attended = qkv[:, : weights.dense[0].shape[1]]
+    attended = qkv[:, : weights.dense[0].values.shape[1]]
     return qkv, x + (linear(attended, weights.dense) + linear(mlp, weights.dense_4h_to_h))
 
 
@@ -232,7 +237,7 @@ def test_no_rows(dtype: torch.dtype, cpu: CompiledCpuOperators) -> None:
     qkv, mlp = cpu.layer_front(x, packed)
     assert qkv.shape == (0, 48)
     assert cpu.layer_back(qkv[:, :16], mlp, packed, x).shape == (0, 40)
-    assert cpu.linear(x, cpu.pack_linear(*weights.dense_h_to_4h)).shape == (0, 24)
+    assert cpu.linear(x, weights.dense_h_to_4h[0].pack(cpu, None)).shape == (0, 24)
     assert cpu.layer_norm(x, *weights.norm_mlp, 1e-5).shape == (0, 40)
 
 
@@ -292,13 +297,13 @@ def test_attention(
     tables = RotaryTables(angles.cos(), angles.sin())
     expected_k, expected_v = k_cache.clone(), v_cache.clone()
     scale = 2 * head_dim**-0.5
-    cache = (k_cache, v_cache)
+    cache = LayerCache(k_cache, v_cache)
     actual = cpu.begin(batch, [cache], tables, scale).attend(0, qkv)
 
     q, k = BASE.rotary(*qkv[:, :, :2].float().unbind(2), batch.positions, *tables)
     v = qkv[:, :, 2].to(cache_dtype)
     plain_step = PagedStep(BASE, batch, [], tables, scale)
-    plain_step.store((expected_k, expected_v), k.to(cache_dtype), v)
+    plain_step.store(LayerCache(expected_k, expected_v), k.to(cache_dtype), v)
     torch.testing.assert_close(v_cache, expected_v, rtol=0, atol=0, equal_nan=True)
     eps = torch.finfo(cache_dtype).eps  # a product may be rounded once less
     torch.testing.assert_close(k_cache, expected_k, rtol=eps, atol=4e-6, equal_nan=True)
@@ -367,7 +372,7 @@ def test_all_layers_in_one_call(
     for _ in layers:
         pair = make_cache(cpu, batch, 16, heads, head_dim, dtype).layers[0]
         ours.append(pair)
-        theirs.append(tuple(laid_out(cache, "heads inside").clone() for cache in pair))
+        theirs.append(LayerCache(*(laid_out(cache, "heads inside").clone() for cache in pair)))
     angles = randn(1024, head_dim // 4, seed=1)
     tables = RotaryTables(angles.cos(), angles.sin())
     x = randn(sum(batch.q_lens_list), c)
@@ -441,7 +446,7 @@ def test_hidden_first_positions(
             k_cache[table[p // 16], p % 16] = v_cache[table[p // 16], p % 16] = math.nan
     qkv = randn(sum(batch.q_lens_list), 2, 3, 24)
     batch.starts = torch.tensor(starts, dtype=torch.int32)
-    actual = attend(cpu, qkv, (k_cache, v_cache), batch)
+    actual = attend(cpu, qkv, LayerCache(k_cache, v_cache), batch)
     row = 0
     for b, ((cached, new), start) in enumerate(zip(lengths, starts, strict=True)):
         k, v = (
@@ -467,7 +472,7 @@ def test_a_padded_batch_step_by_step(
         mask[1, 5:7] = False
     elif padding == "in the middle":
         mask[0, 2:4] = mask[2, 8] = False
-    caches = [ContiguousKVCache(b, 1, 2, 20, dtype, 99) for b in (BASE, cpu)]
+    caches = [ContiguousKVCache(b, 1, 2, 20, FloatKV(dtype), 99) for b in (BASE, cpu)]
     angles = randn(99, 3, seed=5)
     tables = RotaryTables(angles.cos(), angles.sin())
     end = 0
@@ -530,7 +535,7 @@ def test_what_does_not_fit_is_refused(cpu: CompiledCpuOperators) -> None:
     for attended, residual in ((torch.ones(5, 16), None), (torch.ones(4, 16), torch.ones(3, 16))):
         with pytest.raises(ValueError, match=r"expected|not what"):
             cpu.layer_back(attended, mlp, packed, residual)
-    weights.dense_4h_to_h = (torch.ones(15, 24), torch.ones(16))
+    weights.dense_4h_to_h = (FloatWeight(torch.ones(15, 24)), torch.ones(16))
     with pytest.raises(ValueError, match="layer"):
         cpu.pack_layer(weights)
 

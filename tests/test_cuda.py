@@ -28,9 +28,10 @@ from support.processes import REPO, clean_environ
 from support.ranks import free_port
 
 from gptneox.devices import create, select
+from gptneox.devices.cache import CacheShape, FloatKV
 from gptneox.devices.cuda import operators as cuda_operators
-from gptneox.devices.cuda.graphs import SIZES, DecodeGraphs
 from gptneox.devices.device import Memory
+from gptneox.devices.graphs import SIZES, DecodeGraphs
 from gptneox.devices.step import ForwardBatch, RotaryTables
 from gptneox.engine.paged import PagedEngine
 from gptneox.engine.sequence import SamplingParams
@@ -118,12 +119,12 @@ class FakeModel:
         parts = (batch.input_ids, batch.positions, batch.slot_mapping, batch.context_lens, block)
         return torch.stack([p.double() for p in parts], 1)
 
-    def record(self, run):
-        out = run()
+    def record(self, batch: ForwardBatch):
+        out = self.step(batch)
 
         def replay() -> None:
             self.num_replays += 1
-            out.copy_(run())
+            out.copy_(self.step(batch))
 
         return replay, out
 
@@ -159,7 +160,7 @@ def test_prompts_and_large_batches_run_eagerly() -> None:
 
 
 def test_a_step_that_cannot_be_captured_is_an_error() -> None:
-    def record(run):
+    def record(batch):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
     graphs = DecodeGraphs(FakeModel().step, record, torch.device("cpu"), 4)
@@ -169,7 +170,7 @@ def test_a_step_that_cannot_be_captured_is_an_error() -> None:
 
 
 def test_running_out_of_memory_keeps_its_kind() -> None:
-    def record(run):
+    def record(batch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     graphs = DecodeGraphs(FakeModel().step, record, torch.device("cpu"), 4)
@@ -330,7 +331,7 @@ def test_out_of_memory_is_one_line_with_a_remedy(gpus, monkeypatch) -> None:
     monkeypatch.setattr(ops, "operator_table", lambda *shapes: [])
     monkeypatch.setattr(torch, "empty", refuse)
     with pytest.raises(RuntimeError) as error:
-        ops.allocate_kv_cache(64, 128, 16, 128, torch.float16)
+        ops.allocate_kv_cache(CacheShape(64, 128, 16, 128), FloatKV(torch.float16))
     text = "the KV cache (0.06 GiB per layer): 3.00 GiB free of 4.00 GiB; .* lower --num_blocks"
     assert error.match(text.replace("(", r"\(").replace(")", r"\)"))
     assert "\n" not in str(error.value)

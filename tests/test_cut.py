@@ -44,17 +44,15 @@ from gptneox.layers import Linear
 from gptneox.model import GPTNeoX
 from gptneox.parallel import TensorParallelGroup
 from gptneox.weights.cut import cut_checkpoint, describe_mismatch, merge_checkpoint
+from gptneox.weights.formats import cut_dimension, part_shape, rank_slice
 from gptneox.weights.load import (
     PART_FILE,
     CheckpointError,
-    cut_dimension,
-    full_shapes,
     load_model,
-    part_shape,
     rank_directory,
-    rank_slice,
     read_manifest,
 )
+from gptneox.weights.size import full_shapes
 
 ROWS = ("query_key_value", "dense_h_to_4h", "embed_out", "lm_head")
 COLUMNS = ("dense", "dense_4h_to_h")
@@ -271,9 +269,9 @@ def loaded(path: Path, group: TensorParallelGroup) -> dict[str, Tensor]:
     load_model(model, path, torch.float32)
     found = {}
     for owner, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            packed = isinstance(module, Linear) and key == "weight"
-            found[f"{owner}.{key}"] = module.packed.weight if packed else parameter.data
+        for key, _ in module.named_parameters(recurse=False):
+            holder = module.packed if isinstance(module, Linear) else module
+            found[f"{owner}.{key}"] = getattr(holder, key).data
     return found
 
 
@@ -336,10 +334,10 @@ def test_shapes_of_the_20b_model() -> None:
     for short, by_size in TABLE.items():
         name = short if short in full else f"gpt_neox.layers.17.{short}"
         for world_size, expected in zip((2, 4, 8), by_size, strict=True):
-            assert list(part_shape(name, full[name], world_size)) == expected
-            dim = cut_dimension(name)
+            dim = cut_dimension(name, {})
+            assert list(part_shape(dim, full[name], world_size)) == expected
             for rank in range(world_size):
-                index = rank_slice(name, full[name], rank, world_size)
+                index = rank_slice(dim, full[name], rank, world_size)
                 if expected == list(full[name]):
                     assert index == ()
                     continue

@@ -30,7 +30,8 @@ from gptneox.config.model import ModelConfig
 from gptneox.devices.device import Device, Memory
 from gptneox.layers import Linear
 from gptneox.model import GPTNeoX
-from gptneox.weights.load import Checkpoint, CheckpointError, full_shapes, load_model
+from gptneox.weights.load import Checkpoint, CheckpointError, load_model
+from gptneox.weights.size import full_shapes
 
 NAME = "model.safetensors"
 SMALL = twins.FAMILY["relu-serial"] | {"num_hidden_layers": 1}
@@ -57,9 +58,9 @@ def weights(model: GPTNeoX) -> dict[str, torch.Tensor]:
     """Every loaded tensor by its name in the files."""
     found = {}
     for owner, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            packed = isinstance(module, Linear) and key == "weight"
-            found[f"{owner}.{key}"] = module.packed.weight if packed else parameter.data
+        for key, _ in module.named_parameters(recurse=False):
+            holder = module.packed if isinstance(module, Linear) else module
+            found[f"{owner}.{key}"] = getattr(holder, key).data
     return found
 
 

@@ -19,6 +19,7 @@ from support.operators import (
 
 from gptneox.config.model import ACTIVATIONS
 from gptneox.devices import DEVICES, select
+from gptneox.devices.cache import CacheShape, FloatKV, LayerCache
 from gptneox.devices.device import Device
 from gptneox.devices.operators import Operators, check_shape
 from gptneox.devices.step import (
@@ -134,10 +135,10 @@ def test_dense_attention(
         ids = torch.zeros(3 * num_queries, dtype=torch.int64, device=ops.torch_device)
         padded = PaddedBatch(ids, ids, 3, num_queries, num_keys, moved[3])
         tables = RotaryTables(torch.ones(1, 1), torch.zeros(1, 1))
-        step = ops.begin_padded(padded, [tuple(stores)], tables, head_dim**-0.5)
+        step = ops.begin_padded(padded, [LayerCache(*stores)], tables, head_dim**-0.5)
         again = actual
         if isinstance(step, PaddedStep):  # else its own tests try it
-            again = step.attend_cached(tuple(stores), moved[0])
+            again = step.attend_cached(LayerCache(*stores), moved[0])
         assert_near(again.cpu()[real], expected[real])
         for row, pad in enumerate(pads):  # a row equals the sequence alone, without its padding
             start = max(pad - (num_keys - num_queries), 0)
@@ -149,7 +150,7 @@ def test_dense_attention(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_store_kv_writes_its_slots_only(dtype: torch.dtype, ops: Operators) -> None:
-    k_cache, v_cache = ops.allocate_kv_cache(5, 16, 2, 80, dtype)
+    k_cache, v_cache = ops.allocate_kv_cache(CacheShape(5, 16, 2, 80), FloatKV(dtype))
     assert k_cache.shape == v_cache.shape == (5, 16, 2, 80)
     assert k_cache.dtype == v_cache.dtype == dtype
     assert k_cache.device.type == ops.torch_device.type
@@ -163,7 +164,7 @@ def test_store_kv_writes_its_slots_only(dtype: torch.dtype, ops: Operators) -> N
     batch.slot_mapping = slots
     cos = torch.ones(1, 1)
     step = PagedStep(ops, batch_on(batch, device), [], RotaryTables(cos, cos), 1.0)
-    step.store((k_cache, v_cache), k.to(device), v.to(device))
+    step.store(LayerCache(k_cache, v_cache), k.to(device), v.to(device))
     for cache, new, old in ((k_cache, k, 7), (v_cache, v, 8)):
         rows = cache.flatten(0, 1).cpu()
         assert torch.equal(rows[slots], new)

@@ -14,6 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from gptneox.config.errors import ConfigError
 from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EngineSection, PerformanceSection
 from gptneox.devices import create, select
+from gptneox.devices.cache import FloatKV
 from gptneox.devices.device import Device
 from gptneox.engine.generate import GenerateEngine
 from gptneox.engine.paged import blocks_needed
@@ -44,7 +46,6 @@ from gptneox.evaluation.timing import (
     StepTime,
     Stopwatch,
     Timing,
-    decode_bytes,
     decode_flops,
     prefill_flops,
     random_prompts,
@@ -53,6 +54,7 @@ from gptneox.parallel import TensorParallelGroup
 from gptneox.tasks import performance
 from gptneox.tasks.compare import comparison, read_result
 from gptneox.tasks.performance import Limits, Method, detail_times, measure_case
+from gptneox.weights.size import ModelSize
 
 HEADER = (
     "batch_size,input_seq_len(Encoding),output_seq_len(Decoding),ResponseTime(s),"
@@ -147,7 +149,8 @@ NEOX_20B = ModelConfig(
 def test_bytes_and_operations_of_neox_20b() -> None:
     """Against figures worked out by hand from the published architecture."""
     assert NEOX_20B.num_decode_parameters == 20_244_713_472
-    assert NEOX_20B.kv_bytes_per_token(2) == 1_081_344
+    size = ModelSize(NEOX_20B, torch.float16, FloatKV(torch.float16))
+    assert size.token_bytes == 1_081_344
     body = 20_244_713_472 - 50432 * 6144
     per_token = prefill_flops(NEOX_20B, 1, 2) - prefill_flops(NEOX_20B, 1, 1)
     assert per_token == pytest.approx(39.87e9, rel=1e-3)
@@ -155,10 +158,11 @@ def test_bytes_and_operations_of_neox_20b() -> None:
     assert prefill_flops(NEOX_20B, 1, 2048) == pytest.approx(83.9e12, rel=1e-3)
     assert prefill_flops(NEOX_20B, 3, 2048) == 3 * prefill_flops(NEOX_20B, 1, 2048)
     # milliseconds of a step on 2.04 TB/s
-    assert decode_bytes(NEOX_20B, 2, 1, 1, 0) / 2.04e9 == pytest.approx(19.9, abs=0.06)
-    assert decode_bytes(NEOX_20B, 2, 1, 1, 2048) / 2.04e9 == pytest.approx(20.9, abs=0.06)
-    assert decode_bytes(NEOX_20B, 2, 2, 8, 1024) * 2 == decode_bytes(NEOX_20B, 2, 1, 8, 1024)
-    extra = decode_bytes(NEOX_20B, 2, 1, 8, 1024) - decode_bytes(NEOX_20B, 2, 1, 0, 0)
+    assert size.decode_bytes(1, 0) == 2 * 20_244_713_472
+    assert size.decode_bytes(1, 0) / 2.04e9 == pytest.approx(19.9, abs=0.06)
+    assert size.decode_bytes(1, 2048) / 2.04e9 == pytest.approx(20.9, abs=0.06)
+    assert replace(size, world_size=2).decode_bytes(8, 1024) * 2 == size.decode_bytes(8, 1024)
+    extra = size.decode_bytes(8, 1024) - size.decode_bytes(0, 0)
     assert extra == 8 * 1024 * 1_081_344
     assert decode_flops(NEOX_20B, 1, 0) == 2 * 20_244_713_472
     # One token after S cached ones costs what the prompt of S + 1 costs more than that of S,
@@ -307,6 +311,7 @@ class StubStopwatch:
     """Runs that take as long as they are told."""
 
     path, dtype, config = "paged", torch.float16, NEOX_20B
+    size = ModelSize(NEOX_20B, torch.float16, FloatKV(torch.float16))
     tokenizer, max_positions = None, 2048
     group = TensorParallelGroup()
     device = create("cpu")
@@ -340,7 +345,7 @@ def test_normal_mode_subtracts_a_run_of_one_token() -> None:
     assert case.inter_token_ms.median == pytest.approx(100)
     assert case.rates.decode_tokens_per_s == pytest.approx(2 / 0.125)
     assert case.rates.prefill_tokens_per_s == pytest.approx(32 / 1.5)
-    read = decode_bytes(NEOX_20B, 2, 1, 2, 16 + 2.5)
+    read = stub.size.decode_bytes(2, 16 + 2.5)
     assert case.rates.decode_gb_per_s == pytest.approx(read / 0.125 / 1e9)
     assert case.rates.decode_share_of_bandwidth == pytest.approx(read / 0.125 / 1e12)
     flops = prefill_flops(NEOX_20B, 2, 16)

@@ -79,29 +79,25 @@ class ModelConfig:
 
     @property
     def num_decode_parameters(self) -> int:
-        """Parameters one decode step reads: all but the input embedding, which is only gathered."""
+        """Parameters that a decode step reads: all but the input embedding, of which it gathers."""
         if self.tie_word_embeddings:
             return self.num_parameters
         return self.num_parameters - self.vocab_size * self.hidden_size
 
-    def positions(self, wanted: int) -> int:
-        """Positions of a run: `wanted`; 0: max_position_embeddings.
+    def positions(self, requested: int) -> int:
+        """Positions of a run: `requested`, or for 0 max_position_embeddings.
 
         Raises:
             ConfigError: more than the rotary embedding can give.
         """
-        if self.rope_is_dynamic and wanted > self.max_position_embeddings:
+        if self.rope_is_dynamic and requested > self.max_position_embeddings:
             raise ConfigError(
-                f"{wanted} positions are wanted (--max_position_embeddings), but config.json says "
-                f"{self.max_position_embeddings} with rope type 'dynamic': beyond that the "
+                f"{requested} positions are wanted (--max_position_embeddings), but config.json "
+                f"says {self.max_position_embeddings} with rope type 'dynamic': beyond that the "
                 "frequencies change with the length of each text, which no cache of keys can "
                 f"follow; use at most {self.max_position_embeddings}"
             )
-        return wanted or self.max_position_embeddings
-
-    def kv_bytes_per_token(self, itemsize: int, world_size: int = 1) -> int:
-        """Bytes of K and V that one token takes on one rank, over all layers."""
-        return 2 * self.num_layers * self.hidden_size * itemsize // world_size
+        return requested or self.max_position_embeddings
 
     @classmethod
     def from_pretrained(cls, model_path: Path) -> ModelConfig:

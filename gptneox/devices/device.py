@@ -32,7 +32,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of a diagnosis; `ok` False: a run would not start, None: it may not go well."""
+    """One line of a diagnosis; `ok` False: a run would not start, None: a warning."""
 
     ok: bool | None
     topic: str
@@ -40,7 +40,7 @@ class Finding:
 
 
 class Device:
-    """What the process computes on; subclasses say what is special about theirs."""
+    """The device of a process; subclasses override what differs on theirs."""
 
     name: ClassVar[str] = "base"
     dist_backend: ClassVar[str] = "gloo"
@@ -68,7 +68,7 @@ class Device:
         """Bind this process to its device."""
 
     def is_installed(self) -> bool:
-        """True where the device's software is present, so that not using it deserves a word."""
+        """Whether the device's software is present: falling back from it is worth a warning."""
         return False
 
     def collectives(self, requested: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is computed with, in plain torch: the specification every device's own must meet.
+"""The operators of a model in plain torch: the specification of every device's operators.
 
 Shapes as in step.py; K features in, F features out.
 """
@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptneox.devices.cache import CacheShape, KVFormat, LayerCache
 from gptneox.devices.device import Device, Finding
 from gptneox.devices.step import (
     ForwardBatch,
-    LayerCache,
     PaddedBatch,
     PaddedStep,
     PagedStep,
@@ -28,6 +29,27 @@ from gptneox.devices.step import (
 )
 
 logger = logging.getLogger(__name__)
+
+
+class LinearWeight(ABC):
+    """The weight [F, K] of a linear layer on the device, in the format it was loaded in."""
+
+    @property
+    @abstractmethod
+    def out_features(self) -> int:
+        """F."""
+
+    @abstractmethod
+    def pack(self, ops: Operators, bias: Tensor | None) -> PackedLinear:
+        """Hand the tensors to the operators' method for this format; bias [F]."""
+
+    @abstractmethod
+    def floats(self) -> Tensor:
+        """The weight [F, K] in the dtype to compute in, for operators that fold it with others."""
+
+    @abstractmethod
+    def take_rows(self, order: Tensor) -> LinearWeight:
+        """The rows `order` [F'] of the weight, in the same format."""
 
 
 @dataclass
@@ -50,12 +72,17 @@ class LayerWeights:
 
     norm_attention: tuple[Tensor, Tensor]  # scale and shift, [C] each
     norm_mlp: tuple[Tensor, Tensor]
-    query_key_value: tuple[Tensor, Tensor | None]  # [3W, C], [3W]
-    dense_h_to_4h: tuple[Tensor, Tensor]  # [F, C], [F]
-    dense: tuple[Tensor, Tensor | None]  # [C, W], [C]
-    dense_4h_to_h: tuple[Tensor, Tensor]  # [C, F], [C]
+    query_key_value: tuple[LinearWeight, Tensor | None]  # [3W, C], [3W]
+    dense_h_to_4h: tuple[LinearWeight, Tensor]  # [F, C], [F]
+    dense: tuple[LinearWeight, Tensor | None]  # [C, W], [C]
+    dense_4h_to_h: tuple[LinearWeight, Tensor]  # [C, F], [C]
     eps: float
     activation: str
+
+    def back_bias(self) -> Tensor:
+        """The sum of both row-parallel biases, [C] in fp32."""
+        bias, other = self.dense_4h_to_h[1].float(), self.dense[1]
+        return bias if other is None else bias + other.float()
 
 
 @dataclass
@@ -71,6 +98,14 @@ class PackedLayer:
     shift: Tensor | None = None  # [C], likewise
 
 
+class ChosenOperator(NamedTuple):
+    """How one part of a model is computed on a device, and why."""
+
+    part: str
+    operator: str
+    reason: str
+
+
 def check_shape(x: Tensor, shape: Sequence[int | None], name: str) -> None:
     """Raise ValueError unless `x` has `shape`; None stands for any size."""
     if x.dim() != len(shape) or any(
@@ -81,12 +116,14 @@ def check_shape(x: Tensor, shape: Sequence[int | None], name: str) -> None:
 
 
 class Operators:
-    """The operators of one model on a device, correct anywhere, and the state they keep for it.
+    """The operators of one model on any device, and the state that they keep for that model.
 
-    Two models on a device have two of these, which know nothing of each other.
+    Two models on a device have an object each and share no state.
     """
 
     fuses_layers = False  # give parallel-residual layers to `pack_layer`
+    paged_step: type[PagedStep] = PagedStep  # of `begin`
+    padded_step: type[PaddedStep] = PaddedStep  # of `begin_padded`
 
     def __init__(self, device: Device, graphs: str = "auto") -> None:
         self.device, self.graphs = device, graphs
@@ -126,23 +163,23 @@ class Operators:
         With the bare normalisation N and any s and h, LN(x) W.T + b is
         (s N(x) + h) (W diag(scale / s)).T + b + W (shift - h scale / s), so both products that
         read x become one of [3W + F, C]; both that write the partial sum are one of [C, W + F].
-        s and h are those before attention, whose weights then stay as they are: rounding every
-        weight anew would cost more accuracy than the shorter way saves. Only channels in which
-        that scale vanishes beside the other, or the shift would drown the other's values, take
-        the other scale, or no shift. Folding is done in fp32.
+        s and h are those before attention, so that query_key_value is not rounded again, which
+        would cost accuracy. A channel takes the other scale where the first is smaller than 1/64
+        of it, and no shift where the shift would exceed the other normalisation's values. Folding
+        is done in fp32.
         """
         (first, shift), (second, other) = (
             (t[0].float(), t[1].float()) for t in (weights.norm_attention, weights.norm_mlp)
         )
         scale = torch.where(first.abs() * 64 >= second.abs(), first, second)
-        scale = torch.where(scale == 0, 1.0, scale)  # both are
+        scale = torch.where(scale == 0, 1.0, scale)  # where both are 0
         keeps = (shift * second / scale).abs() <= second.abs() + other.abs()
         shift = torch.where(keeps & (scale == first), shift, 0.0)
 
         def fold(
-            norm: tuple[Tensor, Tensor], linear: tuple[Tensor, Tensor | None]
+            norm: tuple[Tensor, Tensor], linear: tuple[LinearWeight, Tensor | None]
         ) -> tuple[Tensor, Tensor]:
-            weight, bias = linear
+            weight, bias = linear[0].floats(), linear[1]
             wide, ratio = weight.float(), norm[0].float() / scale
             # no matrix product: some devices round its operands
             added = (wide * (norm[1].float() - shift * ratio)).sum(1)
@@ -151,11 +188,8 @@ class Operators:
 
         qkv, qkv_bias = fold(weights.norm_attention, weights.query_key_value)
         up, up_bias = fold(weights.norm_mlp, weights.dense_h_to_4h)
-        dense, dense_bias = weights.dense
-        down, down_bias = weights.dense_4h_to_h
-        out_bias = down_bias.float()
-        if dense_bias is not None:
-            out_bias = out_bias + dense_bias.float()
+        dense, down = weights.dense[0].floats(), weights.dense_4h_to_h[0].floats()
+        out_bias = weights.back_bias()
         return PackedLayer(
             self.pack_linear(torch.cat((qkv, up)), torch.cat((qkv_bias, up_bias)).to(qkv.dtype)),
             self.pack_linear(torch.cat((dense, down), 1), out_bias.to(down.dtype)),
@@ -240,7 +274,7 @@ class Operators:
         scale: float,
     ) -> Step:
         """A step over a paged cache, `layers` as `allocate_kv_cache` made them."""
-        return PagedStep(self, batch, layers, tables, scale)
+        return self.paged_step(self, batch, layers, tables, scale)
 
     def begin_padded(
         self,
@@ -250,36 +284,24 @@ class Operators:
         scale: float,
     ) -> Step:
         """A step over a contiguous cache, `layers` as `allocate_rows` made them."""
-        return PaddedStep(self, batch, layers, tables, scale)
+        return self.padded_step(self, batch, layers, tables, scale)
 
-    def allocate_kv_cache(
-        self, num_blocks: int, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> LayerCache:
-        """K and V of one layer, each [N, P, H, D]; the content is undefined."""
-        shape = (num_blocks, block_size, num_heads, head_dim)
-        k = torch.empty(shape, dtype=dtype, device=self.torch_device)
-        return k, torch.empty_like(k)
+    def allocate_kv_cache(self, shape: CacheShape, kv_format: KVFormat) -> LayerCache:
+        """The cache of one layer in blocks; the content is undefined."""
+        return self.allocate_rows(shape, kv_format)
 
-    def allocate_rows(
-        self, num_rows: int, capacity: int, num_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> LayerCache:
-        """K and V of one layer for a padded batch, each [B, capacity, H, D], likewise."""
-        k = torch.empty(
-            (num_rows, capacity, num_heads, head_dim), dtype=dtype, device=self.torch_device
+    def allocate_rows(self, shape: CacheShape, kv_format: KVFormat) -> LayerCache:
+        """The cache of one layer for a padded batch, a block for each row; likewise."""
+        return kv_format.allocate(
+            shape, lambda size, dtype: torch.empty(size, dtype=dtype, device=self.torch_device)
         )
-        return k, torch.empty_like(k)
 
     def causal_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """One sequence: q [S, H, D] are the last S of the L positions of k, v [L, H, D].
 
-        The query is scaled before the product and everything up to the weighted sum is fp32, so
-        fp16 scores cannot overflow. Source: HF eager_attention_forward, in higher precision.
+        As `dense_attention` here, whatever a device's own is; returns [S, H, D].
         """
-        s, length = q.shape[0], k.shape[0]
-        scores = torch.einsum("shd,lhd->hsl", q.float() * scale, k.float())
-        visible = torch.ones(s, length, dtype=torch.bool, device=q.device).tril(length - s)
-        probs = scores.masked_fill_(~visible, -math.inf).softmax(-1)
-        return torch.einsum("hsl,lhd->shd", probs, v.float()).to(q.dtype)
+        return Operators.dense_attention(self, q[None], k[None], v[None], None, scale)[0]
 
     def dense_attention(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
@@ -288,7 +310,10 @@ class Operators:
 
         q [B, S, H, D] are the last S of the L positions of k, v [B, L, H, D]; key_mask [B, L] is
         False at padding, or None when there is none. A padding query sees itself, so that its
-        row, which nobody reads, stays finite. Returns [B, S, H, D].
+        row, which is not used, stays finite. Returns [B, S, H, D].
+
+        The query is scaled before the product and everything up to the weighted sum is fp32, so
+        fp16 scores cannot overflow. Source: HF eager_attention_forward, in higher precision.
         """
         scores = torch.einsum("bshd,blhd->bhsl", q.float() * scale, k.float())
         visible = dense_visibility(q.shape[1], k.shape[1], key_mask, q.device)
@@ -297,13 +322,13 @@ class Operators:
 
     # -- graphs ----------------------------------------------------------------------------------
 
-    def capture(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """A step that replays as one launch where the device has graphs; here the step itself."""
+    def capture(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward` of a batch, replayed as one launch where the device has graphs."""
         if self.graphs == "on":
             logger.warning(
                 "graphs are on, but %s has none: steps run as they are", self.device.name
             )
-        return step
+        return forward
 
 
 def dense_visibility(

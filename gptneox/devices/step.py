@@ -2,7 +2,7 @@
 """A step of the model: its tensors, the caches it reads and writes, what its layers share.
 
 Operators make one step object per forward pass (`Operators.begin`, `begin_padded`); the model
-passes it down, and nothing of it outlives the pass. The classes here are plain torch: they
+passes it down to the layers, and it ends with the pass. The classes here are plain torch: they
 specify what every device's own must compute.
 
 Shapes: T tokens of a step, B sequences or rows, S new positions of a row, L positions with these,
@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from gptneox.devices.cache import LayerCache
+
 if TYPE_CHECKING:
     from gptneox.devices.operators import Operators, PackedLayer
-
-LayerCache = tuple[Tensor, Tensor]  # K and V of one layer
 
 
 class RotaryTables(NamedTuple):
@@ -35,8 +35,8 @@ class RotaryTables(NamedTuple):
 class ForwardBatch:
     """A batch of the paged path: sequences that decode one token first, then prompt chunks.
 
-    Device tensors are what kernels read; the lists beside them hold the same lengths for
-    operators that take theirs from the host.
+    Kernels read the device tensors; the lists hold the same lengths for operators that take them
+    from the host.
     """
 
     input_ids: Tensor  # [T] int64
@@ -92,7 +92,7 @@ class PaddedBatch:
 
 
 class Step:
-    """What the layers of a model ask of a step."""
+    """One forward pass: what it computes, and the caches that its layers read and write."""
 
     # The step computes all layers in one call (`run`), on a rank that holds them whole.
     runs_all_layers: ClassVar[bool] = False
@@ -131,7 +131,7 @@ class Step:
 
         x: [T, C], which may be overwritten. Returns [T, C].
         """
-        head_dim = self.layers[0][0].shape[-1]
+        head_dim = self.layers[0].k.shape[-1]
         for layer_id, layer in enumerate(layers):
             qkv, mlp = self.ops.layer_front(x, layer)
             attended = self.attend(layer_id, qkv.view(len(x), -1, 3, head_dim))
@@ -165,17 +165,16 @@ class PagedStep(Step):
 
     def store(self, layer: LayerCache, k: Tensor, v: Tensor) -> None:
         """Write k, v [T, H, D] to the batch's slots [T]."""
-        size, slots = layer[0].shape[1], self.batch.slot_mapping
+        size, slots = layer.k.shape[1], self.batch.slot_mapping
         where = (slots // size, slots % size)
-        layer[0][where] = k
-        layer[1][where] = v
+        layer.k[where] = k
+        layer.v[where] = v
 
     def decode(self, layer: LayerCache, q: Tensor) -> Tensor:
         """Attention of one new token per sequence, q [B_decode, H, D], over its cached tokens."""
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for b in range(self.batch.num_decodes):
-            k, v = self.gather(layer, b)
-            out[b : b + 1] = self.ops.causal_attention(q[b : b + 1], k, v, self.scale)
+            out[b : b + 1] = self._attend_to(layer, b, q[b : b + 1])
         return out
 
     def prefill(self, layer: LayerCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -189,17 +188,21 @@ class PagedStep(Step):
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for b in range(batch.num_decodes, len(batch.q_lens_list)):
             end = start + batch.q_lens_list[b]
-            keys, values = self.gather(layer, b)
-            out[start:end] = self.ops.causal_attention(q[start:end], keys, values, self.scale)
+            out[start:end] = self._attend_to(layer, b, q[start:end])
             start = end
         return out
+
+    def _attend_to(self, layer: LayerCache, sequence: int, q: Tensor) -> Tensor:
+        """The last S positions of a sequence, q [S, H, D], over all its cached tokens."""
+        k, v = self.gather(layer, sequence)
+        return self.ops.causal_attention(q, k, v, self.scale)
 
     def gather(self, layer: LayerCache, sequence: int) -> tuple[Tensor, Tensor]:
         """The cached keys and values of one sequence, each [context_len, H, D]."""
         assert self.batch.starts is None, "padding in front of a step that does not skip it"
         length = self.batch.context_lens_list[sequence]
-        blocks = self.batch.block_tables[sequence, : -(-length // layer[0].shape[1])].long()
-        k, v = (cache[blocks].flatten(0, 1)[:length] for cache in layer)
+        blocks = self.batch.block_tables[sequence, : -(-length // layer.k.shape[1])].long()
+        k, v = (cache[blocks].flatten(0, 1)[:length] for cache in (layer.k, layer.v))
         return k, v
 
 
@@ -214,11 +217,11 @@ class PaddedStep(Step):
         q, k = self.rotate(q, k)
         batch, layer = self.batch, self.layers[layer_id]
         shape = (batch.num_rows, batch.num_new, *q.shape[1:])
-        for store, new in zip(layer, (k, v), strict=True):
+        for store, new in ((layer.k, k), (layer.v, v)):
             store[:, batch.end - batch.num_new : batch.end] = new.view(shape)
         return self.attend_cached(layer, q.view(shape)).reshape(q.shape)
 
     def attend_cached(self, layer: LayerCache, q: Tensor) -> Tensor:
         """`Operators.dense_attention` of q [B, S, H, D] over the first L positions."""
-        k, v = (store[:, : self.batch.end] for store in layer)
+        k, v = (store[:, : self.batch.end] for store in (layer.k, layer.v))
         return self.ops.dense_attention(q, k, v, self.batch.key_mask, self.scale)

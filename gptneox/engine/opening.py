@@ -19,7 +19,7 @@ from gptneox.engine.generation_config import (
 )
 from gptneox.model import GPTNeoX
 from gptneox.parallel import TensorParallelGroup
-from gptneox.weights.load import check_memory, check_weights, rank_directory
+from gptneox.weights.load import check_memory, check_weights, find_part, measure
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,7 @@ def open_checkpoint(
         ValueError, OSError: the files are wrong; see `rank_directory`, `ModelConfig`,
             `load_tokenizer` and `read_generation_config`; or the device cannot compute in `dtype`.
     """
-    path = rank_directory(model_path, group, prefer_parts=prefer_parts)
-    config = ModelConfig.from_pretrained(path)
+    path, config = find_part(model_path, group, prefer_parts=prefer_parts)
     tokenizer = None
     if with_tokenizer:
         tokenizer = load_tokenizer(path, config.vocab_size, trust_remote_code=trust_remote_code)
@@ -78,12 +77,13 @@ def check_loading(
     """Refuse what the loading of the weights would refuse, without reading them.
 
     Returns:
-        The model of this rank, empty.
+        The model of this rank, empty, with its size.
 
     Raises:
         ValueError, OSError, RuntimeError: as `GPTNeoX` and `load_model`.
     """
     model = GPTNeoX(opened.config, device, group, num_positions)
-    check_weights(opened.path, opened.config, group.world_size)
-    check_memory(model, opened.dtype)
+    formats = check_weights(opened.path, opened.config, group.world_size)
+    model.size = measure(model, formats, opened.dtype)
+    check_memory(model.size, device)
     return model

@@ -61,7 +61,7 @@ class PagedEngine(Engine):
         super().__init__(model, settings, dtype, tokenizer=tokenizer, rules=rules)
         config, ranks = model.config, model.group.world_size
         free = model.device.memory().free
-        block_bytes = config.kv_bytes_per_token(dtype.itemsize, ranks) * settings.block_size
+        block_bytes = model.size.token_bytes * settings.block_size
         num_blocks = int(
             model.group.broadcast_object(count_blocks(settings, config, block_bytes, free))
         )
@@ -73,7 +73,7 @@ class PagedEngine(Engine):
             settings.block_size,
             config.num_heads // ranks,
             config.head_dim,
-            dtype,
+            model.size.kv_format,
         )
         self.block_manager = BlockManager(
             num_blocks, settings.block_size, settings.enable_prefix_caching

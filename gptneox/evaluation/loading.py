@@ -7,15 +7,16 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 
 from gptneox.cli import Settings
-from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EngineSection
+from gptneox.devices.cache import FloatKV
 from gptneox.devices.device import Device
 from gptneox.engine.generation_config import NO_RULES
 from gptneox.engine.paged import affordable_blocks, blocks_needed
 from gptneox.evaluation.timing import Stopwatch
 from gptneox.parallel import TensorParallelGroup
 from gptneox.session import load_engine
-from gptneox.weights.load import rank_directory
+from gptneox.weights.load import find_part
+from gptneox.weights.size import ModelSize
 
 Case = tuple[int, int]  # input length, output length
 
@@ -59,10 +60,9 @@ def _engine_section(
         return section
     # Exactly the blocks that are needed, where they fit; else the engine sizes its cache itself.
     needed = max(blocks_needed([i] * batch_size, o, section.block_size) for i, o in cases)
-    config = ModelConfig.from_pretrained(rank_directory(settings.model_path, group))
+    _, config = find_part(settings.model_path, group)
     dtype, _ = device.resolve_dtype(config.dtype, settings.model.dtype)
-    ranks, itemsize = group.world_size, dtype.itemsize
-    block_bytes = config.kv_bytes_per_token(itemsize, ranks) * section.block_size
-    free = device.memory().free - config.num_parameters * itemsize // ranks
-    fits = needed <= affordable_blocks(section, block_bytes, free)
+    size = ModelSize(config, dtype, FloatKV(dtype), group.world_size)
+    free = device.memory().free - size.weight_bytes
+    fits = needed <= affordable_blocks(section, size.token_bytes * section.block_size, free)
     return replace(section, num_blocks=needed if group.broadcast_object(fits) else 0)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from gptneox.cli import Settings
-from gptneox.config.model import ModelConfig
 from gptneox.devices.device import Device
 from gptneox.evaluation.datasets import Dataset
 from gptneox.evaluation.modeltest_plan import Plan
@@ -26,7 +25,7 @@ from gptneox.evaluation.report import counted, csv_text, say, table, versions
 from gptneox.evaluation.scoring import Result
 from gptneox.files import check_writable, write_file
 from gptneox.parallel import TensorParallelGroup
-from gptneox.weights.load import rank_directory
+from gptneox.weights.load import find_part
 
 logger = logging.getLogger(__name__)
 
@@ -138,8 +137,7 @@ class ResultFiles:
         """
         self.settings, self.plan, self.device, self.group = settings, plan, device, group
         is_flash = plan.attention == "flash"
-        path = rank_directory(settings.model_path, group, prefer_parts=is_flash)
-        self.config = ModelConfig.from_pretrained(path)
+        _, self.config = find_part(settings.model_path, group, prefer_parts=is_flash)
         dtype, notice = device.resolve_dtype(self.config.dtype, settings.model.dtype)
         self.compute_dtype = str(dtype).removeprefix("torch.")
         self.notes = [notice] if notice else []

@@ -84,7 +84,7 @@ class Stopwatch:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.path, self.tokenizer = engine, engine.name, engine.tokenizer
-        self.config, self.dtype = engine.model.config, engine.dtype
+        self.config, self.dtype, self.size = engine.model.config, engine.dtype, engine.model.size
         self.device, self.group = engine.device, engine.group
         self.max_positions = engine.max_positions
 
@@ -172,7 +172,7 @@ def max_over_ranks(stopwatch: Stopwatch, values: Seq[float]) -> list[float]:
 
 # -- the least work ------------------------------------------------------------------------------
 # B rows, S tokens of context, L layers, h hidden size, V vocabulary, P_d parameters that a decode
-# step reads, K bytes of keys and values per token. One multiply-add is two operations.
+# step reads. One multiply-add is two operations. Bytes: `ModelSize`.
 
 
 def prefill_flops(config: ModelConfig, batch_size: int, num_tokens: int) -> float:
@@ -187,11 +187,3 @@ def decode_flops(config: ModelConfig, batch_size: int, context_len: float) -> fl
     """(2 P_d + 4 L h S) B: one new token per row, which attends to S cached ones."""
     attention = 4 * config.num_layers * config.hidden_size * context_len
     return batch_size * (2 * config.num_decode_parameters + attention)
-
-
-def decode_bytes(
-    config: ModelConfig, itemsize: int, world_size: int, batch_size: int, context_len: float
-) -> float:
-    """(P_d e + B S K) / N: what one rank reads for one decode step."""
-    weights = config.num_decode_parameters * itemsize / world_size
-    return weights + batch_size * context_len * config.kv_bytes_per_token(itemsize, world_size)

@@ -35,7 +35,6 @@ from gptneox.prompts import (
     read_texts,
 )
 from gptneox.session import refuse_paged_only
-from gptneox.weights.load import weight_bytes
 
 PACKAGES = {"torch": "2.7", "transformers": "5.0", "safetensors": ""}
 MARKS = {True: "ok  ", None: "note", False: "FAIL"}
@@ -137,12 +136,12 @@ def checkpoint(settings: Settings, device: Device, ranks: Ranks) -> list[Finding
     findings.append(Finding(True, "checkpoint", _describe(settings.model_path, config, str(dtype))))
     findings += [Finding(None, "notice", notice) for notice in opened.notices]
     engine = settings.engine
-    weights, free = weight_bytes(model, dtype), device.memory().free
+    weights, free = model.size.weight_bytes, device.memory().free
     text = (
         f"{weights / 2**30:.2f} GiB of weights on each of {ranks.total} rank(s), "
         f"{free / 2**30:.2f} GiB free"
     )
-    block_bytes = config.kv_bytes_per_token(dtype.itemsize, ranks.total) * engine.block_size
+    block_bytes = model.size.token_bytes * engine.block_size
     blocks = None
     try:
         if not is_flash:

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from gptneox.cli import Settings
 from gptneox.config.errors import ConfigError
-from gptneox.config.model import ModelConfig
 from gptneox.devices.device import Device
 from gptneox.evaluation.loading import Case, load_stopwatch
 from gptneox.evaluation.performance_result import (
@@ -31,7 +30,6 @@ from gptneox.evaluation.report import say, versions
 from gptneox.evaluation.timing import (
     Stopwatch,
     Timing,
-    decode_bytes,
     decode_flops,
     max_over_ranks,
     prefill_flops,
@@ -40,7 +38,7 @@ from gptneox.evaluation.timing import (
 from gptneox.files import check_writable, is_regular, safe_name, write_file
 from gptneox.parallel import TensorParallelGroup
 from gptneox.session import start
-from gptneox.weights.load import rank_directory
+from gptneox.weights.load import find_part
 
 logger = logging.getLogger(__name__)
 
@@ -112,10 +110,8 @@ def check_cases(settings: Settings, cases: Seq[Case]) -> None:
     """
     environment = settings.environment
     ranks = TensorParallelGroup(environment.rank, environment.world_size)
-    flash = settings.attention == "flash"
-    config = ModelConfig.from_pretrained(
-        rank_directory(settings.model_path, ranks, prefer_parts=flash)
-    )
+    is_flash = settings.attention == "flash"
+    _, config = find_part(settings.model_path, ranks, prefer_parts=is_flash)
     limit = config.positions(settings.engine.max_position_embeddings)
     for input_len, output_len in cases:
         if input_len + output_len > limit:
@@ -243,13 +239,13 @@ def rates(
 
     Rates of decoding count whole steps; bytes and operations are those of one rank.
     """
-    config, ranks = stopwatch.config, stopwatch.group.world_size
+    config, size, ranks = stopwatch.config, stopwatch.size, stopwatch.group.world_size
     input_len, output_len = case
     prefill: dict[str, float] = {}
     decode: dict[str, float] = {}
     if first_s := times.first_ms / 1e3:
         flops = prefill_flops(config, batch_size, input_len) / ranks
-        weights = decode_bytes(config, stopwatch.dtype.itemsize, ranks, batch_size, input_len)
+        weights = size.decode_bytes(batch_size, input_len)
         prefill = {
             "prefill_tokens_per_s": batch_size * input_len / first_s,
             "prefill_tflop_per_s": flops / first_s / 1e12,
@@ -259,7 +255,7 @@ def rates(
     step_s = times.step_ms / 1e3
     if step_s > 0 and output_len > 1:
         context = input_len + output_len / 2  # mean over the steps that follow the first token
-        num_bytes = decode_bytes(config, stopwatch.dtype.itemsize, ranks, batch_size, context)
+        num_bytes = size.decode_bytes(batch_size, context)
         flops = decode_flops(config, batch_size, context) / ranks
         decode = {
             "decode_tokens_per_s": batch_size / step_s,
@@ -316,7 +312,7 @@ def make_notes(settings: Settings, stopwatch: Stopwatch) -> list[str]:
     notes = []
     if config.dtype != dtype:
         notes.append(f"{config.dtype} weights were computed in {dtype}")
-    weights = config.num_decode_parameters * stopwatch.dtype.itemsize / stopwatch.group.world_size
+    weights = stopwatch.size.decode_weight_bytes
     cache = cache_bytes() if stopwatch.device.torch_device.type == "cpu" else 0
     if weights < cache:
         notes.append(

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from gptneox.cli import Settings
 from gptneox.config.errors import ConfigError
-from gptneox.config.model import ModelConfig
 from gptneox.config.settings import PrecisionSection
 from gptneox.engine.api import Engine
 from gptneox.engine.detokenizer import load_tokenizer
@@ -21,7 +20,7 @@ from gptneox.evaluation.fingerprint import content_hash, model_files
 from gptneox.evaluation.precision_results import ResultFolder
 from gptneox.evaluation.scoring import QuestionFailed, Result, evaluate
 from gptneox.session import load_engine, start
-from gptneox.weights.load import rank_directory
+from gptneox.weights.load import find_part
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +43,8 @@ def run(settings: Settings) -> None:
     section = settings.precision
     dataset = read_dataset(section)
     device, group = start(settings)
-    path = rank_directory(settings.model_path, group, prefer_parts=settings.attention == "flash")
-    config = ModelConfig.from_pretrained(path)
+    is_flash = settings.attention == "flash"
+    path, config = find_part(settings.model_path, group, prefer_parts=is_flash)
     limit = prompt_limit(dataset, config.positions(settings.engine.max_position_embeddings))
     dtype, _ = device.resolve_dtype(config.dtype, settings.model.dtype)
     protocol = describe_protocol(settings, dataset, limit, str(dtype).removeprefix("torch."))

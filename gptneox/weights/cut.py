@@ -2,14 +2,14 @@
 """Cut a checkpoint for tensor parallelism, and join it again, tensor by tensor.
 
     part_model/
-      manifest.json            written last: a folder without it is no complete cut
+      manifest.json            written last: without it a cut is not complete
       0/ 1/ …                  each complete in itself: config.json, model.safetensors, tokenizer,
                                modeling_gpt_neox_ascend.py
 
-A cut is written into `part_model/.gptneox-unfinished` and moved up when all of it is there. Nothing
-is ever replaced but what a seal proves to be written here: the manifest of a cut, or the metadata
-of a joined checkpoint's model.safetensors. Which tensor is cut along which dimension stands in
-`checkpoint.CUT_DIMENSIONS`.
+A cut is written into `part_model/.gptneox-unfinished` and moved up when it is complete. Only a
+result of this module is ever replaced, which a seal proves: the manifest of a cut, or the metadata
+of a joined checkpoint's model.safetensors. `formats.py` decides which tensor is cut along which
+dimension.
 """
 
 from __future__ import annotations
@@ -37,23 +37,20 @@ from gptneox.config.model import ModelConfig
 from gptneox.files import UNFINISHED, is_unused, lock
 from gptneox.parallel import check_divides
 from gptneox.weights.files import DTYPES, REMAP_BYTES, CheckpointError, SafetensorsFile
+from gptneox.weights.formats import Formats, cut_dimension, find_formats, part_shape
 from gptneox.weights.load import (
-    EMBEDDING_NAME,
     MANIFEST_NAME,
     PART_FILE,
     Checkpoint,
     Manifest,
-    cut_dimension,
     find_layout,
     is_embedding,
-    is_partial_bias,
-    pad_rows,
     parameter_name,
     parse_manifest,
-    part_shape,
-    rank_slice,
     read_manifest,
+    read_part,
 )
+from gptneox.weights.size import EMBEDDING_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +63,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class SafetensorsWriter:
     """Writes one safetensors file whose tensors come one by one, in the announced order.
 
-    The library's own writer wants all tensors at once, which a large model's part is too big for.
+    The library's own writer takes all tensors at once; a large model's part may not fit in memory.
     Source: the safetensors format (8 bytes header size, JSON header, contiguous data).
     """
 
@@ -99,7 +96,7 @@ class SafetensorsWriter:
         self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> None:
-        """End the file, and see it on the disk."""
+        """End the file and flush it to the disk."""
         assert next(self._expected, None) is None, "tensors are missing"
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -135,13 +132,15 @@ def cut_checkpoint(
     config = ModelConfig.from_pretrained(input_path)
     check_divides(world_size, config.num_heads, config.intermediate_size)
     checkpoint = Checkpoint(input_path)
-    if find_layout(checkpoint, config).num_parts > 1:
+    layout = find_layout(checkpoint, config)
+    if layout.num_parts > 1:
         raise CheckpointError(f"{input_path} is itself a part; give the uncut checkpoint")
     target = _target(output_path, input_path, [f.path for f in checkpoint.files])
     _check_free(target, MANIFEST_NAME, recut=recut)
     tensors = {n: (checkpoint.dtypes[n], s) for n, s in checkpoint.shapes.items()}
     checkpoint.close()
-    parts = {n: (d, part_shape(_rule(n, config), s, world_size)) for n, (d, s) in tensors.items()}
+    dims = {n: cut_dimension(_rule(n, config), layout.formats) for n in tensors}
+    parts = {n: (d, part_shape(dims[n], s, world_size)) for n, (d, s) in tensors.items()}
     with _filling(target, MANIFEST_NAME, recut=recut) as folder:
         _check_space(target, world_size * sum(_num_bytes(d, s) for d, s in parts.values()))
         manifest = Manifest(
@@ -154,7 +153,7 @@ def cut_checkpoint(
             },
             config=read_json(input_path / "config.json"),
         )
-        _write_parts(checkpoint, parts, folder, manifest)
+        _write_parts(checkpoint, parts, layout.formats, folder, manifest)
         for rank in range(world_size):
             _copy_side_files(input_path, folder / str(rank))
             part_config = {**_own_config(manifest), "world_size": world_size, "auto_map": AUTO_MAP}
@@ -178,6 +177,7 @@ def _rule(name: str, config: ModelConfig) -> str:
 def _write_parts(
     checkpoint: Checkpoint,
     parts: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    formats: Formats,
     folder: Path,
     manifest: Manifest,
 ) -> None:
@@ -191,20 +191,10 @@ def _write_parts(
     for name in tqdm(parts, desc="cutting", unit="tensor", disable=not sys.stderr.isatty()):
         rule = _rule(name, config)
         for rank, writer in enumerate(writers):
-            writer.write(name, _cut(checkpoint, name, rule, rank, world_size))
+            writer.write(name, read_part(checkpoint, name, rule, formats, rank, world_size))
     checkpoint.close()
     for writer in writers:
         writer.close()
-
-
-def _cut(checkpoint: Checkpoint, name: str, rule: str, rank: int, world_size: int) -> Tensor:
-    """Rank's part of tensor `name`, which is cut like `rule`."""
-    shape = checkpoint.shapes[name]
-    value = checkpoint.read(name, rank_slice(rule, shape, rank, world_size))
-    if is_partial_bias(name, value) and rank > 0:
-        return torch.zeros_like(value)
-    expected = part_shape(rule, shape, world_size)
-    return pad_rows(value, expected[0]) if expected else value
 
 
 # -- merge ---------------------------------------------------------------------------------------
@@ -229,6 +219,7 @@ def merge_checkpoint(part_model: Path, output_path: Path, *, recut: bool = False
         name: (DTYPES[entry["dtype"]], tuple(entry["shape"]))
         for name, entry in manifest.tensors.items()
     }
+    formats = find_formats(parameter_name(name) for name in tensors)
     with _filling(target, PART_FILE, recut=recut) as folder:
         _check_space(target, sum(_num_bytes(d, s) for d, s in tensors.values()))
         _copy_side_files(part_model / "0", folder)
@@ -241,7 +232,7 @@ def merge_checkpoint(part_model: Path, output_path: Path, *, recut: bool = False
         for name, (_, shape) in tqdm(
             tensors.items(), desc="joining", unit="tensor", disable=not sys.stderr.isatty()
         ):
-            dim = cut_dimension(_rule(name, config))
+            dim = cut_dimension(_rule(name, config), formats)
             writer.write(name, _join(parts, name, shape, dim))
             num_mapped += _num_bytes(*tensors[name])
             if num_mapped > REMAP_BYTES:  # of all parts together
@@ -253,7 +244,7 @@ def merge_checkpoint(part_model: Path, output_path: Path, *, recut: bool = False
 
 def _join(parts: list[Checkpoint], name: str, shape: tuple[int, ...], dim: int | None) -> Tensor:
     """The whole tensor from its parts along `dim`; what is not cut is the same in each."""
-    if dim is None or len(shape) <= dim:
+    if dim is None:
         return parts[0].read(name)
     whole = torch.cat([part.read(name) for part in parts], dim)
     return whole.narrow(dim, 0, shape[dim])
@@ -423,7 +414,7 @@ def _filling(target: Path, seal: str, *, recut: bool) -> Iterator[Path]:
         ) from error
     lock_path = work / "lock"
     with lock_path.open("a") as file:
-        # A lock on a file that another process has removed meanwhile keeps nobody out.
+        # If another process has removed the file meanwhile, its lock protects nothing.
         if not (lock(file) and os.fstat(file.fileno()).st_nlink):
             raise RuntimeError(f"another process is writing {target}; wait for it")
         try:

@@ -24,7 +24,7 @@ from gptneox.file_faults import explain, explain_place, is_there
 
 logger = logging.getLogger(__name__)
 
-# A mapped file keeps the pages that were read resident; it is mapped anew after this many bytes.
+# Pages read from a mapped file stay resident; it is remapped after this many bytes to free them.
 REMAP_BYTES = 64 << 20
 # A longer header is a damaged one. Source: the safetensors format.
 MAX_HEADER_BYTES = 100 << 20
@@ -53,7 +53,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a stored tensor without its data."""
+    """Shape and dtype of a stored tensor, as the header gives them."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -91,7 +91,7 @@ class WeightFile:
         return tensor
 
     def close(self) -> None:
-        """Unmap the file, or let go of what was read of it."""
+        """Unmap the file, or free what was read of it."""
         self._handle, self._bytes_read = None, 0
 
     def damage(self, error: BaseException) -> CheckpointError:
@@ -121,7 +121,7 @@ class SafetensorsFile(WeightFile):
 
     def tensors(self) -> dict[str, TensorInfo]:
         """From the header."""
-        handle, found = self._open(), {}
+        handle, tensors = self._open(), {}
         for name in handle.keys():  # noqa: SIM118
             entry = handle.get_slice(name)
             dtype = entry.get_dtype()
@@ -130,8 +130,8 @@ class SafetensorsFile(WeightFile):
                     f"{self.path}: {name} holds {dtype}, which is quantized; use a checkpoint of "
                     "floating-point weights"
                 )
-            found[name] = TensorInfo(tuple(entry.get_shape()), DTYPES[dtype])
-        return found
+            tensors[name] = TensorInfo(tuple(entry.get_shape()), DTYPES[dtype])
+        return tensors
 
     def metadata(self) -> dict[str, str]:
         """The free text that the header carries."""
@@ -240,11 +240,11 @@ class PickleFile(WeightFile):
     def _tensors_of(self, state: Any) -> dict[str, Tensor]:
         """The tensors of a state dict; what else lies between them is left out."""
         if not isinstance(state, dict) or not any(isinstance(t, Tensor) for t in state.values()):
-            found = type(state).__name__
+            kind = type(state).__name__
             if isinstance(state, dict):
-                found += f" of {', '.join(map(str, list(state)[:5])) or 'nothing'}"
+                kind += f" of {', '.join(map(str, list(state)[:5])) or 'nothing'}"
             raise CheckpointError(
-                f"{self.path} is not a state dict (name -> tensor) but a {found}; save the state "
+                f"{self.path} is not a state dict (name -> tensor) but a {kind}; save the state "
                 "dict itself"
             )
         tensors = {str(n): t.detach() for n, t in state.items() if isinstance(t, Tensor)}
@@ -280,7 +280,7 @@ WEIGHT_NAMES = (
     "pytorch_model.bin.index.json",
 )
 _SHARD = re.compile(r"(model|pytorch_model)-(\d+)-of-(\d+)\.(safetensors|bin)")
-# Endings of what people take for weights, to be named where there are none.
+# Endings of files that may be meant as weights, named in the error where there are none.
 _WEIGHT_ENDINGS = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".npz"),
     *(".onnx", ".part", ".incomplete", ".crdownload", ".aria2", ".gz", ".zip", ".tar"),
@@ -290,9 +290,9 @@ _WEIGHT_ENDINGS = {
 def find_weight_files(model_path: Path) -> tuple[list[WeightFile], dict[str, str]]:
     """The files of the base model, and the index's weight map ({} without an index).
 
-    As transformers chooses, and nothing beside it: adapters, optimizer states, variants and
-    leftover shards are no part of the model. Beyond that, a complete set of shards needs no index,
-    and an index none of whose files is there does not hide a file that is.
+    The choice is that of transformers; adapters, optimizer states, variants and leftover shards
+    are not part of the model. In addition, a complete set of shards needs no index, and an index
+    is passed over where none of its files exists.
 
     Raises:
         FileNotFoundError: no weight file, or one that the index names is absent; what is there
@@ -327,7 +327,7 @@ def find_weight_files(model_path: Path) -> tuple[list[WeightFile], dict[str, str
 def _chosen(
     model_path: Path, files: list[Path], name: str, names: Iterable[str], problems: list[str]
 ) -> list[WeightFile]:
-    """The chosen files, opened; says what was passed over."""
+    """The chosen files, opened; logs what was passed over."""
     for problem in problems:
         logger.warning("%s: %s; %s is used", model_path, problem, name)
     if others := [n for n in names if n != name and (model_path / n).is_file()]:
@@ -453,7 +453,7 @@ _QUANTIZED_PARTS = {
 
 
 def find_quantization(model_path: Path, names: Iterable[str]) -> str:
-    """The method by which weights were quantized, and what shows it; "" for none.
+    """The method by which weights were quantized, and the evidence; "" for float weights.
 
     Args:
         model_path: the directory, where a quantizer may have left its settings.

@@ -4,22 +4,24 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from gptneox.config.errors import ConfigError
 from gptneox.config.files import read_json
 from gptneox.config.model import ModelConfig
+from gptneox.devices.cache import FloatKV
+from gptneox.devices.device import Device
+from gptneox.devices.operators import LinearWeight
 from gptneox.files import is_unused
-from gptneox.layers import Linear
-from gptneox.model import GPTNeoX, Layer
+from gptneox.layers import Linear, as_parameter
+from gptneox.model import GPTNeoX
 from gptneox.parallel import TensorParallelGroup
 from gptneox.weights.files import (
     CheckpointError,
@@ -29,27 +31,28 @@ from gptneox.weights.files import (
     find_weight_files,
     listed,
 )
+from gptneox.weights.formats import (
+    FLOATS,
+    Formats,
+    cut_dimension,
+    find_formats,
+    is_partial_bias,
+    pad_to,
+    part_shape,
+    rank_slice,
+    split_name,
+)
+from gptneox.weights.size import EMBEDDING_NAME, HEAD_NAME, PREFIX, ModelSize, stored_shapes
 
 logger = logging.getLogger(__name__)
 
-# Module name (second last part of a tensor's name) -> dimension its weight is cut along.
-CUT_DIMENSIONS = {
-    "query_key_value": 0,
-    "dense_h_to_4h": 0,
-    "embed_out": 0,
-    "dense": 1,
-    "dense_4h_to_h": 1,
-}
 # Buffers that old checkpoints hold and the model recomputes.
 IGNORED_SUFFIXES = (".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
-HEAD_NAMES = ("embed_out.weight", "lm_head.weight")
-PREFIX = "gpt_neox."
-EMBEDDING_NAME = "gpt_neox.embed_in.weight"
-# A tensor of which every rank's part differs from the whole in shape.
-CUT_NAME = "gpt_neox.layers.0.attention.query_key_value.weight"
+HEAD_NAMES = (HEAD_NAME, "lm_head.weight")
+# A linear layer of which every rank's part differs from the whole in shape.
+CUT_LINEAR = "gpt_neox.layers.0.attention.query_key_value"
 MANIFEST_NAME = "manifest.json"
 PART_FILE = "model.safetensors"
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Checkpoint:
@@ -76,7 +79,7 @@ class Checkpoint:
                 self.where[name] = file
                 self.shapes[name], self.dtypes[name] = info.shape, info.dtype
             if not file.is_mapped and len(self.files) > 1:
-                file.close()  # what is not mapped takes memory
+                file.close()  # an unmapped file is held in memory
         if unmapped := [file.path.name for file in self.files if not file.is_mapped]:
             logger.info("%s: %s cannot be mapped and will be read", model_path, listed(unmapped, 3))
 
@@ -105,36 +108,7 @@ class Checkpoint:
             file.close()
 
 
-# -- one rank's part of a tensor -----------------------------------------------------------------
-
-
-def cut_dimension(name: str) -> int | None:
-    """Dimension along which tensor parallelism cuts a tensor's weight; None: whole on each rank."""
-    return CUT_DIMENSIONS.get(name.split(".")[-2:][0])
-
-
-def rank_slice(name: str, shape: tuple[int, ...], rank: int, world_size: int) -> tuple[slice, ...]:
-    """The part of tensor `name` that `rank` holds; () means the whole tensor.
-
-    A fused query_key_value is laid out per head (q, k, v), so equal row ranges are whole heads.
-    Rows of a vocabulary that does not divide are padded: the last ranks hold fewer real ones.
-    A row-parallel bias is whole here; the caller decides who adds it.
-    """
-    dim = cut_dimension(name)
-    if world_size == 1 or dim is None or len(shape) <= dim:
-        return ()
-    size = math.ceil(shape[dim] / world_size)
-    start = min(rank * size, shape[dim])
-    part = slice(start, min(start + size, shape[dim]))
-    return (slice(None),) * dim + (part,)
-
-
-def part_shape(name: str, shape: tuple[int, ...], world_size: int) -> tuple[int, ...]:
-    """Shape of one rank's part; a vocabulary that does not divide is padded."""
-    dim = cut_dimension(name)
-    if dim is None or len(shape) <= dim:
-        return shape
-    return (*shape[:dim], math.ceil(shape[dim] / world_size), *shape[dim + 1 :])
+# -- names and parts of stored tensors -----------------------------------------------------------
 
 
 def parameter_name(stored: str) -> str:
@@ -146,7 +120,7 @@ def parameter_name(stored: str) -> str:
     """
     bare = stored.removeprefix(PREFIX)
     if stored in HEAD_NAMES or bare == HEAD_NAMES[1]:
-        return HEAD_NAMES[0]
+        return HEAD_NAME
     return bare if bare.startswith(PREFIX) else PREFIX + bare
 
 
@@ -156,22 +130,27 @@ def is_embedding(name: str, config: ModelConfig) -> bool:
     In a tied checkpoint it may be stored under the head's name.
     """
     parameter = parameter_name(name)
-    return parameter == EMBEDDING_NAME or (
-        config.tie_word_embeddings and parameter == HEAD_NAMES[0]
-    )
+    return parameter == EMBEDDING_NAME or (config.tie_word_embeddings and parameter == HEAD_NAME)
 
 
-def is_partial_bias(name: str, value: Tensor) -> bool:
-    """Whether a tensor is the bias of a row-parallel layer, which only one rank may add."""
-    return value.dim() == 1 and cut_dimension(name) == 1
+def read_part(
+    checkpoint: Checkpoint, stored: str, name: str, formats: Formats, rank: int, world_size: int
+) -> Tensor:
+    """A rank's part of the tensor `stored`, in the file's dtype.
 
-
-def pad_rows(value: Tensor, num_rows: int) -> Tensor:
-    """Rows of zeros up to `num_rows`: the padded end of a vocabulary."""
-    missing = num_rows - value.shape[0]
-    if value.dim() < 2 or missing <= 0:
-        return value
-    return torch.cat([value, value.new_zeros(missing, *value.shape[1:])])
+    Args:
+        checkpoint: an uncut one.
+        stored: the tensor's name in the file.
+        name: the parameter that it fills.
+        formats: of the checkpoint's linear layers.
+        rank: whose part.
+        world_size: number of parts.
+    """
+    dim, shape = cut_dimension(name, formats), checkpoint.shapes[stored]
+    value = checkpoint.read(stored, rank_slice(dim, shape, rank, world_size))
+    if is_partial_bias(name) and rank > 0:
+        return torch.zeros_like(value)
+    return pad_to(value, part_shape(dim, shape, world_size))
 
 
 # -- cut checkpoints -----------------------------------------------------------------------------
@@ -222,19 +201,19 @@ def read_manifest(part_model: Path) -> Manifest:
                 f"{part_model} was cut for {manifest.world_size} ranks, but {rank}/{PART_FILE} is "
                 "missing; cut the model again"
             )
-        if (found := SafetensorsFile(file).metadata().get("cut_id")) != manifest.cut_id:
+        if (cut_id := SafetensorsFile(file).metadata().get("cut_id")) != manifest.cut_id:
             raise CheckpointError(
-                f"{file} is of another cut ({found}) than {path} ({manifest.cut_id}); cut the "
+                f"{file} is of another cut ({cut_id}) than {path} ({manifest.cut_id}); cut the "
                 "model again"
             )
     return manifest
 
 
 def parse_manifest(path: Path) -> Manifest:
-    """The manifest alone, whatever lies beside it.
+    """Read the manifest; the folders of the ranks are not looked at.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the file is not a manifest.
     """
     try:
         manifest = Manifest(**read_json(path))
@@ -276,6 +255,14 @@ def rank_directory(
     return parts / str(group.rank)
 
 
+def find_part(
+    model_path: Path, group: TensorParallelGroup, *, prefer_parts: bool = False
+) -> tuple[Path, ModelConfig]:
+    """This rank's folder and its config.json; see `rank_directory` and `ModelConfig`."""
+    path = rank_directory(model_path, group, prefer_parts=prefer_parts)
+    return path, ModelConfig.from_pretrained(path)
+
+
 # -- checking ------------------------------------------------------------------------------------
 
 
@@ -283,15 +270,17 @@ def rank_directory(
 class Layout:
     """How a checkpoint stores the model.
 
-    `names` maps each parameter to the stored tensor that fills it. `num_parts` above 1: the files
-    are one rank's part of a cut checkpoint.
+    `names` maps each parameter to the stored tensor that fills it, `formats` each linear layer to
+    the format of its weight. `num_parts` above 1: the files are one rank's part of a cut
+    checkpoint.
     """
 
     names: dict[str, str]
+    formats: Formats
     num_parts: int
 
 
-def check_weights(model_path: Path, config: ModelConfig, world_size: int | None = None) -> None:
+def check_weights(model_path: Path, config: ModelConfig, world_size: int | None = None) -> Formats:
     """Check the weight files against config.json without reading their data.
 
     Args:
@@ -299,10 +288,15 @@ def check_weights(model_path: Path, config: ModelConfig, world_size: int | None 
         config: read from the same directory.
         world_size: ranks that would run; None: as many as the files are for.
 
+    Returns:
+        The formats of the linear layers.
+
     Raises:
         OSError, CheckpointError: exactly as `load_model` would raise.
     """
-    _open(model_path, config, world_size)[0].close()
+    checkpoint, layout = _open(model_path, config, world_size)
+    checkpoint.close()
+    return layout.formats
 
 
 def _open(
@@ -336,29 +330,40 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
             f"{path} is quantized ({method}), which is not built yet; use the float checkpoint"
         )
     names = _find_names(checkpoint, config)
-    expected = full_shapes(config)
+    formats = find_formats(names)
+    expected = stored_shapes(config, formats)
+    names = {name: names[name] for name in expected if name in names}
     if missing := [name for name in expected if name not in names]:
         raise CheckpointError(f"{path} lacks {_describe_missing(missing, checkpoint, names)}")
+    cut_name = f"{CUT_LINEAR}.{formats[CUT_LINEAR].tensors[0].suffix}"
     num_parts = config.part_world_size
-    if checkpoint.shapes[names[CUT_NAME]] == expected[CUT_NAME]:
+    if checkpoint.shapes[names[cut_name]] == expected[cut_name]:
         num_parts = 1  # whole, whatever config.json kept of an earlier cut
     wrong = []
     for name, whole in expected.items():
-        found = names[name]
-        if checkpoint.dtypes[found] not in FLOATS:
+        stored = names[name]
+        if checkpoint.dtypes[stored] not in _dtypes(name, formats):
             raise CheckpointError(
-                f"{path}: {found} holds {str(checkpoint.dtypes[found]).removeprefix('torch.')}; "
+                f"{path}: {stored} holds {str(checkpoint.dtypes[stored]).removeprefix('torch.')}; "
                 "a checkpoint of floating-point weights is expected"
             )
         # The head of a tied checkpoint is the embedding, which is whole in every part.
-        shape = whole if is_embedding(found, config) else part_shape(name, whole, num_parts)
-        if checkpoint.shapes[found] != shape:
-            wrong.append(f"{found} is {list(checkpoint.shapes[found])}, expected {list(shape)}")
+        dim = None if is_embedding(stored, config) else cut_dimension(name, formats)
+        shape = part_shape(dim, whole, num_parts)
+        if checkpoint.shapes[stored] != shape:
+            wrong.append(f"{stored} is {list(checkpoint.shapes[stored])}, expected {list(shape)}")
     if wrong:
         raise CheckpointError(f"{path} does not fit its config.json: {listed(wrong, 5)}")
     if unknown := _unknown(checkpoint, names):
         logger.warning("%s: ignored unknown %s", path, listed(unknown, 5))
-    return Layout(names, num_parts)
+    return Layout(names, formats, num_parts)
+
+
+def _dtypes(name: str, formats: Formats) -> tuple[torch.dtype, ...]:
+    """The dtypes that a tensor may be stored in."""
+    owner, suffix = split_name(name)
+    tensors = formats[owner].tensors if owner in formats else ()
+    return next((t.dtypes for t in tensors if t.suffix == suffix), FLOATS)
 
 
 def _find_names(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, str]:
@@ -371,20 +376,20 @@ def _find_names(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, str]:
     for stored in sorted(checkpoint.shapes):
         names.setdefault(parameter_name(stored), stored)
     if config.tie_word_embeddings:
-        for name, other in ((HEAD_NAMES[0], EMBEDDING_NAME), (EMBEDDING_NAME, HEAD_NAMES[0])):
+        for name, other in ((HEAD_NAME, EMBEDDING_NAME), (EMBEDDING_NAME, HEAD_NAME)):
             if other in names:
                 names.setdefault(name, names[other])
-    return {name: names[name] for name in full_shapes(config) if name in names}
+    return names
 
 
 def _unknown(checkpoint: Checkpoint, names: dict[str, str]) -> list[str]:
-    """Stored tensors that fill no parameter and are no buffers."""
+    """Stored tensors that are neither parameters nor ignored buffers."""
     extra = checkpoint.shapes.keys() - set(names.values())
     return sorted(name for name in extra if not name.endswith(IGNORED_SUFFIXES))
 
 
 def _describe_missing(missing: list[str], checkpoint: Checkpoint, names: dict[str, str]) -> str:
-    """The missing tensors, beside what was found or promised instead of them."""
+    """The missing tensors, and what the files or the index have instead."""
     text = f"{len(missing)} tensors: {listed(missing)}"
     unknown = _unknown(checkpoint, names)
     if unknown:
@@ -418,47 +423,56 @@ def load_model(
         RuntimeError: not enough memory; the message has both numbers.
     """
     checkpoint, layout = _open(model_path, model.config, model.group.world_size)
-    check_memory(model, dtype)
+    model.size = measure(model, layout.formats, dtype)
+    check_memory(model.size, model.device)
     _warn_of_untied(checkpoint, layout, model.config)
-    modules = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
+    reader = _Reader(checkpoint, layout, model, dtype)
     disable = not (show_progress and model.group.rank == 0 and sys.stderr.isatty())
-    owner = {id(m): n for n, m in model.named_modules()}
-    layers = [m for m in model.modules() if isinstance(m, Layer) and m.fused]
-    fused = {id(m): layer for layer in layers for m in layer.modules()}
-    last = {id(layer): [m for m in modules if fused.get(id(m)) is layer][-1] for layer in layers}
-    for module in tqdm(modules, desc="loading", unit="layer", leave=False, disable=disable):
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            name = f"{owner[id(module)]}.{key}"
-            value = _read_part(checkpoint, layout, name, parameter, model)
-            # What was read may alias the mapped file: copy it, unless `pack` copies it at once.
-            copy = not isinstance(module, Linear) or key != "weight"
-            value = value.to(device=model.device.torch_device, dtype=dtype, copy=copy)
-            module.register_parameter(key, nn.Parameter(value, requires_grad=False))
-        layer = fused.get(id(module))
-        if layer is None and isinstance(module, Linear):
-            module.pack()
-        elif layer is not None and module is last[id(layer)]:
-            layer.pack()
+    units = list(model.packing_units())
+    for name, unit in tqdm(units, desc="loading", unit="layer", leave=False, disable=disable):
+        for owner, module in unit.named_modules(prefix=name):
+            if isinstance(module, Linear):
+                bias = None if module.bias is None else reader.read(f"{owner}.bias")
+                module.load(reader.read_weight(owner), bias)
+            else:
+                for key, _ in list(module.named_parameters(recurse=False)):
+                    module.register_parameter(key, as_parameter(reader.read(f"{owner}.{key}")))
+        unit.pack()
     checkpoint.close()
 
 
-def _read_part(
-    checkpoint: Checkpoint, layout: Layout, name: str, parameter: Tensor, model: GPTNeoX
-) -> Tensor:
-    """This rank's part of parameter `name`, in the file's dtype."""
-    group, source = model.group, layout.names[name]
-    if layout.num_parts > 1 and not is_embedding(source, model.config):
-        return checkpoint.read(source)  # cut when it was written
-    index = rank_slice(name, checkpoint.shapes[source], group.rank, group.world_size)
-    value = checkpoint.read(source, index)
-    if is_partial_bias(name, value) and group.rank > 0:
-        return torch.zeros_like(value)  # a row-parallel bias is added on rank 0 only
-    return pad_rows(value, parameter.shape[0])
+@dataclass(frozen=True)
+class _Reader:
+    """Reads this rank's parts onto its device."""
+
+    checkpoint: Checkpoint
+    layout: Layout
+    model: GPTNeoX
+    dtype: torch.dtype
+
+    def read(self, name: str) -> Tensor:
+        """Any parameter but a linear layer's weight, copied from the file."""
+        device = self.model.device.torch_device
+        return self._read_part(name).to(device=device, dtype=self.dtype, copy=True)
+
+    def read_weight(self, linear: str) -> LinearWeight:
+        """The weight of a linear layer, in the format it is stored in."""
+        weight_format = self.layout.formats[linear]
+        stored = {t.suffix: self._read_part(f"{linear}.{t.suffix}") for t in weight_format.tensors}
+        return weight_format.load(stored, self.model.device.torch_device, self.dtype)
+
+    def _read_part(self, name: str) -> Tensor:
+        """In the file's dtype."""
+        group, stored = self.model.group, self.layout.names[name]
+        if self.layout.num_parts > 1 and not is_embedding(stored, self.model.config):
+            return self.checkpoint.read(stored)  # cut when it was written
+        rank, world_size, formats = group.rank, group.world_size, self.layout.formats
+        return read_part(self.checkpoint, stored, name, formats, rank, world_size)
 
 
 def _warn_of_untied(checkpoint: Checkpoint, layout: Layout, config: ModelConfig) -> None:
     """Say when a head is stored that the tied embedding it should be is not."""
-    head, embedding = layout.names[HEAD_NAMES[0]], layout.names[EMBEDDING_NAME]
+    head, embedding = layout.names[HEAD_NAME], layout.names[EMBEDDING_NAME]
     if not config.tie_word_embeddings or head == embedding:
         return
     if not torch.equal(checkpoint.read(head), checkpoint.read(embedding)):
@@ -471,40 +485,17 @@ def _warn_of_untied(checkpoint: Checkpoint, layout: Layout, config: ModelConfig)
         )
 
 
-def full_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of an uncut checkpoint."""
-    c, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING_NAME: (v, c)}
-    for i in range(config.num_layers):
-        layer = f"gpt_neox.layers.{i}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{layer}.{norm}.weight"] = shapes[f"{layer}.{norm}.bias"] = (c,)
-        for linear, out_in in (
-            ("attention.query_key_value", (3 * c, c)),
-            ("attention.dense", (c, c)),
-            ("mlp.dense_h_to_4h", (f, c)),
-            ("mlp.dense_4h_to_h", (c, f)),
-        ):
-            shapes[f"{layer}.{linear}.weight"] = out_in
-            if config.attention_bias or linear.startswith("mlp"):
-                shapes[f"{layer}.{linear}.bias"] = out_in[:1]
-    shapes["gpt_neox.final_layer_norm.weight"] = shapes["gpt_neox.final_layer_norm.bias"] = (c,)
-    shapes["embed_out.weight"] = (v, c)
-    return shapes
+def measure(model: GPTNeoX, formats: Formats, dtype: torch.dtype) -> ModelSize:
+    """The size of a model that computes in `dtype`, as `load_model` gives it to the model."""
+    return ModelSize(model.config, dtype, FloatKV(dtype), model.group.world_size, formats)
 
 
-def weight_bytes(model: GPTNeoX, dtype: torch.dtype) -> int:
-    """Bytes of this rank's weights."""
-    return sum(p.numel() for p in model.parameters()) * dtype.itemsize
-
-
-def check_memory(model: GPTNeoX, dtype: torch.dtype) -> None:
-    """Raise RuntimeError when the weights of this rank do not fit; the message has both numbers."""
-    needed = weight_bytes(model, dtype)
-    free = model.device.memory().free
+def check_memory(size: ModelSize, device: Device) -> None:
+    """Raise RuntimeError when the weights of a rank do not fit; the message has both numbers."""
+    needed, free = size.weight_bytes, device.memory().free
     if needed > free:
         raise RuntimeError(
             f"not enough memory for the weights: {needed / 2**30:.2f} GiB needed in "
-            f"{str(dtype).removeprefix('torch.')}, {free / 2**30:.2f} GiB free on "
-            f"{model.device.name}; use a smaller dtype, more devices or a smaller model"
+            f"{str(size.dtype).removeprefix('torch.')}, {free / 2**30:.2f} GiB free on "
+            f"{device.name}; use a smaller dtype, more devices or a smaller model"
         )

@@ -26,7 +26,7 @@ from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EngineSection
 from gptneox.devices.device import Device
 from gptneox.engine.paged import PagedEngine
-from gptneox.weights.load import full_shapes
+from gptneox.weights.size import full_shapes
 from support.tokenizers import byte_level_tokenizer, write_tokenizer
 
 

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from gptneox.devices.cache import FloatKV
 from gptneox.devices.device import Device
 from gptneox.devices.operators import Operators
 from gptneox.devices.step import ForwardBatch
@@ -88,7 +89,7 @@ def make_cache(
 ) -> PagedKVCache:
     """One layer: random K and V where a sequence of `batch` has been, NaN everywhere else."""
     num_blocks = int(batch.block_tables.max()) + 1
-    cache = PagedKVCache(ops, 1, num_blocks, block_size, heads, d, dtype)
+    cache = PagedKVCache(ops, 1, num_blocks, block_size, heads, d, FloatKV(dtype))
     written = torch.zeros(num_blocks * block_size, dtype=torch.bool)
     cached_lens = [
         n - new for n, new in zip(batch.context_lens_list, batch.q_lens_list, strict=True)

@@ -12,12 +12,15 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
+import torch
+
 from benchmark.arguments import Case
 from gptneox.config.model import ModelConfig
+from gptneox.devices.cache import FloatKV
 from gptneox.evaluation.report import percentile
-from gptneox.evaluation.timing import decode_bytes, prefill_flops
+from gptneox.evaluation.timing import prefill_flops
+from gptneox.weights.size import ModelSize
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Metrics of a run, of which summary and ratios are made.
 RATES = ("prefill_tokens_per_s", "decode_tokens_per_s")
 COMPARED = (*RATES, "peak_bytes")
@@ -54,6 +57,12 @@ def intervals_ms(times: Sequence[Sequence[float]]) -> list[float]:
     return [round((b - a) * 1e3, _MS_DIGITS) for row in sorted(rows) for a, b in pairwise(row)]
 
 
+def size_of(config: ModelConfig, dtype: str) -> ModelSize:
+    """Bytes of a model whose weights and cache are in `dtype`."""
+    torch_dtype = getattr(torch, dtype)
+    return ModelSize(config, torch_dtype, FloatKV(torch_dtype))
+
+
 def shares(
     run: Mapping[str, Any], case: Case, config: ModelConfig, dtype: str, limits: Mapping[str, float]
 ) -> Numbers:
@@ -67,7 +76,7 @@ def shares(
         limits: "bandwidth" in bytes per second, "matmul" in FLOP per second.
     """
     context = case.prompt + case.output / 2
-    num_bytes = decode_bytes(config, ITEM_BYTES[dtype], 1, case.batch, context)
+    num_bytes = size_of(config, dtype).decode_bytes(case.batch, context)
     step_s = case.batch / run["decode_tokens_per_s"]
     flops = prefill_flops(config, case.batch, case.prompt)
     return {

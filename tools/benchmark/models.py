@@ -152,7 +152,7 @@ def _write_weights(target: Path, config: ModelConfig, dtype_name: str) -> None:
     import torch
 
     from gptneox.weights.cut import SafetensorsWriter
-    from gptneox.weights.load import full_shapes
+    from gptneox.weights.size import full_shapes
 
     dtype = getattr(torch, dtype_name)
     torch.set_num_threads(1)

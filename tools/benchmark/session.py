@@ -197,9 +197,9 @@ class Session:
 
     def _check_memory(self, num_engines: int, cases: Sequence[Case]) -> None:
         """Refuse what cannot fit, before the machine runs out."""
-        config, item = self.model.config, figures.ITEM_BYTES[self.options.dtype]
+        size = figures.size_of(self.model.config, self.options.dtype)
         rows = max(case.batch * (case.prompt + case.output) for case in cases)
-        one = config.num_parameters * item + rows * config.kv_bytes_per_token(item)
+        one = size.weight_bytes + rows * size.token_bytes
         free = self.limits["free_bytes"]
         if num_engines * one > free:
             raise RuntimeError(

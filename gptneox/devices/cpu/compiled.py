@@ -14,18 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptneox.devices.cache import CacheShape, KVFormat, LayerCache
 from gptneox.devices.cpu.device import CpuDevice
 from gptneox.devices.cpu.operators import CpuOperators
 from gptneox.devices.device import Device, Finding
 from gptneox.devices.operators import LayerWeights, PackedLayer, PackedLinear
-from gptneox.devices.step import (
-    ForwardBatch,
-    LayerCache,
-    PaddedBatch,
-    PagedStep,
-    RotaryTables,
-    Step,
-)
+from gptneox.devices.step import ForwardBatch, PaddedBatch, PagedStep, RotaryTables, Step
 
 # The numbers that the kernels know activations by.
 ACTIVATION_IDS = {"gelu_erf": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
@@ -46,7 +40,7 @@ class CompiledStep(PagedStep):
     ) -> None:
         super().__init__(ops, batch, layers, tables, scale)
         self._step: Any = ops.kernels.Step(
-            cache=layers[0][0],
+            cache=layers[0].k,
             positions=batch.positions,
             cos=tables.cos,
             sin=tables.sin,
@@ -98,6 +92,7 @@ class CompiledCpuOperators(CpuOperators):
     """Products, layers and attention by the kernels."""
 
     fuses_layers = True
+    paged_step = CompiledStep
 
     def __init__(self, device: CompiledCpuDevice, graphs: str = "auto") -> None:
         super().__init__(device, graphs)
@@ -124,23 +119,21 @@ class CompiledCpuOperators(CpuOperators):
             weights.dense,
             weights.dense_4h_to_h,
         )
-        dense_bias, out_bias = weights.dense[1], weights.dense_4h_to_h[1].float().contiguous()
-        if dense_bias is not None:
-            out_bias = out_bias + dense_bias.float()
         qkv_bias = weights.query_key_value[1]
+        packed = [weight.pack(self, None) for weight, _ in linears]
         layer = self.kernels.Layer(
             norms=[t.float().contiguous() for t in (*weights.norm_attention, *weights.norm_mlp)],
-            weights=[self.kernels.pack(weight) for weight, _ in linears],
+            weights=[linear.weight for linear in packed],
             biases=[
                 None if qkv_bias is None else qkv_bias.float().contiguous(),
                 weights.dense_h_to_4h[1].float().contiguous(),
-                out_bias,
+                weights.back_bias().contiguous(),
             ],
             eps=weights.eps,
             activation=ACTIVATION_IDS[weights.activation],
         )
         act = self.activation(weights.activation)
-        return PackedLayer(layer, layer, weights.eps, act, len(weights.query_key_value[0]))
+        return PackedLayer(layer, layer, weights.eps, act, packed[0].out_features)
 
     def layer_front(self, x: Tensor, packed: PackedLayer) -> tuple[Tensor, Tensor]:
         """x [T, C]; returns qkv [T, 3W] and the activated MLP as `layer_back` reads it."""
@@ -173,16 +166,6 @@ class CompiledCpuOperators(CpuOperators):
 
     # -- steps and attention ---------------------------------------------------------------------
 
-    def begin(
-        self,
-        batch: ForwardBatch,
-        layers: Sequence[LayerCache],
-        tables: RotaryTables,
-        scale: float,
-    ) -> Step:
-        """See `Operators.begin`."""
-        return CompiledStep(self, batch, layers, tables, scale)
-
     def begin_padded(
         self,
         batch: PaddedBatch,
@@ -191,25 +174,21 @@ class CompiledCpuOperators(CpuOperators):
         scale: float,
     ) -> Step:
         """Padding in front is skipped, other padding masked by torch."""
-        paged = batch.as_paged(capacity=layers[0][0].shape[1])
+        paged = batch.as_paged(capacity=layers[0].k.shape[1])
         if paged is None:
             return super().begin_padded(batch, layers, tables, scale)
         return CompiledStep(self, paged, layers, tables, scale)
 
-    def allocate_kv_cache(
-        self, num_blocks: int, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> LayerCache:
-        """All tokens of a head lie together in a block: [N, H, P, D] transposed."""
-        shape = (num_blocks, num_heads, block_size, head_dim)
-        like = torch.empty(0, dtype=dtype)
-        k, v = self.kernels.allocate(shape, like), self.kernels.allocate(shape, like)
-        return k.transpose(1, 2), v.transpose(1, 2)
+    def allocate_rows(self, shape: CacheShape, kv_format: KVFormat) -> LayerCache:
+        """All tokens of a head lie together in a block: [N, H, P, …] transposed."""
 
-    def allocate_rows(
-        self, num_rows: int, capacity: int, num_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> LayerCache:
-        """A row is a block."""
-        return self.allocate_kv_cache(num_rows, capacity, num_heads, head_dim, dtype)
+        def empty(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            n, p, h, *rest = size
+            tensor = self.kernels.allocate((n, h, p, *rest), torch.empty(0, dtype=dtype))
+            assert isinstance(tensor, Tensor)
+            return tensor.transpose(1, 2)
+
+        return kv_format.allocate(shape, empty)
 
     def dense_attention(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float

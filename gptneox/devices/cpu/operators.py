@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from gptneox.devices.cache import LayerCache
 from gptneox.devices.operators import Operators, PackedLinear, fused_attention
-from gptneox.devices.step import ForwardBatch, LayerCache, PagedStep, RotaryTables, Step
+from gptneox.devices.step import PagedStep
 
 if TYPE_CHECKING:
     from gptneox.devices.cpu.device import CpuDevice
@@ -28,13 +28,13 @@ class CpuPagedStep(PagedStep):
         num_heads, head_dim = q.shape[1:]
         out = torch.empty(q.shape, dtype=q.dtype)
         q = (q.float() * self.scale).unsqueeze(-1)  # [B, H, D, 1]
-        size = layer[0].shape[1]
+        size = layer.k.shape[1]
         for b in range(self.batch.num_decodes):
             length = self.batch.context_lens_list[b]
             blocks = self.batch.block_tables[b, : -(-length // size)]
             k, v = (
                 cache.index_select(0, blocks).float().view(-1, num_heads, head_dim)[:length]
-                for cache in layer
+                for cache in (layer.k, layer.v)
             )
             probs = torch.matmul(k.transpose(0, 1), q[b]).softmax(1)  # [H, L, 1]
             out[b] = torch.matmul(probs.transpose(1, 2), v.transpose(0, 1)).squeeze(1)
@@ -45,6 +45,7 @@ class CpuOperators(Operators):
     """Any CPU that torch runs on."""
 
     device: CpuDevice
+    paged_step: type[PagedStep] = CpuPagedStep
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         """In oneDNN's blocked layout, where it has fast products of the dtype."""
@@ -61,16 +62,6 @@ class CpuOperators(Operators):
         out = torch.ops.mkldnn._linear_pointwise(x, packed.weight, packed.bias, "none", [], "")
         assert isinstance(out, Tensor)
         return out
-
-    def begin(
-        self,
-        batch: ForwardBatch,
-        layers: Sequence[LayerCache],
-        tables: RotaryTables,
-        scale: float,
-    ) -> Step:
-        """See `Operators.begin`."""
-        return CpuPagedStep(self, batch, layers, tables, scale)
 
     def causal_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Torch's fused kernel: scores and sums in fp32 for every dtype, no score matrix kept."""

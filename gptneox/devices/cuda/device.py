@@ -131,14 +131,14 @@ class CudaDevice(Device):
 
     def pci_addresses(self) -> list[str]:
         """In the order of local ranks; empty when this torch does not say."""
-        found = []
+        addresses = []
         for number in self.devices():
             properties: Any = torch.cuda.get_device_properties(number)
             if not hasattr(properties, "pci_bus_id"):
                 return []
             domain, bus = properties.pci_domain_id, properties.pci_bus_id
-            found.append(f"{domain:04x}:{bus:02x}:{properties.pci_device_id:02x}.0")
-        return found
+            addresses.append(f"{domain:04x}:{bus:02x}:{properties.pci_device_id:02x}.0")
+        return addresses
 
     def resolve_dtype(self, file_dtype: str, requested: str) -> tuple[torch.dtype, str]:
         """Bfloat16 files run in float16 on a GPU that has no bfloat16 products."""
@@ -173,7 +173,7 @@ class CudaDevice(Device):
         return findings
 
     def out_of_memory(self, what: str, remedy: str) -> RuntimeError:
-        """The error to raise when there is no room for `what`."""
+        """The error to raise when the memory cannot hold `what`."""
         memory = self.memory()
         return RuntimeError(
             f"not enough GPU memory for {what}: {memory.free / 2**30:.2f} GiB free of "

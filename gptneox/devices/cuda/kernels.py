@@ -80,7 +80,7 @@ def _decode(
     out: tl.tensor,  # [B, H, D]; with SPLIT [B, H, num_splits, D] fp32, sums not yet divided
     stats: tl.tensor,  # with SPLIT [B, H, num_splits, 2] fp32: largest score and sum of weights
     tables: tl.tensor,  # [B, M] int32
-    context_lens: tl.tensor,  # [B] int32; 0: a row that nobody reads
+    context_lens: tl.tensor,  # [B] int32; 0: a row of padding
     scale: tl.tensor,  # of the scores, times log2(e)
     table_stride: tl.tensor,
     num_splits: tl.tensor,
@@ -259,8 +259,8 @@ def num_splits(num_rows: int, num_heads: int, num_cores: int) -> int:
 
     It depends on no context length, so that a captured step stays right while contexts grow.
     """
-    wanted = triton.cdiv(2 * num_cores, num_rows * num_heads)
-    return int(min(MAX_SPLITS, triton.next_power_of_2(wanted)))
+    per_core = triton.cdiv(2 * num_cores, num_rows * num_heads)
+    return int(min(MAX_SPLITS, triton.next_power_of_2(per_core)))
 
 
 def decode_tile(head_dim: int) -> dict[str, int]:

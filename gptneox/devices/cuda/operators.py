@@ -7,22 +7,24 @@ import functools
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gptneox.devices.cuda.graphs import DecodeGraphs
+from gptneox.devices.cache import CacheShape, FloatKV, KVFormat, LayerCache
 from gptneox.devices.device import Finding
+from gptneox.devices.graphs import DecodeGraphs
 from gptneox.devices.operators import (
+    ChosenOperator,
     LayerWeights,
     Operators,
     PackedLayer,
     PackedLinear,
     fused_attention,
 )
-from gptneox.devices.step import ForwardBatch, LayerCache, PagedStep, RotaryTables, Step
+from gptneox.devices.step import ForwardBatch, PagedStep, RotaryTables
 
 if TYPE_CHECKING:
     from gptneox.devices.cuda.device import CudaDevice
@@ -33,38 +35,21 @@ logger = logging.getLogger(__name__)
 MIN_CAPABILITY = (8, 0)
 
 
-class Choice(NamedTuple):
-    """How one part of a step is computed, and why."""
-
-    step: str
-    operator: str
-    reason: str
-
-
 class TritonStep(PagedStep):
     """Rotation and writing in one kernel, then attention."""
 
-    def __init__(
-        self,
-        ops: CudaOperators,
-        batch: ForwardBatch,
-        layers: Sequence[LayerCache],
-        tables: RotaryTables,
-        scale: float,
-    ) -> None:
-        super().__init__(ops, batch, layers, tables, scale)
-        self.kernels, self.num_cores = load_kernels(), ops.device.num_cores
-        self.num_splits = 0  # programs that share one context; 0: as the kernels choose
+    ops: CudaOperators
+    num_splits = 0  # programs that share one context; 0: as the kernels choose
 
     def attend(self, layer_id: int, qkv: Tensor) -> Tensor:
         """See `Step`."""
-        kernels, batch, layer = self.kernels, self.batch, self.layers[layer_id]
+        kernels, batch, layer = load_kernels(), self.batch, self.layers[layer_id]
         rotary = (self.positions, *self.tables)
         q = kernels.rotate_and_store(qkv, rotary, *layer, batch.slot_mapping)
         out = torch.empty_like(q)
         if batch.num_decodes:
             splits = self.num_splits or kernels.num_splits(
-                batch.num_decodes, qkv.shape[1], self.num_cores
+                batch.num_decodes, qkv.shape[1], self.ops.device.num_cores
             )
             kernels.decode(q, *layer, batch, out, self.scale, splits)
         if batch.num_decodes < len(batch.q_lens_list):
@@ -74,36 +59,41 @@ class TritonStep(PagedStep):
 
 
 class CudaOperators(Operators):
-    """Kernels and graphs where they were found to work on the device."""
+    """Triton kernels and CUDA graphs, each used where its trial on the device succeeds."""
 
     fuses_layers = True
     device: CudaDevice
 
     def __init__(self, device: CudaDevice, graphs: str = "auto") -> None:
         super().__init__(device, graphs)
-        self._kernels: Any = None  # the module of kernels, once they are chosen
-        self._choices: tuple[Any, ...] | None = None  # the shapes they were chosen for
-        self._reason = ""
-        self._graph_reason: str | None = None  # why not; None: not tried yet
+        self._chosen_for: tuple[Any, ...] | None = None  # the shapes `paged_step` is right for
+        self._reason = ""  # for it
+        self._why_no_graphs = ""  # or empty
         self._num_blocks = 0
 
-    # -- what is chosen --------------------------------------------------------------------------
+    # -- which operators -------------------------------------------------------------------------
 
     def operator_table(
         self, num_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
-    ) -> list[Choice]:
+    ) -> list[ChosenOperator]:
         """Every operator that there is a choice of, with the reason; tries the kernels out."""
-        self._choose(num_heads, head_dim, block_size, dtype)
-        kernels, graphs = self._kernels is not None, not self._graph_reason
+        self._choose_step(num_heads, head_dim, block_size, dtype)
+        has_kernels, has_graphs = self.paged_step is TritonStep, not self._why_no_graphs
         return [
-            Choice("paged attention", "Triton" if kernels else "torch, fp32", self._reason),
-            Choice(
-                "decode step",
-                "CUDA graphs" if graphs else "eager",
-                self._graph_reason or "captured for each batch size that is met",
+            ChosenOperator(
+                "paged attention", "Triton" if has_kernels else "torch, fp32", self._reason
             ),
-            Choice("flash attention", "scaled_dot_product_attention", "the cache is contiguous"),
-            Choice("layer", "two products", "with a parallel residual; four with a serial one"),
+            ChosenOperator(
+                "decode step",
+                "CUDA graphs" if has_graphs else "eager",
+                self._why_no_graphs or "captured for each batch size that is met",
+            ),
+            ChosenOperator(
+                "flash attention", "scaled_dot_product_attention", "the cache is contiguous"
+            ),
+            ChosenOperator(
+                "layer", "two products", "with a parallel residual; four with a serial one"
+            ),
         ]
 
     def describe_operators(self, head_dim: int, rotary_dim: int, block_size: int) -> list[Finding]:
@@ -111,28 +101,32 @@ class CudaOperators(Operators):
         table = self.operator_table(2, head_dim, block_size, torch.float16)
         slow = ("torch, fp32", "eager")
         return [
-            Finding(None if c.operator in slow else True, c.step, f"{c.operator} ({c.reason})")
+            Finding(None if c.operator in slow else True, c.part, f"{c.operator} ({c.reason})")
             for c in table
         ]
 
-    def _choose(self, num_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> None:
-        """Decide once for a cache, before its first request."""
+    def _choose_step(
+        self, num_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+    ) -> None:
+        """Decide once for the shapes of a cache, before its first request."""
         shapes = (num_heads, head_dim, block_size, dtype)
-        if self._choices == (*shapes, self.graphs):
+        if self._chosen_for == (*shapes, self.graphs):
             return
-        self._choices, self._kernels = (*shapes, self.graphs), None
-        reason = self._why_no_kernels(*shapes)
+        self._chosen_for, self.paged_step = (*shapes, self.graphs), PagedStep
+        reason = self._find_fault_in_kernels(*shapes)
         if reason:
-            self._reason, self._graph_reason = reason, "attention takes lengths from the host"
+            self._reason, self._why_no_graphs = reason, "attention takes lengths from the host"
             logger.warning("paged attention: torch, fp32, which is slow (%s)", reason)
             return
-        self._kernels = load_kernels()
+        self.paged_step = TritonStep
         self._reason = "agrees with torch on this device"
-        self._graph_reason = "--graphs off" if self.graphs == "off" else self._why_no_graphs()
-        if self._graph_reason and self.graphs != "off":
-            logger.warning("decode steps run without graphs: %s", self._graph_reason)
+        self._why_no_graphs = (
+            "--graphs off" if self.graphs == "off" else self._find_fault_in_graphs()
+        )
+        if self._why_no_graphs and self.graphs != "off":
+            logger.warning("decode steps run without graphs: %s", self._why_no_graphs)
 
-    def _why_no_kernels(
+    def _find_fault_in_kernels(
         self, num_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
     ) -> str:
         """Empty when the kernels work here, else what is wrong and what to do."""
@@ -210,7 +204,8 @@ class CudaOperators(Operators):
         results = []
         for splits in (0, 1, 2):
             k_cache, v_cache = (cache.clone() for cache in caches)
-            arguments = (self, batch, [(k_cache, v_cache)], rotary, head_dim**-0.5)
+            layers = [LayerCache(k_cache, v_cache)]
+            arguments = (self, batch, layers, rotary, head_dim**-0.5)
             step = TritonStep(*arguments) if splits else PagedStep(*arguments)
             if isinstance(step, TritonStep):
                 step.num_splits = splits
@@ -225,7 +220,7 @@ class CudaOperators(Operators):
         unit = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
         return float(worst), 2 * unit * max(1.0, largest)
 
-    def _why_no_graphs(self) -> str:
+    def _find_fault_in_graphs(self) -> str:
         """Empty when this device captures and replays."""
         x = torch.zeros(8, device=self.torch_device)
         try:
@@ -233,7 +228,7 @@ class CudaOperators(Operators):
             x.fill_(2)
             replay()
             if out.tolist() != [3.0] * 8:
-                return "a replayed graph did not read its input anew"
+                return "a replayed graph did not read its new input"
         except RuntimeError as error:
             return " ".join(str(error).split())[:300]
         return ""
@@ -264,38 +259,27 @@ class CudaOperators(Operators):
 
     # -- attention -------------------------------------------------------------------------------
 
-    def allocate_kv_cache(
-        self, num_blocks: int, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def allocate_kv_cache(self, shape: CacheShape, kv_format: KVFormat) -> LayerCache:
         """As the base class; the first one of a model decides about the operators.
 
         Raises:
             RuntimeError: not enough memory.
         """
-        before, self._num_blocks = self._choices, num_blocks
+        assert isinstance(kv_format, FloatKV), "the kernels read floating-point keys and values"
+        before, self._num_blocks = self._chosen_for, shape.num_blocks
         try:
-            table = self.operator_table(num_heads, head_dim, block_size, dtype)
-            if before != self._choices:
-                for choice in table:
-                    logger.debug("%s: %s (%s)", *choice)
-            return super().allocate_kv_cache(num_blocks, block_size, num_heads, head_dim, dtype)
+            table = self.operator_table(
+                shape.num_heads, shape.head_dim, shape.block_size, kv_format.dtype
+            )
+            if before != self._chosen_for:
+                for row in table:
+                    logger.debug("%s: %s (%s)", *row)
+            return super().allocate_kv_cache(shape, kv_format)
         except torch.OutOfMemoryError as error:
-            gib = 2 * num_blocks * block_size * num_heads * head_dim * dtype.itemsize / 2**30
-            what = f"the KV cache ({gib:.2f} GiB per layer)"
             raise self.device.out_of_memory(
-                what, "lower --num_blocks or --memory_fraction"
+                f"the KV cache ({kv_format.layer_gib(shape):.2f} GiB per layer)",
+                "lower --num_blocks or --memory_fraction",
             ) from error
-
-    def begin(
-        self,
-        batch: ForwardBatch,
-        layers: Sequence[LayerCache],
-        tables: RotaryTables,
-        scale: float,
-    ) -> Step:
-        """By kernels, where they were found to work."""
-        kind = PagedStep if self._kernels is None else TritonStep
-        return kind(self, batch, layers, tables, scale)
 
     def dense_attention(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
@@ -305,14 +289,21 @@ class CudaOperators(Operators):
 
     # -- graphs ----------------------------------------------------------------------------------
 
-    def capture(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Replays decode steps where the table says CUDA graphs; it has said why not elsewhere."""
-        if self._kernels is None or self._graph_reason:
-            return step
+    def capture(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Replays decode steps where the table says so; elsewhere a warning has given the reason.
+
+        Rows beyond a batch have slot -1 and context length 0, so that they write and read no block;
+        their results are not used.
+        """
+        if self.paged_step is PagedStep or self._why_no_graphs:
+            return forward
         pools: list[Any] = []
-        return DecodeGraphs(
-            step, lambda run: self.device.record(run, pools), self.torch_device, self._num_blocks
-        )
+
+        def record(batch: ForwardBatch) -> tuple[Callable[[], None], Tensor]:
+            logger.debug("capturing the decode step of %d sequences", batch.num_decodes)
+            return self.device.record(lambda: forward(batch), pools)
+
+        return DecodeGraphs(forward, record, self.torch_device, self._num_blocks)
 
 
 @functools.cache

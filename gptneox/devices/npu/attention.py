@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention and cache writing on Ascend NPUs: one class per set of operators, chosen by `choose`.
+"""Attention and cache writing on Ascend NPUs: one class per set of operators, chosen by
+`choose_attention`.
 
 Shapes as in base.py; W is H * D. Which operator takes which shapes is not checked by torch_npu
 itself but only on the device, so the limits are decided here, at start-up. Their source is the
@@ -18,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptneox.config.errors import ConfigError
+from gptneox.devices.cache import CacheShape, LayerCache
 from gptneox.devices.operators import dense_visibility
-from gptneox.devices.step import ForwardBatch, LayerCache, PaddedBatch
+from gptneox.devices.step import ForwardBatch, PaddedBatch
 
 if TYPE_CHECKING:
     from gptneox.devices.npu.steps import NpuPaddedStep, NpuPagedStep
@@ -31,15 +33,6 @@ COMPRESSED_MASK_SIZE = 2048  # of the triangle that FIA's sparse_mode 3 stands f
 MAX_HEAD_DIM = 512  # of FIA, IncreFlashAttention and PromptFlashAttention
 MAX_BATCH = 256  # rows of IncreFlashAttention; PromptFlashAttention takes 128
 NO_WINDOW = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One line of the operator table."""
-
-    step: str
-    operator: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -63,13 +56,10 @@ class PlainAttention:
     def __init__(self, torch_npu: Any, device: torch.device) -> None:
         self.ops, self.device = torch_npu, device
 
-    def allocate(
-        self, num_blocks: int, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def allocate(self, shape: CacheShape, dtype: torch.dtype) -> LayerCache:
         """ND caches [N, P, H, D]."""
-        shape = (num_blocks, block_size, num_heads, head_dim)
         k = torch.zeros(shape, dtype=dtype, device=self.device)
-        return k, torch.zeros_like(k)
+        return LayerCache(k, torch.zeros_like(k))
 
     def make_plan(self, batch: ForwardBatch) -> Any:
         """What all layers of a paged step share: `NpuPagedStep.plan`."""
@@ -113,7 +103,7 @@ class PlainAttention:
 
     def dense(self, step: NpuPaddedStep, layer: LayerCache, q: Tensor) -> Tensor:
         """`PaddedStep.attend_cached`; the stores come whole: a slice of them is not contiguous."""
-        k, v = (store[:, : step.batch.end] for store in layer)
+        k, v = (store[:, : step.batch.end] for store in (layer.k, layer.v))
         return eager(q, k, v, step.mask, step.scale)
 
 
@@ -162,13 +152,13 @@ class A2Attention(PlainAttention):
         n, heads, _ = q.shape
         out = self._fia(
             q.contiguous().view(n, 1, -1),
-            layer[0].flatten(2),
-            layer[1].flatten(2),
+            layer.k.flatten(2),
+            layer.v.flatten(2),
             heads,
             step.scale,
             block_table=step.batch.block_tables[:n],
             actual_seq_lengths_kv=step.batch.context_lens_list[:n],
-            block_size=layer[0].shape[1],
+            block_size=layer.k.shape[1],
         )
         return out.view(q.shape)
 
@@ -214,8 +204,8 @@ class A2Attention(PlainAttention):
         batch, group = step.batch, slice(rows.first, rows.last)
         return self._fia(
             q,
-            layer[0].flatten(2),
-            layer[1].flatten(2),
+            layer.k.flatten(2),
+            layer.v.flatten(2),
             heads,
             step.scale,
             atten_mask=self.triangle,
@@ -223,12 +213,13 @@ class A2Attention(PlainAttention):
             block_table=batch.block_tables[group],
             actual_seq_lengths=batch.q_lens_list[group],
             actual_seq_lengths_kv=batch.context_lens_list[group],
-            block_size=layer[0].shape[1],
+            block_size=layer.k.shape[1],
         )
 
     def dense(self, step: NpuPaddedStep, layer: LayerCache, q: Tensor) -> Tensor:
         """The stores are read in place by one query per row, and as they are while full."""
-        (b, s, heads, _), (k, v), length = q.shape, layer, step.batch.end
+        (b, s, heads, _), length = q.shape, step.batch.end
+        k, v = layer.k, layer.v
         options: dict[str, Any] = {}
         if s > 1:
             k, v = k[:, :length].contiguous(), v[:, :length].contiguous()
@@ -253,7 +244,7 @@ class A2Attention(PlainAttention):
 
 
 class A2SmallBlocks(A2Attention):
-    """Blocks that are no multiple of 128: a chunk's keys are copied together first."""
+    """For block sizes that 128 does not divide: the keys of a chunk are gathered first."""
 
     operator = "npu_fused_infer_attention_score, BSH, keys gathered from their blocks"
 
@@ -308,12 +299,12 @@ class DuoAttention(PlainAttention):
             rows = slice(i, min(i + MAX_BATCH, q.shape[0]))
             out = self._incre(
                 q[rows].contiguous(),
-                layer[0].flatten(2),
-                layer[1].flatten(2),
+                layer.k.flatten(2),
+                layer.v.flatten(2),
                 step.scale,
                 block_table=step.batch.block_tables[rows],
                 actual_seq_lengths=step.batch.context_lens_list[rows],
-                block_size=layer[0].shape[1],
+                block_size=layer.k.shape[1],
             )
             outs.append(out)
         return torch.cat(outs) if len(outs) > 1 else outs[0]
@@ -368,7 +359,8 @@ class DuoAttention(PlainAttention):
 
     def dense(self, step: NpuPaddedStep, layer: LayerCache, q: Tensor) -> Tensor:
         """Rows without padding; padded ones in plain torch."""
-        (b, s), (k, v), batch = q.shape[:2], layer, step.batch
+        (b, s), batch = q.shape[:2], step.batch
+        k, v = layer.k, layer.v
         if batch.key_mask is None and s == 1 and b <= MAX_BATCH:
             lens = [batch.end] * b
             out = self._incre(
@@ -400,14 +392,17 @@ class DuoAtbAttention(DuoAttention):
 
     operator = "ATB paged attention, NZ"
 
-    def allocate(
-        self, num_blocks: int, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def allocate(self, shape: CacheShape, dtype: torch.dtype) -> LayerCache:
         """NZ caches [N, W / 16, P, 16]."""
 
         def empty() -> Tensor:
             cache = self.ops.empty_with_format(
-                (num_blocks, num_heads * head_dim // 16, block_size, 16),
+                (
+                    shape.num_blocks,
+                    shape.num_heads * shape.head_dim // 16,
+                    shape.block_size,
+                    16,
+                ),
                 dtype=dtype,
                 device=self.device,
                 acl_format=ACL_FORMAT_NZ,
@@ -415,7 +410,7 @@ class DuoAtbAttention(DuoAttention):
             assert isinstance(cache, Tensor)
             return cache
 
-        return empty(), empty()
+        return LayerCache(empty(), empty())
 
     def make_plan(self, batch: ForwardBatch) -> _AtbPlan:
         """Lengths and masks of the prompt chunks."""
@@ -443,7 +438,7 @@ class DuoAtbAttention(DuoAttention):
         return cast
 
     def square_mask(self, size: int) -> Tensor:
-        """Mask of whole prompts up to `size` tokens; kept, because the next step wants it too."""
+        """Mask of whole prompts up to `size` tokens, kept for the next steps."""
         size = -(-size // 128) * 128
         if self._triangle.dim() != 4 or self._triangle.shape[2] < size:
             self._triangle = self.mask(torch.arange(size, device=self.device), size)
@@ -460,8 +455,8 @@ class DuoAtbAttention(DuoAttention):
         out = torch.empty_like(q)
         self.ops._npu_paged_attention(
             query=q,
-            key_cache=layer[0],
-            value_cache=layer[1],
+            key_cache=layer.k,
+            value_cache=layer.v,
             num_kv_heads=heads,
             num_heads=heads,
             scale_value=step.scale,
@@ -482,8 +477,8 @@ class DuoAtbAttention(DuoAttention):
         out = torch.empty_like(q)
         self.ops._npu_paged_attention_splitfuse(
             query=q,
-            key_cache=layer[0],
-            value_cache=layer[1],
+            key_cache=layer.k,
+            value_cache=layer.v,
             block_table=batch.block_tables[n:],
             context_lens=batch.context_lens[n:],
             mask=plan.mask,
@@ -559,7 +554,7 @@ def padded_lens(lens: list[int]) -> tuple[Tensor, int]:
 # -- the table -----------------------------------------------------------------------------------
 
 
-def choose(
+def choose_attention(
     is_310p: bool, has_atb: bool, head_dim: int, block_size: int
 ) -> tuple[type[PlainAttention], str]:
     """The operators for a model on a chip, and the reason.

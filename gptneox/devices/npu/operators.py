@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model on an Ascend NPU: which operators its shapes allow, and the layouts they want."""
+"""A model on an Ascend NPU: the operators that its shapes allow, and their layouts."""
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,24 +14,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptneox.config.errors import ConfigError
+from gptneox.devices.cache import CacheShape, FloatKV, KVFormat, LayerCache
 from gptneox.devices.device import Finding
+from gptneox.devices.graphs import MAX_PADDING, DecodeGraphs
 from gptneox.devices.npu.attention import (
     ACL_FORMAT_NZ,
     MAX_HEAD_DIM,
     A2Attention,
-    Choice,
     PlainAttention,
-    choose,
+    choose_attention,
 )
-from gptneox.devices.npu.graphs import MAX_PADDING, DecodeGraphs
 from gptneox.devices.npu.steps import NpuPaddedStep, NpuPagedStep
-from gptneox.devices.operators import LayerWeights, Operators, PackedLayer, PackedLinear
-from gptneox.devices.step import ForwardBatch, LayerCache, PaddedBatch, RotaryTables, Step
+from gptneox.devices.operators import (
+    ChosenOperator,
+    LayerWeights,
+    Operators,
+    PackedLayer,
+    PackedLinear,
+)
+from gptneox.devices.step import ForwardBatch, RotaryTables
 
 if TYPE_CHECKING:
     from gptneox.devices.npu.device import NpuDevice
 
 logger = logging.getLogger(__name__)
+
+MAX_GRAPH_ROWS = 128  # of a captured step
 
 
 @dataclass
@@ -44,48 +53,59 @@ class NpuOperators(Operators):
     """Chosen for the chip and the model's shapes."""
 
     fuses_layers = True
+    paged_step, padded_step = NpuPagedStep, NpuPaddedStep
     device: NpuDevice
 
     def __init__(self, device: NpuDevice, graphs: str = "auto") -> None:
         super().__init__(device, graphs)
         self.torch_npu = device.torch_npu
-        self._attention: PlainAttention | None = None
+        self._attention: PlainAttention | None = None  # of the cache, once there is one
         self._head_dim = self._rotary_dim = 0
-        self._cache_shape = (0, 0)  # blocks and their size, as asked for
+        self._cache_shape = CacheShape(0, 0, 0, 0)  # as asked for
         self._num_positions = 0
 
     def prepare(self, head_dim: int, rotary_dim: int) -> None:
-        """Remember what the front product's rows are ordered by."""
+        """Keep the sizes by which the rows of the front product are ordered."""
         self._head_dim, self._rotary_dim = head_dim, rotary_dim
 
-    def operator_table(self, head_dim: int, rotary_dim: int, block_size: int = 128) -> list[Choice]:
+    def operator_table(
+        self, head_dim: int, rotary_dim: int, block_size: int = 128
+    ) -> list[ChosenOperator]:
         """Every operator of a layer that this chip gives a choice of, with the reason."""
-        paged, paged_reason = choose(self.device.is_310p, self.device.has_atb, head_dim, block_size)
+        paged, paged_reason = choose_attention(
+            self.device.is_310p, self.device.has_atb, head_dim, block_size
+        )
         dense, dense_reason = self._choose_dense(head_dim)
-        rotary = Choice(
+        rotary = ChosenOperator(
             "rotary", "npu_rotary_mul", f"{rotary_dim} of {head_dim} dimensions are rotated"
         )
         if self.device.is_310p:
             reason = "npu_rotary_mul falls apart into six kernels; ATB's keeps its first table"
-            rotary = Choice("rotary", "torch, fp32", reason)
-        weights = Choice("weights", "ND", "NZ is off by default on A2")
+            rotary = ChosenOperator("rotary", "torch, fp32", reason)
+        weights = ChosenOperator("weights", "ND", "NZ is off by default on A2")
         if self.device.is_310p:
-            weights = Choice("weights", "NZ", "the chip's own layout for products")
+            weights = ChosenOperator("weights", "NZ", "the chip's own layout for products")
         return [
-            Choice("paged attention", paged.operator, paged_reason),
-            Choice("flash attention", dense.operator, dense_reason),
+            ChosenOperator("paged attention", paged.operator, paged_reason),
+            ChosenOperator("flash attention", dense.operator, dense_reason),
             rotary,
-            Choice("gelu", "npu_gelu", "F.gelu is the tanh form whatever it is asked for"),
-            Choice("layer", "two products", "with a parallel residual; four with a serial one"),
-            Choice("decode steps", "as they are", "graphs: --graphs on, untried on a card")
-            if not self.device.is_310p
-            else Choice("decode steps", "as they are", "graphs are built for Atlas A2 only"),
+            ChosenOperator("gelu", "npu_gelu", "F.gelu is the tanh form whatever it is asked for"),
+            ChosenOperator(
+                "layer", "two products", "with a parallel residual; four with a serial one"
+            ),
+            ChosenOperator(
+                "decode steps",
+                "as they are",
+                "graphs are built for Atlas A2 only"
+                if self.device.is_310p
+                else "graphs: --graphs on, untried on a card",
+            ),
             weights,
         ]
 
     def _choose_dense(self, head_dim: int) -> tuple[type[PlainAttention], str]:
-        """There are no blocks on the flash path: any size that sets no limit stands for them."""
-        return choose(
+        """For the flash path, which has no blocks: with a block size that sets no limit."""
+        return choose_attention(
             self.device.is_310p, self.device.has_atb, head_dim, 16 if self.device.is_310p else 128
         )
 
@@ -95,7 +115,7 @@ class NpuOperators(Operators):
             table = self.operator_table(head_dim, rotary_dim, block_size)
         except ConfigError as error:
             return [Finding(False, "operators", str(error))]
-        return [Finding(True, c.step, f"{c.operator} ({c.reason})") for c in table]
+        return [Finding(True, c.part, f"{c.operator} ({c.reason})") for c in table]
 
     # -- dense operators -------------------------------------------------------------------------
 
@@ -108,7 +128,7 @@ class NpuOperators(Operators):
         return PackedLinear(weight, bias, in_features, out_features)
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
-        """With an NZ weight torch_npu would scale the bias by one first, in a kernel of its own."""
+        """With an NZ weight the bias is added apart: torch_npu would first scale it by one."""
         if not self.device.is_310p or packed.bias is None:
             return super().linear(x, packed)
         return F.linear(x, packed.weight).add_(packed.bias)
@@ -125,11 +145,11 @@ class NpuOperators(Operators):
         """Rows of the front product in the order in which attention reads them; NZ comes last."""
         weight, bias = weights.query_key_value
         d, r = self._head_dim, self._rotary_dim
-        rows = torch.arange(weight.shape[0]).view(-1, 3, d).transpose(0, 1)  # [3, H, D]
+        rows = torch.arange(weight.out_features).view(-1, 3, d).transpose(0, 1)  # [3, H, D]
         if self._rotates_whole_heads(d):
             rows = torch.cat((rows[:2, :, head_order(d, r)], rows[2:]))
-        order = rows.flatten().to(weight.device)
-        weight = weight.index_select(0, order)
+        order = rows.flatten().to(self.torch_device)
+        weight = weight.take_rows(order)
         bias = None if bias is None else bias.index_select(0, order)
         packed = super().pack_layer(replace(weights, query_key_value=(weight, bias)))
         return NpuLayer(**vars(packed), head_dim=d)
@@ -190,58 +210,47 @@ class NpuOperators(Operators):
 
     # -- attention -------------------------------------------------------------------------------
 
-    def allocate_kv_cache(
-        self, num_blocks: int, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def allocate_kv_cache(self, shape: CacheShape, kv_format: KVFormat) -> LayerCache:
         """In the layout of the chosen operators.
 
         Raises:
             ConfigError: no operator takes the block size.
             RuntimeError: not enough memory.
         """
-        kind, reason = choose(self.device.is_310p, self.device.has_atb, head_dim, block_size)
-        if type(self._attention) is not kind:
-            self._attention = kind(self.torch_npu, self.torch_device)
-            level = logging.WARNING if "slower" in reason else logging.INFO
-            logger.log(level, "paged attention: %s (%s)", kind.operator, reason)
-        self._cache_shape = (num_blocks, block_size)
+        assert isinstance(kv_format, FloatKV), "the operators read floating-point keys and values"
+        self._use(
+            "paged attention",
+            *choose_attention(
+                self.device.is_310p, self.device.has_atb, shape.head_dim, shape.block_size
+            ),
+        )
+        self._cache_shape = shape
         if not self._why_no_graphs():
-            num_blocks += -(-MAX_PADDING // block_size)
+            num_padding = -(-MAX_PADDING // shape.block_size)
+            shape = shape._replace(num_blocks=shape.num_blocks + num_padding)
         try:
-            return self._attention.allocate(num_blocks, block_size, num_heads, head_dim, dtype)
+            return self.attention_for(shape.head_dim).allocate(shape, kv_format.dtype)
         except torch.OutOfMemoryError as error:
-            gib = 2 * num_blocks * block_size * num_heads * head_dim * dtype.itemsize / 2**30
             raise RuntimeError(
-                f"not enough NPU memory for the KV cache: {gib:.2f} GiB per layer asked, "
-                f"{self.device.memory().free / 2**30:.2f} GiB free; lower --num_blocks or "
-                "--memory_fraction"
+                f"not enough NPU memory for the KV cache: {kv_format.layer_gib(shape):.2f} GiB per "
+                f"layer asked, {self.device.memory().free / 2**30:.2f} GiB free; lower "
+                "--num_blocks or --memory_fraction"
             ) from error
 
-    def begin(
-        self,
-        batch: ForwardBatch,
-        layers: Sequence[LayerCache],
-        tables: RotaryTables,
-        scale: float,
-    ) -> Step:
-        """By the operators that the cache was allocated for."""
-        assert self._attention is not None, "a step before the cache was made"
-        return NpuPagedStep(self, self._attention, batch, layers, tables, scale)
+    def _use(self, what: str, kind: type[PlainAttention], reason: str) -> None:
+        """Attention by operators of `kind`, which is said once."""
+        if type(self._attention) is kind:
+            return
+        self._attention = kind(self.torch_npu, self.torch_device)
+        level = logging.WARNING if "slower" in reason else logging.INFO
+        logger.log(level, "%s: %s (%s)", what, kind.operator, reason)
 
-    def begin_padded(
-        self,
-        batch: PaddedBatch,
-        layers: Sequence[LayerCache],
-        tables: RotaryTables,
-        scale: float,
-    ) -> Step:
-        """By the operators for the head size."""
+    def attention_for(self, head_dim: int) -> PlainAttention:
+        """The operators that the cache was allocated for; on the flash path those of the heads."""
         if self._attention is None:
-            kind, reason = self._choose_dense(layers[0][0].shape[-1])
-            self._attention = kind(self.torch_npu, self.torch_device)
-            level = logging.WARNING if "slower" in reason else logging.INFO
-            logger.log(level, "flash attention: %s (%s)", kind.operator, reason)
-        return NpuPaddedStep(self, self._attention, batch, layers, tables, scale)
+            self._use("flash attention", *self._choose_dense(head_dim))
+        assert self._attention is not None
+        return self._attention
 
     # -- graphs ----------------------------------------------------------------------------------
 
@@ -255,20 +264,62 @@ class NpuOperators(Operators):
             return "attention in plain torch takes its lengths from the host"
         return ""
 
-    def capture(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Graphs where they were asked for; where there are none, that is said."""
+    def capture(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Graphs where they were asked for; where there are none, that is said.
+
+        FIA takes its key lengths from the host, where a graph has frozen them: torch_npu's
+        automatic dispatch keeps each call as a task whose arguments are updated before a replay.
+        Rows beyond a batch write to slots of their own behind the cache's last block and read one
+        key there: slots must differ, and none may be negative.
+
+        Source: op-plugin, torch.npu.graph(auto_dispatch_capture=True), NPUGraph.update and
+        graph_task_update_begin.
+        """
         if reason := self._why_no_graphs():
             if self.graphs == "on":
                 logger.warning("graphs are on, but decode steps run as they are: %s", reason)
-            return step
-        num_blocks, block_size = self._cache_shape
+            return forward
+        scratch_block, block_size = self._cache_shape[:2]
+        first = scratch_block * block_size
+        scratch_slots = torch.arange(first, first + MAX_PADDING, device=self.torch_device)
+        pools: list[Any] = []
+
+        def record(batch: ForwardBatch) -> tuple[Callable[[], None], Tensor]:
+            forward(batch)  # so that everything lazy has happened
+            npu = self.torch_npu.npu
+            graph = npu.NPUGraph()
+            with npu.graph(graph, pool=pools[0] if pools else None, auto_dispatch_capture=True):
+                hidden = forward(batch)
+            if not pools:
+                pools.append(graph.pool())
+            logger.info("captured the decode step of %d sequences", batch.num_decodes)
+
+            return functools.partial(replay, graph, batch), hidden
+
+        def pad(batch: ForwardBatch, num_rows: int) -> None:
+            num_padding = batch.num_decodes - num_rows
+            batch.slot_mapping[num_rows:].copy_(scratch_slots[:num_padding])
+            batch.context_lens[num_rows:].fill_(1)
+            batch.block_tables[num_rows:].fill_(scratch_block)
+            batch.context_lens_list[num_rows:] = [1] * num_padding
+
         return DecodeGraphs(
-            step,
-            self.torch_npu,
-            scratch_block=num_blocks,
-            block_size=block_size,
-            table_width=min(num_blocks, -(-self._num_positions // block_size)),
+            forward,
+            record,
+            self.torch_device,
+            min(scratch_block, -(-self._num_positions // block_size)),
+            pad=pad,
+            max_rows=MAX_GRAPH_ROWS,
         )
+
+
+def replay(graph: Any, batch: ForwardBatch) -> None:
+    """Run a captured step with the context lengths that its batch holds now.
+
+    The replay before it is over, since its tokens have been read; an update during one is lost.
+    """
+    graph.update(cpu_update_input=[{"actual_seq_lengths_kv": batch.context_lens_list}])
+    graph.replay()
 
 
 def head_order(head_dim: int, rotary_dim: int) -> list[int]:

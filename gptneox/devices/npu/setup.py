@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What torch_npu needs around it (CANN, NNAL, matching versions), and what to type for it."""
+"""What torch_npu needs (CANN, NNAL, matching versions), and the commands that provide it."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def explain_import_error(error: BaseException) -> str:
 
 def release(version: str) -> str:
     """2.7.1 of 2.7.1.post2 or 2.7.1+cpu."""
-    found = re.match(r"\d+\.\d+\.\d+", version)
-    return found[0] if found else version
+    match = re.match(r"\d+\.\d+\.\d+", version)
+    return match[0] if match else version
 
 
 def version_conflict(torch_version: str, npu_version: str) -> str:
@@ -97,14 +97,14 @@ def cann_findings(npu_version: str, home: str) -> list[Finding]:
     if not home:
         text = f"set_env.sh has not been sourced; type: {cann_remedy()}"
         return [*findings, Finding(None, "CANN", text)]
-    found = cann_version(Path(home))
-    wanted = CANN_VERSIONS.get(release(npu_version), "")
-    if not found:
+    installed = cann_version(Path(home))
+    oldest = CANN_VERSIONS.get(release(npu_version), "")
+    if not installed:
         return [*findings, Finding(None, "CANN", f"version not readable below {home}")]
-    if wanted and version_key(found) < version_key(wanted):
-        text = f"{found} is older than {wanted}, which torch_npu {npu_version} is made for"
+    if oldest and version_key(installed) < version_key(oldest):
+        text = f"{installed} is older than {oldest}, which torch_npu {npu_version} is made for"
         return [*findings, Finding(None, "CANN", text)]
-    return [*findings, Finding(True, "CANN", f"{found} ({wanted or 'no'} minimum known)")]
+    return [*findings, Finding(True, "CANN", f"{installed} ({oldest or 'no'} minimum known)")]
 
 
 HCCL_PORTS = 16  # host ports from HCCL_IF_BASE_PORT on. Source: CANN's list of HCCL variables.

@@ -4,36 +4,33 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from gptneox.devices.cache import LayerCache
 from gptneox.devices.npu.attention import PlainAttention
-from gptneox.devices.step import (
-    ForwardBatch,
-    LayerCache,
-    PaddedBatch,
-    PaddedStep,
-    PagedStep,
-    RotaryTables,
-    Step,
-)
+from gptneox.devices.step import PaddedStep, PagedStep, Step
 
 if TYPE_CHECKING:
     from gptneox.devices.npu.operators import NpuOperators
 
 
-class _Rotation(Step):
-    """cos and sin of the step's positions, in the form that the chip rotates by."""
+class _NpuStep(Step):
+    """What both kinds of step compute once: the operators, and cos and sin of the positions."""
 
     ops: NpuOperators
 
     @functools.cached_property
+    def attention(self) -> PlainAttention:
+        """See `NpuOperators.attention_for`."""
+        return self.ops.attention_for(self.layers[0].k.shape[-1])
+
+    @functools.cached_property
     def angles(self) -> tuple[Tensor, Tensor]:
-        """See `NpuOperators.look_up`."""
-        return self.ops.look_up(self.positions, self.tables, self.layers[0][0].dtype)
+        """cos and sin in the form that the chip rotates by; see `NpuOperators.look_up`."""
+        return self.ops.look_up(self.positions, self.tables, self.layers[0].k.dtype)
 
     def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q and k together."""
@@ -41,20 +38,8 @@ class _Rotation(Step):
         return rotated[0], rotated[1]
 
 
-class NpuPagedStep(_Rotation, PagedStep):
-    """A step by the operators of `attention`."""
-
-    def __init__(
-        self,
-        ops: NpuOperators,
-        attention: PlainAttention,
-        batch: ForwardBatch,
-        layers: Sequence[LayerCache],
-        tables: RotaryTables,
-        scale: float,
-    ) -> None:
-        super().__init__(ops, batch, layers, tables, scale)
-        self.attention = attention
+class NpuPagedStep(_NpuStep, PagedStep):
+    """A step by the operators that the cache was allocated for."""
 
     @functools.cached_property
     def plan(self) -> Any:
@@ -80,25 +65,13 @@ class NpuPagedStep(_Rotation, PagedStep):
         return self.attention.prefill(self, layer, q, k, v)
 
 
-class NpuPaddedStep(_Rotation, PaddedStep):
-    """A step of the flash path by the operators of `attention`."""
-
-    def __init__(
-        self,
-        ops: NpuOperators,
-        attention: PlainAttention,
-        batch: PaddedBatch,
-        layers: Sequence[LayerCache],
-        tables: RotaryTables,
-        scale: float,
-    ) -> None:
-        super().__init__(ops, batch, layers, tables, scale)
-        self.attention = attention
+class NpuPaddedStep(_NpuStep, PaddedStep):
+    """A step of the flash path by the operators for the head size."""
 
     @functools.cached_property
     def mask(self) -> Any:
         """What the layers share: see `make_mask` of each attention."""
-        return self.attention.make_mask(self.batch, self.layers[0][0].shape[1])
+        return self.attention.make_mask(self.batch, self.layers[0].k.shape[1])
 
     def attend_cached(self, layer: LayerCache, q: Tensor) -> Tensor:
         """See `PaddedStep`."""

@@ -91,7 +91,7 @@ def test_a_step_is_one_launch(a2, make_engine, trace):
 
 
 def test_batches_beyond_the_largest_graph_run_as_they_are(a2, make_engine, monkeypatch):
-    monkeypatch.setattr("gptneox.devices.npu.graphs.SIZES", (1, 2))
+    monkeypatch.setattr("gptneox.devices.npu.operators.MAX_GRAPH_ROWS", 2)
     expected = answers(make_engine("off", **SETTINGS))
     engine = make_engine("on", **SETTINGS)
     assert answers(engine) == expected
@@ -102,9 +102,9 @@ def test_a_replay_without_an_update_is_caught(a2, make_engine):
     emulator = pytest.importorskip("emulator.operators", reason="a real device would hang")
     engine = make_engine("on", **SETTINGS)
     answers(engine)
-    _, graph, _ = engine.runner.step._captured[1]
+    _, replay, _ = engine.runner.step._captured[1]
     with pytest.raises(emulator.DeviceLimit, match="wait for ever"):
-        graph.replay()
+        replay.args[0].replay()
 
 
 def test_what_cannot_be_captured_is_an_error(a2, make_engine, monkeypatch):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
+from gptneox.devices.cache import FloatKV
 from gptneox.kv_cache import PagedKVCache
 
 BLOCK = 128
@@ -30,7 +31,7 @@ class Sequences:
             BLOCK,
             config.num_heads,
             config.head_dim,
-            engine.dtype,
+            FloatKV(engine.dtype),
         )
         engine.runner.cache = self.cache
 

@@ -24,6 +24,7 @@ from gptneox.engine.runner import StepResult
 from gptneox.engine.scheduler import Scheduled, Scheduler
 from gptneox.engine.sequence import SamplingParams
 from gptneox.model import GPTNeoX
+from gptneox.weights.load import measure
 
 # A model as small as can be: it is never run.
 _FAKE = ModelConfig(
@@ -94,7 +95,9 @@ class Overhead(Ours):
     def queue_once(self, count: int) -> dict[str, float]:
         """Prompts of 16 to 128 tokens, answers of 4 to 16, 32 at once; in processor time."""
         section = EngineSection(max_batch_size=32, max_prefill_tokens=2048, num_blocks=128)
-        engine = PagedEngine(GPTNeoX(_FAKE, self.device), section, self.engine.dtype)
+        model, dtype = GPTNeoX(_FAKE, self.device), self.engine.dtype
+        model.size = measure(model, {}, dtype)
+        engine = PagedEngine(model, section, dtype)
 
         def pretend(scheduled: list[Scheduled], **_: bool) -> StepResult:
             return StepResult([[1] * len(item.sample_rows) for item in scheduled], set())

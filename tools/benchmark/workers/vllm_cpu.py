@@ -70,7 +70,8 @@ def environment(load: Load) -> dict[str, str]:
     """
     config = ModelConfig.from_pretrained(load.model)
     tokens = max(batch * (prompt + output + 128) for batch, prompt, output in load.cases)
-    num_bytes = tokens * config.kv_bytes_per_token(4 if load.dtype == "float32" else 2)
+    item_bytes = 4 if load.dtype == "float32" else 2
+    num_bytes = tokens * 2 * config.num_layers * config.hidden_size * item_bytes
     cores = sorted(os.sched_getaffinity(0))[: load.threads]
     return {
         "VLLM_CPU_KVCACHE_SPACE": str(1 + (num_bytes >> 30)),

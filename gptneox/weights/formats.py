@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the weights of linear layers are stored, cut for tensor parallelism, measured and packed.
+
+A format lists the tensors that a weight consists of in a file, and how each lies along the
+layer's outputs and inputs. Cutting, joining, checking and measuring follow from that alone, so a
+further format is a class here, a line in `FORMATS`, and a method of the operators of each device
+that packs it. Everything that is not a linear layer's weight (biases, norms, embedding) is float.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gptneox.devices.operators import LinearWeight, Operators, PackedLinear
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+OUTPUTS, INPUTS = 0, 1
+# Linear layer (second last part of a tensor's name) -> what tensor parallelism shares out: its
+# outputs (column-parallel) or its inputs (row-parallel).
+CUT_AXES = {
+    "query_key_value": OUTPUTS,
+    "dense_h_to_4h": OUTPUTS,
+    "embed_out": OUTPUTS,
+    "dense": INPUTS,
+    "dense_4h_to_h": INPUTS,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One of the tensors that a weight is stored as.
+
+    `dims` are its dimensions along the layer's outputs and inputs; None where it has none.
+    """
+
+    suffix: str  # last part of its name
+    dims: tuple[int | None, int | None]
+    dtypes: tuple[torch.dtype, ...]
+
+
+class WeightFormat(ABC):
+    """One way to store the weight of a linear layer."""
+
+    tensors: ClassVar[tuple[StoredTensor, ...]]
+
+    @abstractmethod
+    def shapes(self, num_outputs: int, num_inputs: int) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor in an uncut file, by its suffix."""
+
+    @abstractmethod
+    def num_bytes(self, num_outputs: int, num_inputs: int, dtype: torch.dtype) -> int:
+        """Bytes of a loaded weight in a model that computes in `dtype`."""
+
+    @abstractmethod
+    def load(
+        self, stored: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+    ) -> LinearWeight:
+        """One rank's part on its device, from the stored tensors by suffix.
+
+        These may alias a mapped file. So may the result: packing copies it.
+        """
+
+
+@dataclass(frozen=True)
+class FloatWeight(LinearWeight):
+    """A weight [F, K] of floating-point values."""
+
+    values: Tensor
+
+    @property
+    def out_features(self) -> int:
+        """F."""
+        return self.values.shape[0]
+
+    def pack(self, ops: Operators, bias: Tensor | None) -> PackedLinear:
+        """By `Operators.pack_linear`."""
+        return ops.pack_linear(self.values, bias)
+
+    def floats(self) -> Tensor:
+        """The values themselves."""
+        return self.values
+
+    def take_rows(self, order: Tensor) -> FloatWeight:
+        """The rows `order` [F']."""
+        return FloatWeight(self.values.index_select(0, order))
+
+
+class FloatFormat(WeightFormat):
+    """One tensor of floating-point values, loaded in the dtype that the model computes in."""
+
+    tensors = (StoredTensor("weight", (0, 1), FLOATS),)
+
+    def shapes(self, num_outputs: int, num_inputs: int) -> dict[str, tuple[int, ...]]:
+        """[F, K]."""
+        return {"weight": (num_outputs, num_inputs)}
+
+    def num_bytes(self, num_outputs: int, num_inputs: int, dtype: torch.dtype) -> int:
+        """One value for each pair of output and input."""
+        return num_outputs * num_inputs * dtype.itemsize
+
+    def load(
+        self, stored: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+    ) -> FloatWeight:
+        """Copies only where device or dtype differ."""
+        return FloatWeight(stored["weight"].to(device=device, dtype=dtype))
+
+
+FLOAT = FloatFormat()
+FORMATS: tuple[WeightFormat, ...] = (FLOAT,)  # the first whose tensors are all stored is taken
+
+# Name of a linear layer -> its format.
+Formats = Mapping[str, WeightFormat]
+
+
+def find_formats(names: Iterable[str]) -> dict[str, WeightFormat]:
+    """The format of every linear layer that tensors are stored of.
+
+    Args:
+        names: parameter names of all stored tensors.
+    """
+    suffixes: dict[str, set[str]] = {}
+    for name in names:
+        linear, suffix = split_name(name)
+        if _module(linear) in CUT_AXES:
+            suffixes.setdefault(linear, set()).add(suffix)
+    return {
+        linear: next((f for f in FORMATS if {t.suffix for t in f.tensors} <= stored), FLOAT)
+        for linear, stored in suffixes.items()
+    }
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The owner of a tensor, and what it is of it: "….mlp.dense_4h_to_h" and "weight"."""
+    owner, _, suffix = name.rpartition(".")
+    return owner, suffix
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+# -- one rank's part of a tensor -----------------------------------------------------------------
+
+
+def cut_dimension(name: str, formats: Formats) -> int | None:
+    """Dimension along which tensor parallelism cuts a tensor; None: it is whole on each rank."""
+    linear, suffix = split_name(name)
+    axis = CUT_AXES.get(_module(linear))
+    if axis is None:
+        return None
+    if suffix == "bias":
+        return 0 if axis == OUTPUTS else None
+    dims = {t.suffix: t.dims for t in formats.get(linear, FLOAT).tensors}
+    return dims[suffix][axis] if suffix in dims else None
+
+
+def rank_slice(
+    dim: int | None, shape: tuple[int, ...], rank: int, world_size: int
+) -> tuple[slice, ...]:
+    """The part that `rank` holds of a tensor that is cut along `dim`; () means the whole tensor.
+
+    A fused query_key_value is laid out per head (q, k, v), so equal row ranges are whole heads.
+    A vocabulary that does not divide is padded: the last ranks hold fewer real rows.
+    """
+    if world_size == 1 or dim is None:
+        return ()
+    size = math.ceil(shape[dim] / world_size)
+    start = min(rank * size, shape[dim])
+    return (*(slice(None),) * dim, slice(start, min(start + size, shape[dim])))
+
+
+def part_shape(dim: int | None, shape: tuple[int, ...], world_size: int) -> tuple[int, ...]:
+    """Shape of one rank's part, with the padding of what does not divide."""
+    if dim is None:
+        return shape
+    return (*shape[:dim], math.ceil(shape[dim] / world_size), *shape[dim + 1 :])
+
+
+def pad_to(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`value` with zeros behind it up to `shape`, which differs in one dimension at most."""
+    for dim, size in enumerate(shape):
+        if missing := size - value.shape[dim]:
+            padding = (*shape[:dim], missing, *shape[dim + 1 :])
+            return torch.cat([value, value.new_zeros(padding)], dim)
+    return value
+
+
+def is_partial_bias(name: str) -> bool:
+    """Whether a tensor is the bias of a row-parallel layer: one rank adds it, the others zero."""
+    linear, suffix = split_name(name)
+    return suffix == "bias" and CUT_AXES.get(_module(linear)) == INPUTS
