@@ -24,24 +24,7 @@ esac
 set -euo pipefail +o posix
 
 repo=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
-# shellcheck source=scripts/launch.sh disable=SC1091
-source "$repo/scripts/launch.sh"
-
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-  # shellcheck source=scripts/env.sh disable=SC1091
-  source "$repo/scripts/env.sh" runtime
-  exec "$PYTHON" "$repo/main.py" --help
-fi
-
-model_path=() # else config.ini says it, or main.py's default
-if (($# > 0)) && [[ $1 != -* ]]; then
-  weight_dir=$(require_dir "$1" "weight path" \
-    "give the folder with config.json and *.safetensors: bash run_pa.sh WEIGHT_DIR")
-  model_path=(--model_path "$weight_dir")
-  shift
-fi
-read_launch_settings 20014
-
+launch=("$repo/gptneox/launch.py" paged "$0" "$@")
 # shellcheck source=scripts/env.sh disable=SC1091
 source "$repo/scripts/env.sh" runtime
-exec_main --task inference --auto_attention paged "${model_path[@]}" "$@"
+exec "$PYTHON" "${launch[@]}"

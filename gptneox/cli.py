@@ -17,6 +17,7 @@ from gptneox import __version__
 from gptneox.config.arguments import GROUPS, Arguments, Generation, boolean, from_flags
 from gptneox.config.environment import Environment
 from gptneox.config.errors import ConfigError
+from gptneox.config.places import CHECKOUT
 from gptneox.config.schema import Setting, settings_of
 from gptneox.config.settings import (
     EMBEDDED_CHECKPOINT,
@@ -107,7 +108,7 @@ def _flag_options(each: Setting, *, in_file: bool) -> dict[str, Any]:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of main.py. A flag that is not given is None, so that config.ini can speak."""
     parser = argparse.ArgumentParser(
-        prog="main.py",
+        prog="main.py" if CHECKOUT else "gptneox",
         description="GPT-NeoX inference on Ascend NPU, CUDA and CPU.",
         epilog="Precedence: flag > environment > config.ini > default. "
         "Every flag may be written with - instead of _.",

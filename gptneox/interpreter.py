@@ -52,18 +52,20 @@ def require(command, packages=True):
     The other one is that which scripts/env.sh would choose for the launchers. Nothing is installed.
 
     Args:
-        command: what to run there: a file or -m and a module, and the arguments.
+        command: what to run there: a file of the checkout, or -m and a module, and the arguments.
         packages: False looks at the version of Python alone.
     """
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     project = os.path.join(root, "pyproject.toml")
-    if not os.path.isfile(project):
-        return  # installed by pip, which has seen to it
+    if not os.path.isfile(project) or os.path.isdir(os.path.join(root, "gptneox", "shipped")):
+        return  # installed by pip, which has looked at the requirements
     missing = lacking(_needed(project) if packages else [])
     if not missing:
         return
     sys.stdout.flush()
     chooser = os.path.join(root, "scripts", "python.sh")
+    if not command[0].startswith("-"):
+        command = [os.path.join(root, command[0])] + command[1:]
     try:
         os.execvp("bash", ["bash", chooser, sys.executable, " ".join(missing)] + command)
     except OSError:

@@ -7,7 +7,7 @@
 #
 # Always give the word: `source` without one passes on the caller's own $1.
 #
-# Sets PYTHON (absolute path) and TORCHRUN_COMMAND (array). Takes, in this order:
+# Sets PYTHON (absolute path). Takes, in this order:
 #   1. PYTHON, when the user set it: this interpreter or none
 #   2. python3 or python on PATH, when it has the packages: it is used untouched, for an Ascend
 #      container brings its own torch and torch_npu
@@ -15,13 +15,28 @@
 # .venv/.gptneox-ascend says what was installed there. It reads "incomplete" until the last step is
 # done, so an interrupted installation is done again by the next launcher, never taken for whole.
 #
+# A launcher sets `launch`, the array that it starts PYTHON with. Where no environment is ready, what
+# is wrong with the launcher's own arguments is said first, and ends it.
+#
 # On failure: one line on stderr that names the remedy, and status 1.
-
-# shellcheck source=scripts/lock.sh disable=SC1091
-source "$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")/lock.sh"
 
 env_say() {
   printf 'scripts/env.sh: %s\n' "$1" >&2
+}
+
+# lock_fd NUMBER FOLDER: locks the open file NUMBER, which lies in FOLDER, until it is closed; status
+# 1 when another process holds the lock. Where there are none (no program flock, a network file
+# system without them) that is said once, and the work goes on.
+lock_fd() {
+  local reason="there is no program flock"
+  if command -v flock >/dev/null; then
+    reason=$(flock -n "$1" 2>&1) && return 0
+    [[ -n $reason ]] || return 1
+  fi
+  [[ -n ${LOCK_SAID:-} ]] ||
+    printf '%s: no file locks in %s (%s): start nothing else like this meanwhile\n' \
+      "${0##*/}" "$2" "${reason##*: }" >&2
+  LOCK_SAID=1
 }
 
 # env_requirements KEY: the requirement strings of one list in pyproject.toml, one per line.
@@ -61,6 +76,13 @@ env_base_python() {
   done
   env_say "no Python >= 3.10 on PATH; install one, or set PYTHON to one that has the packages"
   return 1
+}
+
+# Any Python can look at the launcher's arguments: no package is needed for that.
+env_check_launch() {
+  local base
+  [[ -n ${launch[*]+set} ]] && base=$(env_base_python 2>/dev/null) || return 0
+  "$base" "${launch[0]}" --check "${launch[@]:1}" || exit "$?"
 }
 
 # Prints what .venv/.gptneox-ascend says; nothing for an environment that the user made.
@@ -116,6 +138,7 @@ install that there (.venv/bin/python -m pip install …), move it away, or set P
 # at once take turns: the second finds the work done.
 env_use_venv() {
   if ! env_venv_is_ready "$@"; then
+    env_check_launch
     if [[ $1 == find ]]; then
       env_say "$ENV_REASON, and there is no complete .venv; type: bash $ENV_ROOT/run_pa.sh, which \
 makes it once, or set PYTHON to an interpreter that has the packages"
@@ -148,27 +171,6 @@ PYTHON to an interpreter that has the packages"
   PYTHON=$ENV_VENV/bin/python
 }
 
-# Sets TORCHRUN_COMMAND (for launch.sh): TORCHRUN when the user set it, else a torchrun on PATH that
-# is more than pip's script and not another Python's, else start_ranks.py, which is pip's with less to say.
-# shellcheck disable=SC2034
-env_find_torchrun() {
-  local found folder head="" of_pip=$'^#![^\n]*/python[^/\n]*\n'
-  TORCHRUN_COMMAND=("$PYTHON" "$ENV_ROOT/scripts/start_ranks.py")
-  if [[ -n ${TORCHRUN:-} ]]; then
-    TORCHRUN_COMMAND=("$TORCHRUN")
-    return 0
-  fi
-  found=$(type -P torchrun) || return 0
-  folder=$(dirname -- "$found")
-  if [[ ! $folder -ef $(dirname -- "$PYTHON") ]]; then
-    [[ ! -x $folder/python && ! -x $folder/python3 ]] || return 0 # another environment's folder
-  fi
-  head=$(head -n 2 -- "$found" | tr -d '\0')
-  # A console script of pip names its interpreter; "#!/usr/bin/env …" is a wrapper of the user's.
-  [[ ! $head =~ $of_pip && $head != *"'''exec'"* ]] || return 0
-  TORCHRUN_COMMAND=("$found")
-}
-
 # env_setup NEED [INTERPRETER]: the whole of the above.
 env_setup() {
   local need=$1 checksum needed=() name active="" container_python="" lacking=()
@@ -185,12 +187,12 @@ env_setup() {
   if [[ -n ${PYTHON:-} ]]; then
     active=$(type -P -- "$PYTHON") || active=$PYTHON
     if env_lacks "$active" "${needed[@]}"; then
+      env_check_launch
       env_say "PYTHON=$PYTHON lacks $ENV_LACKING; install that there, or unset PYTHON"
       return 1
     fi
     # absolute, but not resolved: the python of a virtual environment is a link
     PYTHON=$(realpath -s -- "$active") || return 1
-    env_find_torchrun
     return 0
   fi
 
@@ -200,7 +202,6 @@ env_setup() {
     # beside a container's own, one without torch_npu would run on the CPU without a word
     if ! env_lacks "$active" ${container_python:+torch_npu} "${needed[@]}"; then
       PYTHON=$active
-      env_find_torchrun
       return 0
     fi
     : "${ENV_REASON:="$active lacks $ENV_LACKING"}"
@@ -217,6 +218,7 @@ env_setup() {
   if [[ -n $container_python ]]; then
     # A fresh .venv would have no torch_npu and run on the CPU without a word.
     if ! env_venv_is_ready "$need" "$checksum" torch_npu "${needed[@]}"; then
+      env_check_launch
       env_lacks "$container_python" "${needed[@]}"
       read -ra lacking <<<"$ENV_LACKING"
       env_say "$container_python has torch_npu but lacks $ENV_LACKING; add it there: \
@@ -227,7 +229,6 @@ $container_python -m pip install$(printf " '%s'" "${lacking[@]}")"
   else
     env_use_venv "$need" "$checksum" "${needed[@]}" || return 1
   fi
-  env_find_torchrun
 }
 
 # Any other word is the caller's own $1, inherited: see the top.

@@ -7,8 +7,10 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ SCRIPT = REPO / "cut_model_and_run.sh"
 CUT = "The gpt-neox-20b part model is not exists, Now begin to cut ..."
 RUN = f"{'*' * 22}The gpt-neox-20b part model exists, Now begin to run ...{'*' * 22}"
 OURS = ("input_dir", "output_dir", "world_size_")
-# What set_npu_switches sets off a 310P; None: 0 in a container, else 1.
+# What the launcher sets off a 310P; None: 0 in a container, else 1.
 SWITCHES = {
     "PYTORCH_NPU_ALLOC_CONF": "max_split_size_mb:2048",
     "ATB_LAUNCH_KERNEL_WITH_TILING": "1",
@@ -59,13 +61,13 @@ class Run:
 
 
 def python_stub(folder: Path) -> Path:
-    """A Python that records main.py, answers for the cut, and really reads config.ini."""
+    """A Python that records main.py, answers for the cut, and really runs launch.py."""
     recorder = recording_stub(folder, "python-recorder")
     real = shlex.quote(sys.executable)
     return write_program(
         folder / "python",
-        f'if [[ ${{1-}} == -c || ${{2-}} == --print_config ]]; then exec {real} "$@"; fi\n'
-        "if [[ ${1-} == */cut_model_util.py ]]; then\n"
+        f'if [[ ${{1-}} == -c || ${{1-}} == */launch.py ]]; then exec {real} "$@"; fi\n'
+        "if [[ ${{1-}} == */cut_model_util.py ]]; then\n"
         '  printf "%s\\0" "${@:2}" "" >>"$CUTS"\n'
         '  printf "%s" "${CUT_SAYS-}"\n'
         '  if [[ ${CUT_STATUS-0} == 0 && " $* " != *" --check "* ]]; then\n'
@@ -253,6 +255,36 @@ def test_a_cut_that_fails_is_the_end(arguments: tuple[str, ...], start: Callable
     assert "Next:" not in call.out
 
 
+def test_ctrl_c_ends_the_cut_with_its_own_words(stubs: Path, model: Path, tmp_path: Path) -> None:
+    """The launcher waits for the end of the cut, which removes what it has written."""
+    cut = (
+        "import pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[1], 'cutting').touch()\n"
+        "try:\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    time.sleep(1)\n    sys.exit(print('removed') or 130)\n"
+    )
+    real, code = shlex.quote(sys.executable), shlex.quote(cut)
+    python = write_program(
+        stubs / "python",
+        f"if [[ ${{1-}} == */cut_model_util.py ]]; then exec {real} -c {code} {tmp_path}; fi\n"
+        f'exec {real} "$@"',
+    )
+    process = subprocess.Popen(
+        ["bash", SCRIPT, "inference"],
+        env=clean_environment() | {"PYTHON": str(python), "input_dir": str(model)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    while not (tmp_path / "cutting").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=30)[0].splitlines() == [CUT, "removed"]
+    assert process.returncode == 130
+
+
 @pytest.mark.parametrize("word", ["infer", "--max_output_length", "performance2", "2"])
 def test_what_is_no_task(word: str, start: Callable[..., Run]) -> None:
     call = start(word, PYTHON="/no/such/python")
@@ -390,7 +422,10 @@ def checkout(tmp_path: Path) -> Path:
     """A copy whose config.ini a test may write."""
     root = tmp_path / "a checkout"
     shutil.copytree(REPO / "scripts", root / "scripts")
-    (root / "gptneox").symlink_to(REPO / "gptneox")
+    shutil.copytree(
+        REPO / "gptneox", root / "gptneox", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (root / "weights").symlink_to(REPO / "weights")
     names = ("cut_model_and_run.sh", "cut_model_util.py", "constraints.txt", "pyproject.toml")
     for name in names:
         shutil.copy(REPO / name, root / name)

@@ -24,6 +24,7 @@ from support import checkpoints as twins
 from support.processes import MAIN, REPO, clean_environ
 from support.tokenizers import write_tokenizer
 
+from gptneox import launch as launcher
 from gptneox.evaluation import modeltest_plan
 from gptneox.evaluation.modeltest_plan import CASES, LM_EVAL_TASKS, MODES, Hosts, parse
 from gptneox.evaluation.modeltest_results import PERFORMANCE_COLUMNS, formatted, with_averages
@@ -203,7 +204,7 @@ def test_wrong_input(
     table = tmp_path / "table.json"
     table.write_text("{}")
     words = [{"W": str(weights), "T": str(table)}.get(w, w) for w in shlex.split(command)]
-    assert modeltest_plan.main(words) == 2
+    assert launcher.main(["--check", "modeltest", "run.sh", *words]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert len(err.splitlines()) == 1
@@ -252,7 +253,7 @@ def test_averages_are_over_what_ran_and_in_the_last_row() -> None:
 
 STUB = """#!/usr/bin/env bash
 for word in "$@"; do
-  if [[ $word == -c || $word == gptneox.evaluation.modeltest_plan ]]; then exec {python} "$@"; fi
+  if [[ $word == -c || $word == */launch.py ]]; then exec {python} "$@"; fi
 done
 exec {python} -c 'import json, os, sys
 json.dump({{"program": sys.argv[1], "argv": sys.argv[2:], "env": dict(os.environ)}},

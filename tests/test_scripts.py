@@ -2,6 +2,8 @@
 """The launchers, run with stubs in place of Python and torchrun: no model is loaded here."""
 
 import ast
+import errno
+import fcntl
 import json
 import os
 import re
@@ -22,6 +24,7 @@ from support.processes import REPO, STUB_STATUS, clean_environment, recording_st
 
 from gptneox import interpreter
 from gptneox.devices.binding import threads_per_rank
+from gptneox.devices.ranks import PortLocks
 
 PAGED = ["--task", "inference", "--auto_attention", "paged"]
 
@@ -95,17 +98,6 @@ def busy_port() -> Iterator[int]:
         else:
             listener.listen()
         yield 20014
-
-
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    """Another checkout, whose weights/ is empty."""
-    root = tmp_path / "a copy"
-    shutil.copytree(REPO / "scripts", root / "scripts")
-    for name in ["run_pa.sh", "constraints.txt", "pyproject.toml", "main.py", "cut_model_util.py"]:
-        shutil.copy(REPO / name, root / name)
-    (root / "gptneox").symlink_to(REPO / "gptneox")
-    return root
 
 
 def option(call: Call, name: str) -> str:
@@ -201,7 +193,7 @@ def test_sh_that_is_bash_will_do(launch, weights: Path, tmp_path: Path) -> None:
     assert (call.program, call.stderr) == ("python", "")
 
 
-# --- launch.sh: devices, ranks, ports
+# --- launch.py: devices, ranks, ports
 
 
 @pytest.mark.parametrize("devices", ["3", "0,1", "4,5,6,7"])
@@ -343,7 +335,7 @@ def test_a_host_that_waits_says_for_whom(host: int, hosts: str, named: str) -> N
     """In a process of its own, which has no children until there are ranks."""
     code = (
         "import argparse, runpy, subprocess, sys\n"
-        f"say = runpy.run_path({str(REPO / 'scripts/start_ranks.py')!r})['_say_who_is_missing']\n"
+        f"say = runpy.run_path({str(REPO / 'gptneox/start_ranks.py')!r})['_say_who_is_missing']\n"
         f"args = argparse.Namespace(node_rank={host}, nnodes={hosts!r}, master_addr='h',"
         " master_port=5)\n"
         "say(args)\n"
@@ -368,7 +360,7 @@ def test_the_end_of_the_ranks_is_told_by_the_status(ending: str, tmp_path: Path)
         f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).touch()\n"
         + ("sys.exit(3)\n" if ending == "status 3" else "time.sleep(60)\n")
     )
-    command = [sys.executable, REPO / "scripts/start_ranks.py", "--nproc_per_node", "2"]
+    command = [sys.executable, REPO / "gptneox/start_ranks.py", "--nproc_per_node", "2"]
     done = subprocess.Popen(
         [*command, "--master_port", str(ranks.free_port()), script],
         env=clean_environment() | {"OMP_NUM_THREADS": "1"},
@@ -407,17 +399,27 @@ def test_a_busy_port_is_passed_over(launch, weights: Path, busy_port: int) -> No
 
 
 def test_two_jobs_started_at_once_get_two_ports(tmp_path: Path) -> None:
-    take = f"source {shlex.quote(str(REPO / 'scripts/launch.sh'))}; read_launch_settings 20020; "
-    nested = take + 'first=$MASTER_PORT; unset MASTER_PORT; exec bash -c "$1" - "$first"'
-    second = take + 'echo "$1 $MASTER_PORT"'
-    ports = subprocess.run(
-        ["bash", "-euc", nested, "-", second],
-        env=clean_environment() | {"TP_WORLD_SIZE": "2", "TMPDIR": str(tmp_path)},
+    """The second is what the first has become: a lock outlives exec."""
+    code = (
+        "import os, sys\n"
+        "from gptneox.devices.ranks import PortLocks, prepare\n"
+        "environ = {'TP_WORLD_SIZE': '2'}\n"
+        "prepare(environ, 20020, PortLocks({'TMPDIR': sys.argv[1]}, 'job'))\n"
+        "ports = [*sys.argv[2:], environ['MASTER_PORT']]\n"
+        "if len(ports) == 2:\n"
+        "    sys.exit(print(*ports))\n"
+        "python = sys.executable\n"
+        "os.execv(python, [python, '-c', os.environ['CODE'], sys.argv[1], *ports])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path],
+        cwd=REPO,
+        env=clean_environment() | {"CODE": code},
         capture_output=True,
         text=True,
         check=True,
-    ).stdout.split()
-    assert len(set(ports)) == 2
+    )
+    assert len(set(done.stdout.split())) == 2
 
 
 @pytest.fixture
@@ -463,8 +465,12 @@ def test_default_hccl_ports_step_aside(launch, weights: Path) -> None:
 @pytest.fixture
 def torch_folder(tmp_path: Path, stubs: Path) -> Path:
     """An aarch64 machine whose torch brings a libgomp of its own."""
-    write_program(stubs / "uname", "echo aarch64")
     folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import os\nreal, machine = os.uname(), os.environ.get('MACHINE', 'aarch64')\n"
+        "os.uname = lambda: os.uname_result((*real[:4], machine))\n"
+    )
     (folder / "torch").mkdir(parents=True)
     (folder / "torch/__init__.py").touch()
     (folder / "torch.libs").mkdir()
@@ -484,8 +490,7 @@ def test_libgomp_of_torch_is_loaded_first_on_aarch64(launch, weights, stubs, tor
     (torch_folder / "torch.libs/libgomp-d22c30c5.so.1.0.0").unlink()
     write_program(stubs / "ldconfig", "echo '\tlibgomp.so.1 (libc6,AArch64) => /y/libgomp.so.1'")
     assert launch(weights, **env).env["LD_PRELOAD"] == "/y/libgomp.so.1"
-    write_program(stubs / "uname", "echo x86_64")
-    assert "LD_PRELOAD" not in launch(weights, **env).env
+    assert "LD_PRELOAD" not in launch(weights, MACHINE="x86_64", **env).env
 
 
 @pytest.mark.parametrize(("chip", "mode"), [("310P3", "0"), ("910B3", None)])
@@ -510,7 +515,7 @@ def test_torchrun_of_another_python_is_passed_over(launch, weights: Path, tmp_pa
     path = f"{tmp_path / 'other'}:{os.environ['PATH']}"
     call = launch(weights, TP_WORLD_SIZE="2", PYTHON=str(python), PATH=path)
     assert call.program == "python"
-    assert call.argv[0] == str(REPO / "scripts" / "start_ranks.py")
+    assert call.argv[0] == str(REPO / "gptneox" / "start_ranks.py")
 
 
 def test_console_script_of_another_python_is_passed_over(launch, weights, stubs, tmp_path) -> None:
@@ -520,7 +525,7 @@ def test_console_script_of_another_python_is_passed_over(launch, weights, stubs,
     (stubs / "torchrun").unlink()
     path = f"{script.parent}:{stubs}:{os.environ['PATH']}"
     call = launch(weights, TP_WORLD_SIZE="2", PYTHON=str(python), PATH=path)
-    assert call.argv[0] == str(REPO / "scripts" / "start_ranks.py")
+    assert call.argv[0] == str(REPO / "gptneox" / "start_ranks.py")
 
 
 def test_a_chosen_python_that_lacks_packages_is_refused(launch, weights, tmp_path) -> None:
@@ -547,7 +552,6 @@ class Checkout:
         (root / "gptneox").symlink_to(REPO / "gptneox")
         for name in COPIED:
             shutil.copy(REPO / name, root / name)
-        shutil.copy(REPO / "scripts" / "lock.sh", root / "scripts")
         self.real = shlex.quote(sys.executable)
         venv, made = shlex.quote(str(root / ".venv")), shlex.quote(str(root / "made"))
         write_program(
@@ -636,6 +640,42 @@ def test_an_environment_is_made_once(checkout: Checkout, there_is: str) -> None:
     assert len(checkout.pip_calls.read_text().splitlines()) == 1
 
 
+@pytest.mark.parametrize(("devices", "status"), [("0,,1", 2), ("0", 0)])
+def test_wrong_settings_are_found_before_an_environment_is_made(
+    checkout: Checkout, devices: str, status: int
+) -> None:
+    checkout.set_made()
+    script = 'launch=("$1/gptneox/launch.py" paged "run pa.sh"); source "$1/scripts/env.sh" runtime'
+    done = subprocess.run(
+        ["bash", "-euc", script, "-", checkout.root],
+        env=clean_environment()
+        | {
+            "PATH": f"{checkout.root / 'bin'}:{os.environ['PATH']}",
+            "ASCEND_RT_VISIBLE_DEVICES": devices,
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    assert bool(checkout.pip_calls.read_text()) == (status == 0)
+    if status:
+        assert done.stderr.startswith("run pa.sh: ASCEND_RT_VISIBLE_DEVICES='0,,1' is not a list")
+        assert not checkout.note.exists()
+
+
+def test_the_launcher_goes_on_in_its_own_process(launch, weights: Path, tmp_path: Path) -> None:
+    """Where PYTHON is the interpreter itself, nothing is started a second time."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(
+        "import os\nopen(os.environ['RECORD'] + '.starts', 'a').write(f'{os.getpid()}\\n')\n"
+    )
+    call = launch(weights, "--version", PYTHON=sys.executable, PYTHONPATH=str(tmp_path / "site"))
+    assert (call.program, call.status, call.stderr) == ("", 0, "")
+    look, run = (tmp_path / "record.json.starts").read_text().split()
+    assert look != run, "env.sh looks at the packages in a process of its own"
+
+
 @pytest.mark.parametrize("there_is", ["an unfinished one", "a broken one", "files", "a file"])
 def test_an_environment_of_the_user_is_never_changed(checkout: Checkout, there_is: str) -> None:
     """Neither emptied nor filled: their versions are theirs."""
@@ -702,14 +742,19 @@ def test_without_locks_an_environment_is_made(checkout: Checkout, without_locks:
     assert "waiting" not in done.stderr
 
 
-def test_without_locks_the_first_port_is_taken(
-    launch, weights: Path, stubs: Path, without_locks: str
-) -> None:
-    call = launch(weights, TP_WORLD_SIZE="2", PATH=f"{stubs}:{without_locks}")
-    assert call.status == STUB_STATUS
-    assert call.stderr.count("no file locks in") == 1
-    assert 20014 <= int(option(call, "--master_port")) <= 20050
-    assert "no file locks" not in launch(weights, TP_WORLD_SIZE="2").stderr
+def test_without_locks_the_first_port_is_taken(tmp_path: Path, monkeypatch, capsys) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    locks = PortLocks({"TMPDIR": str(tmp_path)}, "run_pa.sh")
+    assert locks.take(ranks.free_port())
+    assert locks.take(ranks.free_port())
+    locks.close()
+    said = capsys.readouterr().err
+    assert said.count("no file locks in") == 1
+    assert said.startswith("run_pa.sh: ")
+    assert "(Function not implemented): start nothing else like this meanwhile\n" in said
 
 
 def note_of_today(checkout: Checkout) -> str:
@@ -926,17 +971,14 @@ def test_a_package_that_is_there_but_broken(tmp_path: Path, content: str, remedy
 
 
 @pytest.mark.parametrize("name", ["main.py", "cut_model_util.py", "gptneox/interpreter.py"])
-def test_an_old_python_reads_as_far_as_the_words_about_it(name: str) -> None:
+def test_any_python_reads_what_looks_for_another(name: str) -> None:
+    """Python 2 too: no annotations and no f-strings."""
     tree = ast.parse((REPO / name).read_text(), feature_version=(3, 6))
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert "__future__" not in modules, "annotations: from Python 3.7 on"
-    first = next(node for node in tree.body if isinstance(node, ast.FunctionDef))
-    if name.endswith("interpreter.py"):  # Python 2 reads this one
-        assert not [n for n in ast.walk(tree) if isinstance(n, (ast.JoinedStr, ast.AnnAssign))]
-        assert not [n for n in ast.walk(tree) if isinstance(n, ast.arg) and n.annotation]
-    else:  # and shows the line that it stumbles over
-        line = (REPO / name).read_text().splitlines()[first.lineno - 1]
-        assert line.endswith("Python >= 3.10 is wanted") or "Python >= 3.10 is wanted:" in line
+    assert "pathlib" not in modules
+    assert not [n for n in ast.walk(tree) if isinstance(n, (ast.JoinedStr, ast.AnnAssign))]
+    assert not [n for n in ast.walk(tree) if isinstance(n, ast.arg) and n.annotation]
 
 
 def test_requirements_of_this_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from gptneox.config.errors import ConfigError, one_of
 from gptneox.config.schema import Setting, setting, settings_of
 
+HCCL_BASE_PORT = 60000  # HCCL's own default
 USER_FOLDER = "gptneox-ascend"  # in the folders where a user's programs keep their files
 
 
@@ -113,9 +114,9 @@ class Environment:
     )
     cxx: str = setting("", "Compiler of the CPU kernels. Unset: c++.", env="CXX")
     hccl_base_port: int = setting(
-        60000,
+        HCCL_BASE_PORT,
         "First of the 16 host ports that NPU processes meet on. Unset: the launchers take the next "
-        "16 free ones from 60000 on.",
+        f"16 free ones from {HCCL_BASE_PORT} on.",
         env="HCCL_IF_BASE_PORT",
     )
     hccl_port_range: str = setting(
@@ -202,3 +203,10 @@ def disable_device_autoload() -> None:
 def variables() -> Mapping[str, str]:
     """All environment variables."""
     return os.environ
+
+
+def set_variables(environ: Mapping[str, str]) -> None:
+    """Make `environ` the environment of this process and of those that it starts."""
+    for name in os.environ.keys() - environ.keys():
+        del os.environ[name]
+    os.environ.update(environ)

@@ -23,11 +23,12 @@ from gptneox.config.environment import variables
 from gptneox.config.errors import ConfigError, one_of
 from gptneox.config.files import read_text
 from gptneox.config.model import DTYPES, MAX_POSITIONS
+from gptneox.config.places import shipped
 from gptneox.config.schema import setting, settings_of
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED_CHECKPOINT = Path(__file__).resolve().parents[2] / "weights" / "neox-mini"
+EMBEDDED_CHECKPOINT = shipped("weights/neox-mini")
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,13 @@
         CHIP_NUM | RANK_TABLE WORLD_SIZE NODE_NUM RANK_ID_START MASTER_ADDR
         [[dp,tp,sp,moe_tp,moe_ep,pp,microbatch,cp]] [max_position_embedding]
 
-Run as a program it checks its arguments and prints what the launcher needs, one value per line:
-TYPE's path (paged or flash), WEIGHT_DIR, ranks on this host, hosts, number of this host, address of
-host 0, rank table (the last four are 1, 0 and empty on one host). Nothing heavy is imported here.
+The launcher reads it too, so nothing heavy is imported here.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-import sys
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -409,21 +406,3 @@ def _check_degrees(reader: _Reader, world_size: int) -> None:
                 f"{name}={degree} is not served with {world_size} chips: there is tensor "
                 f"parallelism only, tp={world_size} and 1 or -1 for the others"
             )
-
-
-def main(arguments: Seq[str]) -> int:
-    """Print the plan for run.sh; returns the exit status."""
-    try:
-        plan = parse(arguments)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"run.sh: {' '.join(str(error).split())}\n")
-        return 2
-    hosts = plan.hosts
-    values = (plan.attention, plan.model_path, hosts.local_world_size, hosts.num_nodes,
-        hosts.node_rank, hosts.master_addr, hosts.rank_table)  # fmt: skip
-    sys.stdout.write("".join(f"{value}\n" for value in values))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gptneox.cli import Settings
+from gptneox.config.places import CHECKOUT
 from gptneox.devices.device import Device
 from gptneox.evaluation.datasets import Dataset
 from gptneox.evaluation.modeltest_plan import Plan
@@ -29,7 +30,8 @@ from gptneox.weights.load import find_part
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[2] / "tests" / "modeltest"
+# Holds data/ and receives outputs/; for an installed package the current folder does.
+ROOT = CHECKOUT / "tests" / "modeltest" if CHECKOUT else Path()
 BEIJING = timezone(timedelta(hours=8))  # time zone of the file names, as in the original
 DTYPE_TOKENS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 

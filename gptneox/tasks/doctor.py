@@ -4,20 +4,19 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import socket
-import subprocess
 import sys
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from gptneox import __version__
 from gptneox.cli import Settings, refuse_unbuilt
+from gptneox.config.environment import variables
 from gptneox.config.errors import ConfigError
 from gptneox.config.model import ModelConfig
 from gptneox.devices import DEVICES, create
 from gptneox.devices.device import Device, Finding
+from gptneox.devices.ranks import DEFAULT_PORTS, PortLocks, Ranks, prepare
 from gptneox.engine.api import check_request
 from gptneox.engine.block_manager import BlockManager
 from gptneox.engine.opening import Opened, check_loading, open_checkpoint
@@ -38,13 +37,6 @@ from gptneox.session import refuse_paged_only
 
 PACKAGES = {"torch": "2.7", "transformers": "5.0", "safetensors": ""}
 MARKS = {True: "ok  ", None: "note", False: "FAIL"}
-LAUNCHER_PORTS = (20014, 20001)
-LAUNCHER_CODE = """
-set -euo pipefail
-source "$1"
-read_launch_settings 20014
-printf '%s %s\\n' "$NUM_PROCESSES" "${NNODES:-1}"
-"""
 # Errors that end a run with a message of one line.
 RUN_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)
 
@@ -222,39 +214,26 @@ def _describe(path: Path, config: ModelConfig, dtype: str) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """Processes that a run would start."""
-
-    total: int = 1
-    local: int = 1  # on this host
-
-
 def launcher(settings: Settings) -> tuple[list[Finding], Ranks]:
-    """What run_pa.sh makes of the environment, by its own functions."""
+    """What run_pa.sh makes of the environment."""
     environment = settings.environment
-    script = Path(__file__).resolve().parents[2] / "scripts" / "launch.sh"
-    bash = shutil.which("bash")
-    if environment.world_size > 1 or not script.is_file() or bash is None:
+    if environment.world_size > 1:
         return [], Ranks(environment.world_size, environment.local_world_size)
-    done = subprocess.run(
-        [bash, "-c", LAUNCHER_CODE, "run_pa.sh", script],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        text = done.stderr.strip().rsplit("\n", 1)[-1].removeprefix("run_pa.sh: ")
-        return [Finding(False, "run_pa.sh", text)], Ranks()
-    local, num_hosts = map(int, done.stdout.split())
-    return [], Ranks(local * num_hosts, local)
+    environ = dict(variables())
+    locks = PortLocks(environ, "doctor")
+    try:
+        return [], prepare(environ, DEFAULT_PORTS["paged"], locks)
+    except (ValueError, OSError, RuntimeError) as error:
+        return [Finding(False, "run_pa.sh", str(error))], Ranks()
+    finally:
+        locks.close()
 
 
 def ports(settings: Settings, ranks: Ranks) -> list[Finding]:
     """The rendezvous ports of the launchers; one that is taken is passed over by them."""
     own = settings.environment.master_port
     findings = []
-    for port in (own,) if own else LAUNCHER_PORTS:
+    for port in (own,) if own else (DEFAULT_PORTS["paged"], DEFAULT_PORTS["flash"]):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from gptneox.config.files import read_json
 from gptneox.config.model import ModelConfig
+from gptneox.config.places import shipped
 from gptneox.files import UNFINISHED, is_unused, lock
 from gptneox.parallel import check_divides
 from gptneox.weights.files import DTYPES, REMAP_BYTES, CheckpointError, SafetensorsFile
@@ -54,7 +55,7 @@ from gptneox.weights.size import EMBEDDING_NAME
 
 logger = logging.getLogger(__name__)
 
-MODELING_FILE = Path(__file__).resolve().parents[2] / "modeling_gpt_neox_ascend.py"
+MODELING_FILE = shipped("modeling_gpt_neox_ascend.py")
 AUTO_MAP = {"AutoModelForCausalLM": "modeling_gpt_neox_ascend.GPTNeoXForCausalLM"}
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

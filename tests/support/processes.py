@@ -111,13 +111,13 @@ def write_program(path: Path, body: str) -> Path:
 
 
 def recording_stub(folder: Path, name: str) -> Path:
-    """A program that records its call; asked to run a piece of Python (-c) it is a Python."""
+    """A program that records its call; for -c and for launch.py it is a Python."""
     real, recorder = shlex.quote(sys.executable), folder / "recorder.py"
     folder.mkdir(parents=True, exist_ok=True)
     recorder.write_text(RECORDER)
     return write_program(
         folder / name,
-        f'if [[ ${{1-}} == -c ]]; then exec {real} "$@"; fi\n'
+        f'if [[ ${{1-}} == -c || ${{1-}} == */launch.py ]]; then exec {real} "$@"; fi\n'
         f'exec {real} -I {shlex.quote(str(recorder))} {name} "$@"',
     )
 

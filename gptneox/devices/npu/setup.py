@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import re
-import socket
 from pathlib import Path
 
 import torch
 
 from gptneox.devices.device import Finding
+from gptneox.devices.switches import HCCL_PORTS, LAST_BASE_PORT, busy_port
 
 CANN_SCRIPTS = (
     "/usr/local/Ascend/ascend-toolkit/set_env.sh",
@@ -107,29 +107,14 @@ def cann_findings(npu_version: str, home: str) -> list[Finding]:
     return [*findings, Finding(True, "CANN", f"{installed} ({oldest or 'no'} minimum known)")]
 
 
-HCCL_PORTS = 16  # host ports from HCCL_IF_BASE_PORT on. Source: CANN's list of HCCL variables.
-
-
 def hccl_finding(base: int, port_range: str) -> Finding:
     """Whether several ranks can meet: the launchers step aside, other ways to start do not."""
     topic = "HCCL ports"
     if port_range:
         return Finding(True, topic, f"HCCL_HOST_SOCKET_PORT_RANGE={port_range}")
-    taken = _taken(base)
+    taken = busy_port(base)
     if not taken:
         return Finding(True, topic, f"{base} to {base + HCCL_PORTS - 1} are free")
-    free = next((p for p in range(base, 65521, HCCL_PORTS) if not _taken(p)), base)
+    free = next((p for p in range(base, LAST_BASE_PORT + 1, HCCL_PORTS) if not busy_port(p)), base)
     text = f"{taken} is taken; run_pa.sh takes others, else type: export HCCL_IF_BASE_PORT={free}"
     return Finding(None, topic, text)
-
-
-def _taken(base: int) -> int:
-    """The first of HCCL's ports that cannot be bound on every address; 0: none."""
-    for port in range(base, min(base + HCCL_PORTS, 65536)):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-            except OSError:
-                return port
-    return 0

@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """torchrun with less to say: a line in place of a traceback of its own, and a status that tells.
 
-    python scripts/start_ranks.py [torchrun's options] main.py [arguments]
+    python -m gptneox.start_ranks [torchrun's options] main.py [arguments]
 
 Exit status: that of the first rank that failed; 128 and the signal's number where one ended it all,
 so 130 after Ctrl-C.
@@ -35,7 +34,9 @@ def _run(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if "LOGLEVEL" not in os.environ:  # torchrun's own variable
+    from gptneox.config.environment import variables
+
+    if "LOGLEVEL" not in variables():  # torchrun's own variable
         logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
         for name in ("agent.server.api", "multiprocessing.api"):
             logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.ERROR)
@@ -98,4 +99,7 @@ def _say_who_is_missing(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(
+        Path(__file__).resolve().parents[1]
+    )  # a module of ours is no package of theirs
     sys.exit(main(sys.argv[1:]))
