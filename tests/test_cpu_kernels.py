@@ -20,6 +20,7 @@ import pwd
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from gptneox.config.environment import Environment
 from gptneox.config.errors import ConfigError
 from gptneox.devices import create
 from gptneox.devices.cache import FloatKV, LayerCache
+from gptneox.devices.cpu import blocked
 from gptneox.devices.cpu import build as cpu_build
 from gptneox.devices.cpu.compiled import ACTIVATION_IDS, CompiledCpuDevice, CompiledCpuOperators
 from gptneox.devices.cpu.device import CpuDevice
@@ -50,17 +52,25 @@ from gptneox.weights.formats import FloatWeight
 ROOT = Path(__file__).resolve().parents[1]
 DTYPE = st.sampled_from(DTYPES)
 ROWS = st.one_of(st.sampled_from([1, 2, 12, 13, 24, 25, 300]), st.integers(1, 130))
-WIDTH = st.one_of(st.sampled_from([1, 16, 17, 32, 1025]), st.integers(1, 300))
+WIDTH = st.one_of(st.sampled_from([1, 16, 17, 32, 256, 1025]), st.integers(1, 300))
 few = functools.partial(settings, deadline=None, derandomize=True, database=None)
 
 
-@pytest.fixture(scope="module")
-def cpu() -> CompiledCpuOperators:
-    """With kernels, or the tests that need them are skipped."""
+# From how many rows on products are blocked: never, from one row on, or from 13 on.
+METHODS = {"register tile": blocked.NEVER, "blocked": 1, "mixed": 13}
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def cpu(request: pytest.FixtureRequest) -> Iterator[CompiledCpuOperators]:
+    """With kernels, by each method, or the tests that need them are skipped."""
     made = create("cpu")
     if not isinstance(made, CompiledCpuDevice):
         pytest.skip("the CPU kernels are off, or cannot be compiled here")
-    return made.operators()
+    before = made.kernels.blocked_from()
+    from_row = METHODS[request.param]
+    made.kernels.set_blocked_from(bf16=from_row, fp16=from_row, fp32=from_row)
+    yield made.operators()
+    made.kernels.set_blocked_from(*before)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +92,7 @@ def rounded(x: Tensor, dtype: torch.dtype, cpu: CompiledCpuOperators) -> Tensor:
 # -- products ------------------------------------------------------------------------------------
 
 
-@few(max_examples=80)
+@few(max_examples=60)
 @given(ROWS, WIDTH, WIDTH, DTYPE, st.booleans(), st.sampled_from(["", *ACTIVATION_IDS]))
 def test_products(
     cpu: CompiledCpuOperators,

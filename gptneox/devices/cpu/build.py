@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles `cpu_kernels/` once per machine and loads it; without a compiler there is plain torch.
+"""Compiles `src/` once per machine and loads it; without a compiler there is plain torch.
 
 The result is kept in the user's cache folder, under a name made of everything it depends on, so
 another torch, Python, processor or source compiles its own. A failed attempt is remembered too.
@@ -36,6 +36,7 @@ import torch
 from gptneox import files
 from gptneox.config.environment import Environment
 from gptneox.config.errors import ConfigError
+from gptneox.devices.cpu import blocked
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,10 @@ def load(wanted: str = "") -> ModuleType | None:
     if wanted == "off":
         return None
     try:
-        return _import(_built(environment))
+        library = _built(environment)
+        module = _import(library)
+        blocked.choose(module, library.with_name("blocked.json"))
+        return module
     except (OSError, RuntimeError) as error:
         if wanted == "on":
             raise ConfigError(f"GPTNEOX_CPU_KERNELS is on, but {error}") from error

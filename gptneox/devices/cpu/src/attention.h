@@ -400,29 +400,34 @@ void decode(
 
 // -- many queries ----------------------------------------------------------------------------------
 
-// Prompt chunks: tiles of queries against tiles of keys, with the product's own register tile.
-constexpr int64_t kQueryBlocks = kVec == 16 ? 12 : 16; // blocks of kRows queries per task
-constexpr int64_t kKeys = 2 * kCols; // keys per tile
+// Prompt chunks: blocks of queries against tiles of keys, multiplied by the register tile or by the
+// blocked kernels.
 
 // Queries, keys, weights and values are multiplied in the cache's type where the machine has an
 // instruction for that (bf16), queries and weights rounded to it; in fp32 elsewhere.
-template <typename C>
+template <typename C, bool kBlocked>
 class PrefillTask {
   using F = std::conditional_t<Format<C>::kStep == 2, Format<C>, Format<float>>;
   using Weight = typename F::Weight;
   using Scalar = typename F::Scalar; // one fp32 value, or two of bf16
   static constexpr int64_t kStep = F::kStep;
+  static constexpr int64_t kKeys = kBlocked ? 8 * kCols : 2 * kCols; // keys per tile
+  static constexpr int64_t kHeight = kBlocked ? kBlockedRows : kRows; // queries per block
 
  public:
+  static constexpr int64_t kQueries = kHeight * (kBlocked ? 8 : kVec == 16 ? 12 : 16); // per task
+
   explicit PrefillTask(int64_t dim)
       : dim_(dim),
         padded_(round_up(dim, std::max<int64_t>(kCols, kDepth))),
         rows_(kKeys * padded_),
         k_(kKeys * padded_),
         v_(kKeys * padded_),
-        out_(kQueryBlocks * kRows * padded_),
-        largest_(kQueryBlocks * kRows),
-        sum_(kQueryBlocks * kRows, Vec(0.f)) {}
+        s_(kHeight * kKeys),
+        p_(kStep == 1 ? 0 : kHeight * kKeys),
+        out_(kQueries * padded_),
+        largest_(kQueries),
+        sum_(kQueries, Vec(0.f)) {}
 
   // Queries [first, last) of a chunk whose query 0 stands at position `offset`.
   template <typename Y>
@@ -441,7 +446,7 @@ class PrefillTask {
     const int64_t stride = step.num_heads * dim_;
     const int64_t count = last - first;
     q += first * stride + head * dim_;
-    q_.resize(count, dim_);
+    q_.resize(count, dim_, kBlocked);
     for (int64_t b = 0; b < q_.num_blocks(); ++b) {
       q_.fill(b, q + b * q_.height * stride, dim_, stride);
     }
@@ -508,28 +513,28 @@ class PrefillTask {
     std::fill(rows_.begin() + known * padded_, rows_.end(), Weight(0.f));
   }
 
-  // k_: panels of kCols keys, [kKeys / kCols][padded / kStep][kCols][kStep]; entries of kStep
-  // values are moved as one number of 32 bits.
+  // k_: [padded / kStep][keys][kStep]; entries of kStep values are moved as one number of 32 bits.
+  // The blocked kernels take all keys in one panel, the register tile panels of kCols.
   void transpose_keys() {
     static_assert(kStep * sizeof(Weight) == sizeof(float));
-    const int64_t width = padded_ / kStep;
-    for (int64_t panel = 0; panel < kKeys; panel += kCols) {
-      const auto* from = reinterpret_cast<const float*>(rows_.data() + panel * padded_);
-      auto* to = reinterpret_cast<float*>(k_.data() + panel * padded_);
-      for (int64_t d = 0; d < width; d += kVec) {
-        for (int64_t i = 0; i < kCols; i += kVec) {
-          at::vec::transpose_mxn<float, kVec, kVec>(
-              from + i * width + d, width, to + d * kCols + i, kCols);
-        }
+    constexpr int64_t kWidth = kBlocked ? kKeys : kCols; // of a panel
+    const int64_t depth = padded_ / kStep;
+    for (int64_t first = 0; first < kKeys; first += kVec) {
+      const auto* from = reinterpret_cast<const float*>(rows_.data() + first * padded_);
+      auto* to = reinterpret_cast<float*>(k_.data()) + first / kWidth * kWidth * depth +
+          first % kWidth;
+      for (int64_t d = 0; d < depth; d += kVec) {
+        at::vec::transpose_mxn<float, kVec, kVec>(from + d, depth, to + d * kWidth, kWidth);
       }
     }
   }
 
-  // v_: panels of kCols columns, [padded / kCols][kKeys / kStep][kCols][kStep].
+  // v_: [keys / kStep][columns][kStep], in one panel or in panels of kCols columns.
   void split_values() {
-    Weight* to = v_.data();
+    const int64_t width = kBlocked ? padded_ : kCols; // of a panel
     for (int64_t d = 0; d < padded_; d += kCols) {
-      for (int64_t i = 0; i < kKeys; i += kStep, to += kCols * kStep) {
+      Weight* to = v_.data() + d / width * width * kKeys + d % width * kStep;
+      for (int64_t i = 0; i < kKeys; i += kStep, to += width * kStep) {
         const Weight* from = rows_.data() + i * padded_ + d;
         if constexpr (kStep == 1) {
           std::memcpy(to, from, kCols * sizeof(Weight));
@@ -555,13 +560,16 @@ class PrefillTask {
 
   void attend_block(int64_t b, int64_t position, int64_t start, int64_t visible) {
     const int rows = q_.rows_of(b);
-    alignas(64) float s[kRows * kKeys];
-    alignas(64) Weight p[kStep == 1 ? 1 : kRows * kKeys]; // s, rounded
+    float* s = s_.data();
     // No row of the block sees more of the tile.
     const int64_t seen = std::min(kKeys, round_up(visible + rows - 1 - position, kCols));
-    for (int64_t i = 0; i < seen; i += kCols) {
-      run_tile<F>(
-          rows, k_.data() + i * padded_, q_.block(b), q_.steps, s + i, kKeys, false);
+    if constexpr (kBlocked) {
+      block_product<F>(
+          rows, q_.block(b), q_.steps, k_.data(), kKeys, seen, q_.steps, s, kKeys, false);
+    } else {
+      for (int64_t i = 0; i < seen; i += kCols) {
+        run_tile<F>(rows, k_.data() + i * padded_, q_.block(b), q_.steps, s + i, kKeys, false);
+      }
     }
     for (int r = 0; r < rows; ++r) {
       float* row = s + r * kKeys;
@@ -589,32 +597,37 @@ class PrefillTask {
         (Vec::loadu(out + d) * factor).store(out + d);
       }
     }
-    const Scalar* weights;
-    if constexpr (kStep == 1) {
-      weights = s;
-    } else {
+    const auto* weights = reinterpret_cast<const Scalar*>(s);
+    if constexpr (kStep == 2) {
       for (int r = 0; r < rows; ++r) {
-        store_rounded(s + r * kKeys, seen, p + r * kKeys);
+        store_rounded(s + r * kKeys, seen, p_.data() + r * kKeys);
       }
-      weights = reinterpret_cast<const Scalar*>(p);
+      weights = reinterpret_cast<const Scalar*>(p_.data());
     }
-    for (int64_t d = 0; d < padded_; d += kCols) {
-      run_tile<F, kKeys / kStep>(
-          rows, v_.data() + d * kKeys, weights, seen / kStep, out_of(b * q_.height) + d, padded_,
+    float* out = out_of(b * q_.height);
+    if constexpr (kBlocked) {
+      block_product<F>(
+          rows, weights, kKeys / kStep, v_.data(), padded_, padded_, seen / kStep, out, padded_,
           true);
+    } else {
+      for (int64_t d = 0; d < padded_; d += kCols) {
+        run_tile<F, kKeys / kStep>(
+            rows, v_.data() + d * kKeys, weights, seen / kStep, out + d, padded_, true);
+      }
     }
   }
 
   int64_t dim_, padded_; // values of a head, and rounded to panels
   std::vector<Weight> rows_, k_, v_;
   Blocks<F> q_;
+  std::vector<float> s_; // scores of a block, then their exponentials
+  std::vector<Weight> p_; // these, rounded
   std::vector<float> out_, largest_;
   std::vector<Vec> sum_; // per lane
 };
 
-// The other rows, stored before, their rotated queries in q [T, H, D].
-template <typename Y, typename C>
-void prefill(
+template <bool kBlocked, typename Y, typename C>
+void prefill_by(
     const Step& step, const float* q, const Cache<C>& keys, const Cache<C>& values, Y* y) {
   struct Work {
     int64_t seq, head, first, last;
@@ -626,9 +639,10 @@ void prefill(
     rows += step.cu_seqlens[b + 1] - step.cu_seqlens[b];
   }
   // Large tasks read the keys less often; enough of them keep all threads busy.
-  int64_t span = kQueryBlocks * kRows;
-  while (span > 2 * kRows && rows * step.num_heads < span * threads * 4) {
-    span = round_up(span / 2, kRows);
+  constexpr int64_t kHeight = kBlocked ? kBlockedRows : kRows;
+  int64_t span = PrefillTask<C, kBlocked>::kQueries;
+  while (span > 2 * kHeight && rows * step.num_heads < span * threads * 4) {
+    span = round_up(span / 2, kHeight);
   }
   for (int64_t b = step.num_decodes; b < step.num_seqs; ++b) {
     const int64_t length = step.cu_seqlens[b + 1] - step.cu_seqlens[b];
@@ -641,7 +655,7 @@ void prefill(
   WorkQueue queue(static_cast<int64_t>(work.size()), 1);
   const int64_t stride = step.num_heads * step.head_dim;
   on_all_threads([&] {
-    PrefillTask<C> task(step.head_dim);
+    PrefillTask<C, kBlocked> task(step.head_dim);
     int64_t begin, end;
     while (queue.take(begin, end)) {
       // The last queries of a sequence cost most: they go first.
@@ -653,7 +667,22 @@ void prefill(
           w.head, w.first, w.last, step.context_lens[w.seq] - length,
           step.starts ? step.starts[w.seq] : 0, y + row * stride);
     }
+    if constexpr (kBlocked) {
+      at::native::cpublas::brgemm_release(true);
+    }
   });
+}
+
+// The other rows, stored before, their rotated queries in q [T, H, D].
+template <typename Y, typename C>
+void prefill(
+    const Step& step, const float* q, const Cache<C>& keys, const Cache<C>& values, Y* y) {
+  if constexpr (Format<C>::kStep == 2) {
+    if (is_blocked<Format<C>>(step.num_tokens - step.num_decodes, step.head_dim)) {
+      return prefill_by<true>(step, q, keys, values, y);
+    }
+  }
+  prefill_by<false>(step, q, keys, values, y);
 }
 
 } // namespace gptneox

@@ -164,9 +164,9 @@ Tensor check_rows(const Tensor& x, int64_t width, const char* name) {
 }
 
 template <typename F>
-void fill_blocks(Blocks<F>& blocks, const Tensor& x) {
+void fill_blocks(Blocks<F>& blocks, const Tensor& x, bool blocked) {
   const int64_t rows = x.size(0), depth = x.size(1);
-  blocks.resize(rows, depth);
+  blocks.resize(rows, depth, blocked);
   const float* data = x.const_data_ptr<float>();
   for_ranges(blocks.num_blocks(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
@@ -214,7 +214,7 @@ Tensor linear(
   with_type(weight->panels.scalar_type(), [&](auto zero) {
     using F = Format<decltype(zero)>;
     auto& blocks = scratch<F>(0);
-    fill_blocks(blocks, rows);
+    fill_blocks(blocks, rows, is_blocked<F>(rows.size(0), weight->depth));
     Output<F> out;
     out.terms = {{weight.get(), &blocks}};
     out.bias = bias_of(bias, weight->features);
@@ -262,6 +262,12 @@ struct Layer {
     TORCH_CHECK_VALUE(fits, "the weights of a layer differ in width or dtype");
   }
 
+  // Both terms of `back` are multiplied alike.
+  template <typename F>
+  bool back_is_blocked(int64_t rows) const {
+    return is_blocked<F>(rows, std::min(dense->depth, down->depth));
+  }
+
   // x fp32 [T, C] to qkv fp32 [T, 3W] and the activated MLP, packed as `back` reads it.
   std::pair<Tensor, Tensor> front(const Tensor& x) const {
     const Tensor rows = check_rows(x, qkv->depth, "x");
@@ -271,8 +277,9 @@ struct Layer {
     with_type(qkv->panels.scalar_type(), [&](auto zero) {
       using F = Format<decltype(zero)>;
       Blocks<F>* blocks[2] = {&scratch<F>(0), &scratch<F>(1)};
-      blocks[0]->resize(count, width);
-      blocks[1]->resize(count, width);
+      for (auto* each : blocks) {
+        each->resize(count, width, is_blocked<F>(count, width));
+      }
       const float* data = rows.const_data_ptr<float>();
       for_ranges(blocks[0]->num_blocks(), 1, [&](int64_t begin, int64_t end) {
         const int64_t height = blocks[0]->height;
@@ -306,7 +313,9 @@ struct Layer {
         mlp.zero_(); // the panels do not reach the end of the padded depth
       }
       Blocks<F> packed;
-      packed.bind(reinterpret_cast<Scalar*>(mlp.data_ptr<int32_t>()), count, up->features);
+      packed.bind(
+          reinterpret_cast<Scalar*>(mlp.data_ptr<int32_t>()), count, up->features,
+          back_is_blocked<F>(count));
       second.packed = &packed;
       run<F>({first, second});
     });
@@ -327,14 +336,15 @@ struct Layer {
     with_type(dense->panels.scalar_type(), [&](auto zero) {
       using F = Format<decltype(zero)>;
       auto& first = scratch<F>(0);
-      fill_blocks(first, a);
+      fill_blocks(first, a, back_is_blocked<F>(a.size(0)));
       TORCH_CHECK_VALUE(
           mlp.scalar_type() == at::kInt && mlp.is_contiguous() &&
               mlp.numel() == Blocks<F>::count(a.size(0), down->depth),
           "mlp is not what `front` returned for the ", a.size(0), " rows of attended");
       Blocks<F> second;
       second.bind(
-          reinterpret_cast<typename F::Scalar*>(mlp.data_ptr<int32_t>()), a.size(0), down->depth);
+          reinterpret_cast<typename F::Scalar*>(mlp.data_ptr<int32_t>()), a.size(0), down->depth,
+          first.blocked);
       Output<F> out;
       out.terms = {{dense.get(), &first}, {down.get(), &second}};
       out.bias = bias_of(out_bias, dense->features);
@@ -587,7 +597,18 @@ Tensor greedy(const Tensor& logits) {
 
 std::string describe() {
   std::string text = "vectors of " + std::to_string(kVec) + " floats";
-  return GPTNEOX_BF16_DOT ? text + ", bf16 dot products" : text;
+  if (GPTNEOX_BF16_DOT) {
+    text += ", bf16 dot products";
+  }
+  const auto add = [&](const char* name, int64_t rows) {
+    if (rows != kNever) {
+      text += std::string(", ") + name + " blocked from " + std::to_string(rows) + " row(s)";
+    }
+  };
+  add("bf16", blocked_from.bf16);
+  add("fp16", blocked_from.fp16);
+  add("fp32", blocked_from.fp32);
+  return text;
 }
 
 } // namespace
@@ -638,4 +659,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     return allocate(sizes, like.scalar_type());
   });
   m.def("describe", &describe);
+  m.def(
+      "set_blocked_from",
+      [](int64_t bf16, int64_t fp16, int64_t fp32) { blocked_from = {bf16, fp16, fp32}; },
+      py::arg("bf16"), py::arg("fp16"), py::arg("fp32"));
+  m.def("blocked_from", [] {
+    return std::make_tuple(blocked_from.bf16, blocked_from.fp16, blocked_from.fp32);
+  });
 }

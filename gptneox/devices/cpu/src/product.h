@@ -7,6 +7,7 @@
 
 #include <vector>
 
+#include "blocked.h"
 #include "team.h"
 #include "tile.h"
 
@@ -75,26 +76,33 @@ inline void to_columns(const float* rows, int count, int64_t width, float* out) 
   }
 }
 
-// Activations [T, K] as blocks of rows, each transposed to [K padded / kStep][rows]. Rows are
-// spread evenly over as few blocks of at most kRows as they need.
+// Activations [T, K] as blocks of rows. For the register tile each is transposed to
+// [K padded / kStep][rows], and rows are spread evenly over as few blocks of at most kRows as they
+// need. For the blocked kernels a block is kBlockedRows rows, one after another (`write_row`).
 template <typename F>
 struct Blocks {
   using Scalar = typename F::Scalar;
   int64_t rows = 0, steps = 0, height = 1;
+  bool blocked = false;
 
   // In memory of its own, kept for the next time.
-  void resize(int64_t num_rows, int64_t depth) {
-    bind(nullptr, num_rows, depth);
+  void resize(int64_t num_rows, int64_t depth, bool for_blocked) {
+    bind(nullptr, num_rows, depth, for_blocked);
     if (static_cast<int64_t>(own_.size()) < rows * steps) {
       own_.resize(rows * steps);
     }
     data_ = own_.data();
   }
   // In memory for `count(num_rows, depth)` scalars.
-  void bind(Scalar* data, int64_t num_rows, int64_t depth) {
+  void bind(Scalar* data, int64_t num_rows, int64_t depth, bool for_blocked) {
     data_ = data;
     rows = num_rows;
     steps = round_up(depth, kDepth) / F::kStep;
+    blocked = for_blocked;
+    if (blocked) {
+      height = std::min(kBlockedRows, rows);
+      return;
+    }
     const int64_t blocks = std::max<int64_t>(1, (rows + kRows - 1) / kRows);
     height = std::max<int64_t>(1, (rows + blocks - 1) / blocks);
   }
@@ -117,6 +125,15 @@ struct Blocks {
 
   // Write block `index` from its rows, fp32 [rows, depth], `stride` apart.
   void fill(int64_t index, const float* x, int64_t depth, int64_t stride) {
+    if (blocked) {
+      const int64_t padding = steps * F::kStep - depth;
+      const float zeros[kDepth] = {};
+      for (int r = 0; r < rows_of(index); ++r) {
+        write(index, r, 0, x + r * stride, depth);
+        write(index, r, depth, zeros, padding);
+      }
+      return;
+    }
     int64_t k = 0;
     for (; k + kCols <= depth; k += kCols) {
       fill_tile(index, k, x + k, stride);
@@ -134,6 +151,12 @@ struct Blocks {
   // `stride` apart.
   void fill_tile(int64_t index, int64_t k, const float* rows, int64_t stride) {
     const int count = rows_of(index);
+    if (blocked) {
+      for (int r = 0; r < count; ++r) {
+        write(index, r, k, rows + r * stride, std::min<int64_t>(kCols, steps * F::kStep - k));
+      }
+      return;
+    }
     Scalar* out = block(index) + k / F::kStep * count;
     const int64_t width = steps - k / F::kStep;
     alignas(64) float entries[kTall * kVec];
@@ -154,6 +177,16 @@ struct Blocks {
   }
 
  private:
+  // Entries [k, k + count) of row r of a block, for the blocked kernels.
+  void write(int64_t index, int r, int64_t k, const float* x, int64_t count) {
+    const int64_t size = rows_of(index) * steps; // of a plane, where there are two
+    // A row has 4 bytes for each step; each of two planes has half of them.
+    const int64_t row_bytes = kWidened<F> ? 2 * steps : 4 * steps;
+    const int64_t entry_bytes = kWidened<F> ? 2 : 4 / F::kStep;
+    auto* out = reinterpret_cast<char*>(block(index)) + r * row_bytes + k * entry_bytes;
+    write_row<F>(x, count, size, out);
+  }
+
   Scalar* data_ = nullptr;
   std::vector<Scalar> own_;
 };
@@ -300,6 +333,51 @@ void panel_many(
   }
 }
 
+// Blocked kernels, `first` to `last` block: chunks of K outside, rows inside.
+template <typename F>
+void panel_blocked(
+    const Output<F>& out, int64_t panel, int64_t first, int64_t last, float* c, float* wide) {
+  using W = typename F::Weight;
+  bool accumulate = false;
+  for (const auto& term : out.terms) {
+    const W* weight = term.weight->panels.template const_data_ptr<W>();
+    weight += panel * term.weight->padded() * kCols;
+    const int64_t steps = term.x->steps;
+    for (int64_t k = 0; k < steps; k += kChunk) {
+      const int64_t count = std::min(kChunk, steps - k);
+      const W* chunk = weight + k * kCols * F::kStep;
+      if constexpr (kWidened<F>) {
+        auto* high = reinterpret_cast<c10::BFloat16*>(wide);
+        auto* low = high + kChunk * kCols;
+        split_weights(chunk, count, high, low);
+        for (int64_t b = first; b < last; ++b) {
+          const int rows = term.x->rows_of(b);
+          const auto* a = reinterpret_cast<const c10::BFloat16*>(term.x->block(b)) + k;
+          const auto* a_low = a + rows * steps;
+          float* tile_c = c + (b - first) * kBlockedRows * kCols;
+          const auto add = [&](const void* x, const void* w, bool sums) {
+            block_product<F>(
+                rows, x, steps / 2, w, kCols, kCols, count / 2, tile_c, kCols, sums);
+          };
+          add(a, high, accumulate);
+          add(a_low, high, true);
+          add(a, low, true);
+        }
+      } else {
+        for (int64_t b = first; b < last; ++b) {
+          block_product<F>(
+              term.x->rows_of(b), term.x->block(b) + k, steps, chunk, kCols, kCols, count,
+              c + (b - first) * kBlockedRows * kCols, kCols, accumulate);
+        }
+      }
+      accumulate = true;
+    }
+  }
+  for (int64_t b = first; b < last; ++b) {
+    finish(out, panel, b, c + (b - first) * kBlockedRows * kCols);
+  }
+}
+
 template <typename F>
 void run(const std::vector<Output<F>>& outputs) {
   int64_t total = 0;
@@ -316,7 +394,8 @@ void run(const std::vector<Output<F>>& outputs) {
     }
     return std::make_pair(which, index);
   };
-  const bool few = rows <= 2 * kRows;
+  const bool blocked = outputs[0].terms[0].x->blocked;
+  const bool few = !blocked && rows <= 2 * kRows;
   int64_t bytes = 0;
   for (const auto& term : outputs[0].terms) {
     bytes += rows * term.x->steps * static_cast<int64_t>(sizeof(typename F::Scalar));
@@ -325,10 +404,10 @@ void run(const std::vector<Output<F>>& outputs) {
   const int64_t span = (num_blocks + sweeps - 1) / sweeps;
   WorkQueue queue(total * sweeps, few ? 16 : 1);
   on_all_threads([&] {
-    std::vector<float> c, wide;
+    static thread_local std::vector<float> c, wide;
     if (!few) {
-      c.resize(span * kRows * kCols);
-      wide.resize(F::kStep == 1 ? kChunk * kCols : 0);
+      c.resize(std::max<size_t>(c.size(), span * (blocked ? kBlockedRows : kRows) * kCols));
+      wide.resize(std::max<size_t>(wide.size(), F::kStep == 1 ? kChunk * kCols : 0));
     }
     int64_t begin, end;
     while (queue.take(begin, end)) {
@@ -337,12 +416,19 @@ void run(const std::vector<Output<F>>& outputs) {
         if (few) {
           panel_few(outputs[which], panel);
         } else {
-          const int64_t first = i / total * span;
-          panel_many(
-              outputs[which], panel, first, std::min(first + span, num_blocks), c.data(),
-              wide.data());
+          const int64_t first = i / total * span, last = std::min(first + span, num_blocks);
+          if constexpr (kCanBlock<F>) {
+            if (blocked) {
+              panel_blocked(outputs[which], panel, first, last, c.data(), wide.data());
+              continue;
+            }
+          }
+          panel_many(outputs[which], panel, first, last, c.data(), wide.data());
         }
       }
+    }
+    if (blocked) {
+      at::native::cpublas::brgemm_release(true);
     }
   });
 }

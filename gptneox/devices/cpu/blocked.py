@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From how many rows on a product goes through the blocked kernels (src/blocked.h).
+
+The register tile reads weights faster for few rows; the blocked kernels use the processor's matrix
+units where it has them. A short trial decides for each weight format, and its result is kept
+beside the compiled library.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+NEVER = 2**62
+FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# A matrix that no second-level cache holds, so that a trial reads as a model does.
+_FEATURES, _DEPTH = 1536, 1024
+_ROWS = (64, 32, 16, 8, 4, 2)  # one row is read fastest by the register tile
+_ROUNDS = 3
+
+
+def choose(kernels: Any, path: Path) -> None:
+    """Set the numbers in the library, from the file `path` or by a trial that writes it."""
+    numbers = _read(path)
+    if numbers is None:
+        numbers = {name: _first_row(kernels, name) for name in FORMATS}
+        try:
+            path.write_text(json.dumps(numbers), encoding="utf-8")
+        except OSError as error:
+            logger.info("the result of the trial is not kept: %s", error)
+    kernels.set_blocked_from(**numbers)
+
+
+def _read(path: Path) -> dict[str, int] | None:
+    try:
+        numbers = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    valid = isinstance(numbers, dict) and numbers.keys() == FORMATS.keys()
+    if not valid or not all(type(n) is int and n >= 1 for n in numbers.values()):
+        return None
+    return numbers
+
+
+def _first_row(kernels: Any, name: str) -> int:
+    """The smallest number of rows from which on the blocked kernels are faster; NEVER for none."""
+    weight = torch.full((_FEATURES, _DEPTH), 0.01, dtype=FORMATS[name])
+    packed = kernels.pack(weight)
+    first = NEVER
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for rows in _ROWS:
+            x = torch.full((rows, _DEPTH), 0.01)
+            if not _is_faster(kernels, name, packed, x):
+                break
+            first = rows
+    except RuntimeError as error:  # torch has no blocked kernels for this processor
+        logger.debug("no blocked kernels for %s: %s", name, error)
+    finally:
+        torch.set_num_threads(num_threads)
+    return first
+
+
+def _is_faster(kernels: Any, name: str, packed: Any, x: torch.Tensor) -> bool:
+    """Whether the blocked kernels took less time in the best of some interleaved rounds."""
+    best = [float("inf"), float("inf")]
+    for _ in range(_ROUNDS + 1):  # one more to warm up
+        for is_blocked in (False, True):
+            numbers = dict.fromkeys(FORMATS, NEVER) | ({name: 1} if is_blocked else {})
+            kernels.set_blocked_from(**numbers)
+            start = time.perf_counter()
+            kernels.linear(x, packed, None, 0)
+            best[is_blocked] = min(best[is_blocked], time.perf_counter() - start)
+    return best[True] < best[False]

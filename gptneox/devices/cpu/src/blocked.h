@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products of many rows by oneDNN's blocked kernels (at::native::cpublas::brgemm), which use AMX
+// tiles, AVX-512 or AVX2 by what the processor has. Weights are read from the same panels as by the
+// register tile of tile.h; activations lie row by row instead of transposed.
+//
+// A product of two bf16 parts stands for fp16: every finite fp16 value is the sum of two bf16
+// values, and an fp32 activation is one to 2^-16. w x = w_hi x_hi + w_hi x_lo + w_lo x_hi then has
+// a relative error of 4e-6 (the product in fp32: 3e-7; activations rounded to fp16: 2e-4).
+#pragma once
+
+#include <ATen/native/CPUBlas.h>
+
+#include "tile.h"
+
+namespace gptneox {
+
+// Rows of a block: two AMX tiles.
+constexpr int64_t kBlockedRows = 32;
+constexpr int64_t kNever = int64_t{1} << 62;
+
+// Over fewer entries of K the error of the two parts shows beside that of sums in fp32.
+constexpr int64_t kSplitDepth = 256;
+
+// From how many rows on a product is blocked, by the weights' format. The register tile is faster
+// below; a trial after loading the library finds the number.
+struct BlockedFrom {
+  int64_t bf16 = kNever, fp16 = kNever, fp32 = kNever;
+};
+inline BlockedFrom blocked_from;
+
+// The panels of W can be read by the blocked kernels here: pairs of bf16 need the layout that
+// vectors of sixteen have.
+template <typename F>
+constexpr bool kCanBlock = std::is_same_v<typename F::Weight, float> || GPTNEOX_BF16_DOT;
+
+// Whether the blocked kernels multiply so many rows of activations of `depth` entries.
+template <typename F>
+inline bool is_blocked(int64_t rows, int64_t depth) {
+  using W = typename F::Weight;
+  if constexpr (!kCanBlock<F>) {
+    return false;
+  } else if constexpr (std::is_same_v<W, float>) {
+    return rows >= blocked_from.fp32;
+  } else if constexpr (std::is_same_v<W, c10::BFloat16>) {
+    return rows >= blocked_from.bf16;
+  } else {
+    return rows >= blocked_from.fp16 && depth >= kSplitDepth;
+  }
+}
+
+// Activations of K entries for the blocked kernels, in the memory of K values of 32 bits (bf16: of
+// K / 2): fp32 as they are; bf16 rounded; fp16 as two planes of `plane` values, x_hi and x_lo.
+template <typename F>
+inline void write_row(const float* x, int64_t count, int64_t plane, void* out) {
+  if constexpr (std::is_same_v<typename F::Weight, float>) {
+    std::memcpy(out, x, count * sizeof(float));
+  } else {
+    auto* high = static_cast<c10::BFloat16*>(out);
+    int64_t i = 0;
+    if constexpr (std::is_same_v<typename F::Weight, c10::BFloat16>) {
+      for (; i + 2 * kVec <= count; i += 2 * kVec) {
+        at::vec::convert_float_bfloat16(Vec::loadu(x + i), Vec::loadu(x + i + kVec))
+            .store(high + i);
+      }
+      for (; i < count; ++i) {
+        high[i] = static_cast<c10::BFloat16>(x[i]);
+      }
+    } else {
+      auto* low = high + plane;
+      for (; i + 2 * kVec <= count; i += 2 * kVec) {
+        const Vec a = Vec::loadu(x + i), b = Vec::loadu(x + i + kVec);
+        const auto rounded = at::vec::convert_float_bfloat16(a, b);
+        rounded.store(high + i);
+        const auto [wide_a, wide_b] = at::vec::convert_bfloat16_float(rounded);
+        at::vec::convert_float_bfloat16(a - wide_a, b - wide_b).store(low + i);
+      }
+      for (; i < count; ++i) {
+        high[i] = static_cast<c10::BFloat16>(x[i]);
+        low[i] = static_cast<c10::BFloat16>(x[i] - static_cast<float>(high[i]));
+      }
+    }
+  }
+}
+
+#if GPTNEOX_BF16_DOT
+// fp16 weights [count][kCols] of a panel as two panels of bf16 pairs, [count / 2][kCols][2].
+inline void split_weights(
+    const c10::Half* panel, int64_t count, c10::BFloat16* high, c10::BFloat16* low) {
+  const auto pairs = [](const Vec& even, const Vec& odd, c10::BFloat16* out) {
+    // Halves of 32-bit lanes: the even row below, the odd row above.
+    const auto bits = [](const Vec& v) { return _mm512_castps_si512(__m512(v)); };
+    _mm512_storeu_si512(
+        out, _mm512_or_si512(_mm512_srli_epi32(bits(even), 16), bits(odd)));
+  };
+  const auto rounded = [](const Vec& v) { // to bf16, as fp32 with zeros below
+    const __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(__m512(v)));
+    return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
+  };
+  for (int64_t k = 0; k < count; k += 2, panel += 2 * kCols) {
+    __builtin_prefetch(reinterpret_cast<const char*>(panel) + 4096, 0, 2);
+    __builtin_prefetch(reinterpret_cast<const char*>(panel) + 4096 + 64, 0, 2);
+    for (int64_t j = 0; j < kCols; j += kVec, high += 2 * kVec, low += 2 * kVec) {
+      const Vec even = load(panel + j), odd = load(panel + kCols + j);
+      const Vec even_high = rounded(even), odd_high = rounded(odd);
+      pairs(even_high, odd_high, high);
+      pairs(rounded(even - even_high), rounded(odd - odd_high), low);
+    }
+  }
+}
+#endif
+
+// c [rows][columns] (+)= a * panel over `count` steps of K. Rows of a stand `stride` steps apart,
+// those of c `ldc` values; a step of the panel has `width` columns, of which the first count.
+template <typename F>
+inline void block_product(
+    int64_t rows, const void* a, int64_t stride, const void* panel, int64_t width, int64_t columns,
+    int64_t count, float* c, int64_t ldc, bool accumulate) {
+  using at::native::cpublas::brgemm;
+  if constexpr (std::is_same_v<typename F::Weight, float>) {
+    brgemm(
+        rows, columns, count, stride, width, ldc, accumulate, static_cast<const float*>(a),
+        static_cast<const float*>(panel), c, false);
+  } else {
+    brgemm(
+        rows, columns, count * 2, stride * 2, width, ldc, accumulate,
+        static_cast<const c10::BFloat16*>(a), static_cast<const c10::BFloat16*>(panel), c, true);
+  }
+}
+
+} // namespace gptneox
