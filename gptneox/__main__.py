@@ -30,7 +30,7 @@ def run(settings: Settings) -> int:
 
         return doctor.run(settings)
     if task == "compare":
-        from gptneox.evaluation.report import run_compare
+        from gptneox.tasks.compare import run as run_compare
 
         run_compare(settings)
         return 0

@@ -267,7 +267,7 @@ def _prepare_flash(job: Job, world_size: int) -> None:
 
 
 def _modeltest(job: Job, arguments: list[str]) -> None:
-    from gptneox.tasks.modeltest_plan import parse
+    from gptneox.evaluation.modeltest_plan import parse
 
     try:
         plan = parse(arguments)

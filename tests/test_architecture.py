@@ -140,6 +140,81 @@ def device_mentions(tree: ast.Module) -> Iterator[str]:
             yield f"line {node.lineno}: {text[:60]}"
 
 
+def test_no_task_imports_another() -> None:
+    """What several tasks use is on a lower floor."""
+    crossing = [
+        f"{name_of(path)} imports {module}"
+        for path in sorted((REPO / "gptneox" / "tasks").rglob("*.py"))
+        for module in imported(tree_of(path))
+        if module.startswith("gptneox.tasks.")
+    ]
+    assert not crossing
+
+
+# Imports inside functions that close a circle on purpose. A device makes operators, which refer to
+# their device; `gptneox modeltest` launches, and with one process the launcher is the run itself.
+DEFERRED = {
+    ("gptneox.launch", "gptneox.__main__"),
+    ("gptneox.devices.device", "gptneox.devices.operators"),
+    ("gptneox.devices.cpu.device", "gptneox.devices.cpu.compiled"),
+}
+
+
+def import_graph(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
+    """The modules among `trees` that each of them imports when it runs, in functions too."""
+    graph = {}
+    for name, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                node.body = []
+        modules = set(imported(tree))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):  # from package import module
+                modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+        graph[name] = (modules & trees.keys()) - {name}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
+    """Sets of modules that import each other, directly or through others."""
+
+    def reachable(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [start]
+        while waiting:
+            new = graph[waiting.pop()] - seen
+            seen |= new
+            waiting += new
+        return seen
+
+    reach = {name: reachable(name) for name in graph}
+    return {
+        frozenset(other for other in reach[name] if name in reach[other])
+        for name in graph
+        if name in reach[name]
+    }
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = import_graph({module_of(path): tree_of(path) for path in PRODUCT})
+    for importing, other in DEFERRED:
+        assert other in graph[importing], f"{importing} does not import {other} any more"
+        graph[importing].discard(other)
+    assert not circles(graph)
+
+
+def test_the_search_for_circles_bites() -> None:
+    trees = {
+        "p.a": ast.parse("from p import b"),
+        "p.b": ast.parse("def f():\n    from p.c import x"),
+        "p.c": ast.parse("import p.a"),
+        "p.d": ast.parse("import p.a"),
+        "p.e": ast.parse("if TYPE_CHECKING:\n    import p.f"),
+        "p.f": ast.parse("import p.e"),
+    }
+    assert circles(import_graph(trees)) == {frozenset({"p.a", "p.b", "p.c"})}
+
+
 @pytest.mark.parametrize("path", PRODUCT, ids=name_of)
 def test_devices_are_named_in_backends_only(path: Path) -> None:
     if name_of(path).startswith("gptneox/devices/") or name_of(path) in MAY_NAME_DEVICES:

@@ -26,7 +26,7 @@ from gptneox.cli import read_settings
 from gptneox.config.errors import ConfigError
 from gptneox.config.settings import EMBEDDED_CHECKPOINT
 from gptneox.engine.api import Engine
-from gptneox.evaluation import datasets
+from gptneox.evaluation import datasets, precision_results
 from gptneox.evaluation.scoring import (
     GenerationScorer,
     NextTokenScorer,
@@ -581,10 +581,10 @@ def test_damaged_cache(work: Path, model: Path, damage: Any, message: str) -> No
 
 def test_one_run_at_a_time(work: Path, model: Path) -> None:
     dataset = datasets.read_mmlu(work / "data", shots=2)
-    books = precision.Books(work / "test_result", dataset, {}, {})
+    results = precision_results.ResultFolder(work / "test_result", dataset, {}, {})
     with pytest.raises(RuntimeError, match="another run writes"):
         run(work, model)
-    books.close()
+    results.close()
     run(work, model)
 
 
@@ -602,14 +602,14 @@ def test_the_accuracy_is_shown_when_the_writing_fails(
     work: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As on a disk that has become full meanwhile; the answers are kept for another try."""
-    write = precision.write_file
+    write = precision_results.write_file
 
     def full(path: Path, content: str) -> None:
         if path.name.startswith("result_"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, content)
 
-    monkeypatch.setattr(precision, "write_file", full)
+    monkeypatch.setattr(precision_results, "write_file", full)
     with pytest.raises(OSError, match="No space left"):
         run(work, model)
     assert re.search(r"^total +2 +12 +0\.1667$", capsys.readouterr().out, re.MULTILINE)

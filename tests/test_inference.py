@@ -30,7 +30,7 @@ from transformers import GPTNeoXForCausalLM
 
 from gptneox.config.settings import EngineSection
 from gptneox.engine.api import Completion, EngineStats, StepStats
-from gptneox.evaluation import report
+from gptneox.evaluation.performance_result import COLUMNS
 from gptneox.output import BENCHMARK_COLUMNS, write_benchmark
 from gptneox.prompts import Prompt
 
@@ -311,7 +311,7 @@ def test_a_full_disk_behind_the_output(chain: Path, tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     for name in ("a.csv", "b.csv"):
         row = "1,8,4,1.0,1.0,1.0,0,0\n"
-        (tmp_path / name).write_text(",".join(report.COLUMNS) + f"\n{row}")
+        (tmp_path / name).write_text(",".join(COLUMNS) + f"\n{row}")
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             argv, cwd=tmp_path, env=env, stdout=full, stderr=-1, text=True, check=False

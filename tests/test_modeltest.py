@@ -25,9 +25,9 @@ from support.processes import MAIN, REPO, clean_environ
 from support.tokenizers import write_tokenizer
 
 from gptneox import launch as launcher
-from gptneox.tasks import modeltest_plan
-from gptneox.tasks.modeltest import PERFORMANCE_COLUMNS, formatted, with_averages
-from gptneox.tasks.modeltest_plan import CASES, LM_EVAL_TASKS, MODES, Hosts, parse
+from gptneox.evaluation import modeltest_plan
+from gptneox.evaluation.modeltest_plan import CASES, LM_EVAL_TASKS, MODES, Hosts, parse
+from gptneox.evaluation.modeltest_results import PERFORMANCE_COLUMNS, formatted, with_averages
 
 RUN = REPO / "tests" / "modeltest" / "run.sh"
 BOOLQ = [
@@ -215,7 +215,7 @@ def test_wrong_input(
 
 def test_the_parser_is_light() -> None:
     code = (
-        "import sys, gptneox.tasks.modeltest_plan\n"
+        "import sys, gptneox.evaluation.modeltest_plan\n"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True, timeout=60)
@@ -571,7 +571,7 @@ def test_speeds_are_shown_when_the_writing_fails(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("gptneox.tasks.modeltest.write_file", full)
+    monkeypatch.setattr("gptneox.evaluation.modeltest_results.write_file", full)
     done = task(f"pa_fp16 performance [[16,4]] 1 {MODEL} W 1")
     assert done.status == 1
     assert "mean next tok/s" in done.out

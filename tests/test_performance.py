@@ -34,8 +34,14 @@ from gptneox.devices.cache import FloatKV
 from gptneox.devices.device import Device
 from gptneox.engine.generate import GenerateEngine
 from gptneox.engine.paged import blocks_needed
-from gptneox.evaluation import report
-from gptneox.evaluation.report import COLUMNS, comparison, percentile, read_result, summarize
+from gptneox.evaluation.performance_result import (
+    COLUMNS,
+    FORMAT,
+    PerformanceResult,
+    Summary,
+    summarize,
+)
+from gptneox.evaluation.report import percentile
 from gptneox.evaluation.timing import (
     StepTime,
     Stopwatch,
@@ -45,7 +51,9 @@ from gptneox.evaluation.timing import (
     random_prompts,
 )
 from gptneox.parallel import TensorParallelGroup
-from gptneox.tasks.performance import Limits, detail_times, measure_case
+from gptneox.tasks import performance
+from gptneox.tasks.compare import comparison, read_result
+from gptneox.tasks.performance import Limits, Method, detail_times, measure_case
 from gptneox.weights.size import ModelSize
 
 HEADER = (
@@ -170,9 +178,10 @@ def test_percentile_is_numpys(count: int) -> None:
     for percent in (0, 1, 50, 90, 99, 100):
         ours = percentile(values.tolist(), percent)
         assert ours == pytest.approx(float(np.percentile(values, percent)), rel=1e-12)
-    found = summarize(values.tolist())
-    assert found["mean"] == pytest.approx(values.mean())
-    assert found["median"] == pytest.approx(np.median(values))
+    summary = summarize(values.tolist())
+    assert summary.mean == pytest.approx(values.mean())
+    assert summary.median == pytest.approx(np.median(values))
+    assert (summary.count, summary.p99) == (count, percentile(values.tolist(), 99))
     assert summarize([]) is None
     with pytest.raises(ValueError, match="no values"):
         percentile([], 50)
@@ -263,7 +272,7 @@ def test_time_is_booked_where_it_is_spent(
     with monkeypatch.context() as patched:
         patched.setattr(time, "perf_counter", lambda: now[0])
         timing = stopwatch.run(random_prompts(stopwatch, 1, 8), 4, split=True)
-    times = detail_times(timing)
+    times = vars(detail_times(timing))
     expected = {"response_s": 0.48, "first_ms": 40, "next_ms": 40, "pre_ms": 20, "post_ms": 60}
     assert times == pytest.approx(expected)
 
@@ -328,33 +337,33 @@ def test_normal_mode_subtracts_a_run_of_one_token() -> None:
     """T1 = 0.5 + 1.0, Tn = 0.5 + 1.1 + 4 * 0.1, so that the next token takes (2.0 - 1.5) / 4."""
     stub = StubStopwatch(timing_of(1.0), timing_of(1.1, 0.1, 0.1, 0.1, 0.1))
     limits = Limits(bandwidth=1e12, matmul=1e14)
-    case = measure_case(stub, 2, (16, 5), limits, mode="normal", split=False)
-    assert case["first_ms"] == pytest.approx(1500)
-    assert case["next_ms"] == pytest.approx(125)
-    assert (case["pre_ms"], case["post_ms"]) == (0, 0)
-    assert case["response_s"] == pytest.approx(2.25)  # of the long run alone, text included
-    assert case["inter_token_ms"]["median"] == pytest.approx(100)
-    assert case["decode_tokens_per_s"] == pytest.approx(2 / 0.125)
-    assert case["prefill_tokens_per_s"] == pytest.approx(32 / 1.5)
+    case = measure_case(stub, 2, (16, 5), limits, Method("normal", split=False))
+    assert case.times.first_ms == pytest.approx(1500)
+    assert case.times.next_ms == pytest.approx(125)
+    assert (case.times.pre_ms, case.times.post_ms) == (0, 0)
+    assert case.times.response_s == pytest.approx(2.25)  # of the long run alone, text included
+    assert case.inter_token_ms.median == pytest.approx(100)
+    assert case.rates.decode_tokens_per_s == pytest.approx(2 / 0.125)
+    assert case.rates.prefill_tokens_per_s == pytest.approx(32 / 1.5)
     read = stub.size.decode_bytes(2, 16 + 2.5)
-    assert case["decode_gb_per_s"] == pytest.approx(read / 0.125 / 1e9)
-    assert case["decode_share_of_bandwidth"] == pytest.approx(read / 0.125 / 1e12)
+    assert case.rates.decode_gb_per_s == pytest.approx(read / 0.125 / 1e9)
+    assert case.rates.decode_share_of_bandwidth == pytest.approx(read / 0.125 / 1e12)
     flops = prefill_flops(NEOX_20B, 2, 16)
-    assert case["prefill_share_of_matmul"] == pytest.approx(flops / 1.5 / 1e14)
+    assert case.rates.prefill_share_of_matmul == pytest.approx(flops / 1.5 / 1e14)
 
 
 def test_detail_mode_and_repeats_take_means() -> None:
     runs = [timing_of(1.0, 0.1, 0.1, split=True), timing_of(3.0, 0.3, 0.3, split=True)]
     stub = StubStopwatch(*runs)
     limits = Limits(1e12, 1e14)
-    case = measure_case(stub, 1, (16, 3), limits, mode="detail", split=True, repeat=2)
-    assert case["first_ms"] == pytest.approx(1400)
-    assert case["next_ms"] == pytest.approx(140)
-    assert case["pre_ms"] == pytest.approx(20)
-    assert case["post_ms"] == pytest.approx(40)
-    assert case["first_token_ms"]["count"] == 2
-    assert case["first_token_ms"]["p90"] == pytest.approx(700 + 0.9 * 1400)
-    assert case["inter_token_ms"]["count"] == 4
+    case = measure_case(stub, 1, (16, 3), limits, Method("detail", split=True, repeat=2))
+    assert case.times.first_ms == pytest.approx(1400)
+    assert case.times.next_ms == pytest.approx(140)
+    assert case.times.pre_ms == pytest.approx(20)
+    assert case.times.post_ms == pytest.approx(40)
+    assert case.first_token_ms.count == 2
+    assert case.first_token_ms.p90 == pytest.approx(700 + 0.9 * 1400)
+    assert case.inter_token_ms.count == 4
 
 
 # -- the task ------------------------------------------------------------------------------------
@@ -496,11 +505,11 @@ def test_compare_reads_what_a_spreadsheet_or_a_pipe_gives(tmp_path: Path) -> Non
     text = (tmp_path / "a.csv").read_text()
     saved = tmp_path / "saved.csv"
     saved.write_bytes(text.replace("\n", "\r\n").encode("utf-8-sig"))
-    assert read_result(saved)["cases"] == expected["cases"]
+    assert read_result(saved).cases == expected.cases
     reader, writer = os.pipe()
     os.write(writer, text.encode())
     os.close(writer)
-    assert read_result(Path(f"/dev/fd/{reader}"))["cases"] == expected["cases"]
+    assert read_result(Path(f"/dev/fd/{reader}")).cases == expected.cases
     os.close(reader)
     saved.write_bytes(text.encode("utf-16"))
     with pytest.raises(ConfigError, match="is UTF-16"):
@@ -541,10 +550,105 @@ def test_results_are_read_back(
     text = comparison(result, result)
     assert text.count("1.000") >= 3
     assert "float32" in text
-    broken = json.loads((tmp_path / "performance_test_1.json").read_text())
-    del broken["cases"][0]["next_ms"]
-    (tmp_path / "b.json").write_text(json.dumps(broken))
-    with pytest.raises(ConfigError, match=r"b\.json.*next_ms"):
+
+
+# As the first version wrote it.
+WRITTEN_EARLIER = """{
+ "format": "gptneox performance 1",
+ "date": "2026-11-28T14:55:44+00:00",
+ "model_name": "tiny",
+ "model_path": "weights/neox-mini",
+ "path": "paged",
+ "mode": "normal",
+ "batch_size": 1,
+ "repeat": 2,
+ "detokenized": true,
+ "device": "Some Processor",
+ "device_type": "cpu",
+ "world_size": 1,
+ "threads": 2,
+ "dtype": "float16",
+ "file_dtype": "float16",
+ "num_parameters": 5522688,
+ "measured_bandwidth_gb_per_s": 9.928008735063642,
+ "measured_matmul_tflop_per_s": 0.09217176346686755,
+ "versions": {
+  "python": "3.11.7",
+  "torch": "2.13.0+cpu"
+ },
+ "notes": [
+  "a note"
+ ],
+ "cases": [
+  {
+   "batch_size": 1,
+   "input_len": 16,
+   "output_len": 4,
+   "response_s": 0.008162745500158053,
+   "first_ms": 3.701444999933301,
+   "next_ms": 1.460289833327503,
+   "pre_ms": 0.0,
+   "post_ms": 0.0,
+   "first_token_ms": {
+    "count": 2,
+    "mean": 3.701444999933301,
+    "median": 3.701444999933301,
+    "p90": 3.8782442004958284,
+    "p99": 3.918024020622397
+   },
+   "inter_token_ms": null,
+   "parts_ms": {
+    "set_up": 0.07404299958579941,
+    "prefill": 3.5519460006980808,
+    "decode": 4.45632549963193,
+    "detokenize": 0.08043100024224259
+   },
+   "prefill_tokens_per_s": 4322.636159739863,
+   "prefill_tflop_per_s": 0.04137115531981683,
+   "prefill_share_of_matmul": 0.4488484733688347,
+   "prefill_flop_per_byte": 14.785110484947353,
+   "decode_tokens_per_s": 684.7955639883767,
+   "decode_gb_per_s": 7.101012253417776,
+   "decode_share_of_bandwidth": null,
+   "decode_tflop_per_s": 0.007101012253417776,
+   "decode_flop_per_byte": 1.0
+  }
+ ]
+}
+"""
+
+
+def test_a_result_of_an_earlier_version_is_read(cli: Callable[..., Result], tmp_path: Path) -> None:
+    """And written again without a change: the format is that of the first version."""
+    result = PerformanceResult.from_json(WRITTEN_EARLIER)
+    assert result.to_json() == WRITTEN_EARLIER
+    case = result.cases[0]
+    mean = 3.701444999933301
+    assert case.first_token_ms == Summary(2, mean, mean, 3.8782442004958284, 3.918024020622397)
+    assert (case.inter_token_ms, case.rates.decode_share_of_bandwidth) == (None, None)
+    title = "tiny on Some Processor, 2 threads, float16, paged path, 1 rank, normal mode"
+    assert result.title == title
+    (tmp_path / "old.json").write_text(WRITTEN_EARLIER)
+    new = write_csv(tmp_path / "new.csv", (1, 16, 4, 0.0040813727500790265, 3, 1, 0, 0))
+    done = cli("--task", "compare", "--against", "old.json", "--with", new)
+    assert done.status == 0, done.err
+    assert "0.008 0.004 0.500" in " ".join(done.out.split())
+    assert f"A: old.json ({title}, 2026-11-28T14:55:44+00:00)" in done.out
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ('"next_ms": 1.460289833327503,', "", "a case lacks next_ms"),
+        ('"dtype": "float16",', "", "it lacks dtype"),
+        ('"next_ms": 1.460289833327503', '"next_ms": "fast"', "'fast'"),
+        ("performance 1", "performance 2", '"format" is not'),
+    ],
+)
+def test_a_damaged_result_is_named(tmp_path: Path, old: str, new: str, named: str) -> None:
+    assert old in WRITTEN_EARLIER
+    (tmp_path / "b.json").write_text(WRITTEN_EARLIER.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=rf"b\.json is no result .*{named}"):
         read_result(tmp_path / "b.json")
 
 
@@ -588,8 +692,8 @@ def test_the_json_lies_beside_the_csv(
     done = measure(save_file_name=name)
     assert done.status == 0, done.err
     assert rows_of(tmp_path / name)[0]["batch_size"] == "1"
-    assert json.loads((tmp_path / data).read_text())["format"] == report.FORMAT
-    assert read_result(tmp_path / data)["cases"]
+    assert json.loads((tmp_path / data).read_text())["format"] == FORMAT
+    assert read_result(tmp_path / data).cases
     assert measure(save_file_name=name).status == 0, "its own files are replaced"
 
 
@@ -637,7 +741,7 @@ def test_what_was_measured_is_shown_when_the_writing_fails(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(report, "write_file", full)
+    monkeypatch.setattr(performance, "write_file", full)
     done = measure(save_file_name="a.csv")
     assert done.status == 1
     assert "decode tok/s" in done.out
@@ -650,8 +754,10 @@ def test_what_was_measured_is_shown_when_the_writing_fails(
 def test_without_matplotlib_one_line_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
-    files = report.write_result(tmp_path / "r.csv", {"cases": []})
+    monkeypatch.setattr(performance.importlib.util, "find_spec", lambda name: None)
+    files = performance.write_result(
+        tmp_path / "r.csv", PerformanceResult.from_json(WRITTEN_EARLIER)
+    )
     assert [f.name for f in files] == ["r.csv", "r.json"]
     assert capsys.readouterr().out.count("pip install .[plot]") == 1
 

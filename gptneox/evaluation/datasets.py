@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Question sets on disk: BoolQ, MMLU, C-Eval, CMMLU and GSM8K in their published formats.
 
-Text stays text: "None", "NA", "nan" and "1.0" are answers like any other.
+Cells are text: "None", "NA", "nan" and "1.0" are not converted.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gptneox.config.errors import ConfigError
 from gptneox.config.files import read_text
+from gptneox.config.settings import EMBEDDED_CHECKPOINT
 from gptneox.evaluation.scoring import (
     LETTERS,
     GenerationScorer,
@@ -31,26 +33,26 @@ from gptneox.evaluation.scoring import (
 )
 from gptneox.evaluation.subjects import CEVAL_SUBJECTS, MMLU_SUBJECTS, Subject, read_mapping
 
-MAX_PROMPT_TOKENS = 2000  # of the multiple-choice protocol; more examples are left out
+SHIPPED_SETS = EMBEDDED_CHECKPOINT / "eval"  # one folder for each set
+MAX_PROMPT_TOKENS = 2000  # of the multiple-choice protocol; examples beyond it are left out
 CMMLU_MAX_PROMPT_TOKENS = 2048
-SCORINGS = ("logits", "first_letter")
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Questions, how they are answered, and where they come from."""
+    """Questions, their scorer, and the files they come from."""
 
     name: str
     questions: list[Question]
     scorer: Scorer
     files: list[Path]
     groups: dict[str, str] = field(default_factory=dict)  # subject -> class
-    num_examples: int = 0  # asked for before each question
-    max_prompt_tokens: int | None = None  # beside the model's own limit
+    num_examples: int = 0  # requested before each question
+    max_prompt_tokens: int | None = None  # the protocol's; the model's own limit applies besides
     missing: list[str] = field(default_factory=list)  # subjects without files
 
     def content_hash(self) -> str:
-        """SHA-256 over what is asked and what counts as right, in order."""
+        """SHA-256 over all prompts and their answers, in order."""
         digest = hashlib.sha256()
         for q in self.questions:
             row = [q.subject, q.header, list(q.examples), q.body, q.answer]
@@ -60,7 +62,7 @@ class Dataset:
 
 # -- BoolQ ---------------------------------------------------------------------------------------
 
-# The first label wins a tie: True only where " yes" is strictly likelier.
+# Of equal log-probabilities the first counts: True only where " yes" is strictly likelier.
 _YES_NO = {
     "False": "How can we learning machine learning: no",
     "True": "How can we learning machine learning: yes",
@@ -114,8 +116,8 @@ def read_choice_rows(path: Path, *, header: bool) -> list[ChoiceRow]:
 
     Args:
         path: a CSV file in UTF-8, with or without a byte-order mark.
-        header: the first row and the first column (an id) are no data, and columns after the
-            answer (explanations) are ignored.
+        header: the first row is a header and the first column an id; columns after the answer
+            (explanations) are ignored.
 
     Raises:
         ConfigError: a row is malformed; the message names file and line.
@@ -150,102 +152,83 @@ def choice_header(subject: str) -> str:
 
 
 def choice_scorer(scoring: str, num_new_tokens: int) -> Scorer:
-    """`logits`: the likeliest of " A" to " D"; `first_letter`: of the generated text."""
+    """`logits`: the likeliest of " A" to " D"; `first_letter`: the first one generated."""
     if scoring == "first_letter":
         return GenerationScorer("first_letter", num_new_tokens, first_letter)
     return NextTokenScorer({letter: f"Answer: {letter}" for letter in LETTERS})
 
 
 def read_mmlu(
-    folder: Path,
-    *,
-    split: str = "val",
-    shots: int = 5,
-    scoring: str = "logits",
-    num_new_tokens: int = 32,
+    folder: Path, *, shots: int = 5, scoring: str = "logits", num_new_tokens: int = 32
 ) -> Dataset:
-    """{folder}/dev/{subject}_dev.csv (examples) and {folder}/{split}/{subject}_{split}.csv.
+    """{folder}/dev/{subject}_dev.csv (examples) and {folder}/val/{subject}_val.csv.
 
-    The mapping is {folder}/subject_mapping.json where there is one, else the 57 subjects.
+    The subjects are those of {folder}/subject_mapping.json, or else the 57 of MMLU.
 
     Raises:
         FileNotFoundError: no subject has its files.
         ConfigError: a file is malformed.
     """
-    layout = _Layout(folder, split, "{split}/{subject}_{split}.csv", header=False)
-    subjects = layout.mapping("mmlu_all_sets", MMLU_SUBJECTS)
     scorer = choice_scorer(scoring, num_new_tokens)
-    return layout.read("mmlu", subjects, _few_shot(shots), scorer, shots, MAX_PROMPT_TOKENS)
+    return _MMLU.read(folder, "val", _few_shot, scorer, shots, MAX_PROMPT_TOKENS)
 
 
 def read_ceval(
-    folder: Path,
-    *,
-    split: str = "val",
-    shots: int = 5,
-    scoring: str = "logits",
-    num_new_tokens: int = 32,
+    folder: Path, *, shots: int = 5, scoring: str = "logits", num_new_tokens: int = 32
 ) -> Dataset:
-    """As `read_mmlu`, for files with a header row and an id column, and 52 subjects."""
-    layout = _Layout(folder, split, "{split}/{subject}_{split}.csv", header=True)
-    subjects = layout.mapping("ceval_all_sets", CEVAL_SUBJECTS)
+    """Like `read_mmlu`, for 52 subjects in files with a header row and an id column."""
     scorer = choice_scorer(scoring, num_new_tokens)
-    return layout.read("ceval", subjects, _few_shot(shots), scorer, shots, MAX_PROMPT_TOKENS)
+    return _CEVAL.read(folder, "val", _few_shot, scorer, shots, MAX_PROMPT_TOKENS)
 
 
 def read_mmlu_generated(folder: Path, *, shots: int = 0) -> Dataset:
     """MMLU's test split as tests/modeltest asks it.
 
-    Without examples the model reasons for 256 tokens and `choice_from_reasoning` reads its
-    letter; with examples the first character of 20 tokens counts.
+    Without examples the model reasons for 256 tokens, from which `choice_from_reasoning` takes
+    a letter. With examples it generates 20 tokens, and their first character is the answer.
     """
-    layout = _Layout(folder, "test", "{split}/{subject}_{split}.csv", header=False)
-    subjects = layout.mapping("mmlu_all_sets", MMLU_SUBJECTS)
-    form = _few_shot(shots) if shots else _mmlu_zero_shot
-    return layout.read("mmlu", subjects, form, generated_scorer(shots), shots, None)
+    form = _few_shot if shots else _mmlu_zero_shot
+    return _MMLU.read(folder, "test", form, generated_scorer(shots), shots)
 
 
 def read_ceval_generated(folder: Path, *, shots: int = 0) -> Dataset:
     """C-Eval's val split, asked as `read_mmlu_generated` does, in Chinese without examples."""
-    layout = _Layout(folder, "val", "{split}/{subject}_{split}.csv", header=True)
-    subjects = layout.mapping("ceval_all_sets", CEVAL_SUBJECTS)
-    form = _few_shot(shots) if shots else _ceval_zero_shot
-    return layout.read("ceval", subjects, form, generated_scorer(shots), shots, None)
+    form = _few_shot if shots else _ceval_zero_shot
+    return _CEVAL.read(folder, "val", form, generated_scorer(shots), shots)
 
 
 def read_cmmlu(folder: Path, *, shots: int = 5) -> Dataset:
     """{folder}/dev/{subject}.csv and test/{subject}.csv: the likeliest of A to D.
 
-    Too long prompts lose their longest example first. Without a subject_mapping.json the
-    subjects are the files of test/.
+    The longest examples of a prompt that is too long are dropped first. Without a
+    subject_mapping.json the files of test/ give the subjects.
     """
-    layout = _Layout(folder, "test", "{split}/{subject}.csv", header=True)
-    found = {path.stem: Subject("") for path in sorted((folder / "test").glob("*.csv"))}
-    subjects = layout.mapping("cmmlu_all_sets", found)
+    subjects = {path.stem: Subject("") for path in (folder / "test").glob("*.csv")}
+    choices = _ChoiceSet("cmmlu", subjects, header=True, pattern="{split}/{subject}.csv")
     scorer = NextTokenScorer({letter: f"答案是：{letter}" for letter in LETTERS})
-    return layout.read("cmmlu", subjects, _cmmlu(shots), scorer, shots, CMMLU_MAX_PROMPT_TOKENS)
+    return choices.read(folder, "test", _cmmlu, scorer, shots, CMMLU_MAX_PROMPT_TOKENS)
 
 
 def generated_scorer(shots: int) -> Scorer:
-    """How modeltest reads a letter out of generated text."""
+    """The scorer of modeltest's multiple-choice sets."""
     if shots:
         return GenerationScorer("first_character", 20, first_character)
     return GenerationScorer("reasoning", 256, choice_from_reasoning)
 
 
-_Form = Callable[[str, Subject, list[ChoiceRow], ChoiceRow], dict[str, Any]]
+# Subject, its entry, examples, row -> header, examples and body of the Question.
+_Form = Callable[[str, Subject, Seq[ChoiceRow], ChoiceRow], dict[str, Any]]
 
 
-def _few_shot(shots: int) -> _Form:
-    def form(name: str, subject: Subject, dev: list[ChoiceRow], row: ChoiceRow) -> dict[str, Any]:
-        examples = tuple(f"{r.text()} {r.answer}\n\n" for r in dev[:shots])
-        return {"header": choice_header(name), "examples": examples, "body": row.text()}
-
-    return form
+def _few_shot(
+    name: str, subject: Subject, examples: Seq[ChoiceRow], row: ChoiceRow
+) -> dict[str, Any]:
+    texts = tuple(f"{r.text()} {r.answer}\n\n" for r in examples)
+    return {"header": choice_header(name), "examples": texts, "body": row.text()}
 
 
 def _mmlu_zero_shot(
-    name: str, subject: Subject, dev: list[ChoiceRow], row: ChoiceRow
+    name: str, subject: Subject, examples: Seq[ChoiceRow], row: ChoiceRow
 ) -> dict[str, Any]:
     lead = (
         f"\nThere is a single choice question about {name.replace('_', ' ')}. "
@@ -255,87 +238,88 @@ def _mmlu_zero_shot(
 
 
 def _ceval_zero_shot(
-    name: str, subject: Subject, dev: list[ChoiceRow], row: ChoiceRow
+    name: str, subject: Subject, examples: Seq[ChoiceRow], row: ChoiceRow
 ) -> dict[str, Any]:
     lead = f"以下是中国关于{subject.chinese or name}考试的单项选择题，请选出其中的正确答案。\n"
     return {"body": row.text(lead, "让我们一步一步思考。答案: ")}
 
 
-def _cmmlu(shots: int) -> _Form:
-    def form(name: str, subject: Subject, dev: list[ChoiceRow], row: ChoiceRow) -> dict[str, Any]:
-        def ask(r: ChoiceRow) -> str:
-            return r.text("题目：", "答案是：")
-
-        header = f"以下是关于{subject.chinese or name}的单项选择题，请直接给出正确答案的选项。\n\n"
-        examples = tuple(f"{ask(r)}{r.answer}\n\n" for r in dev[:shots])
-        return {"header": header, "examples": examples, "body": ask(row), "drop_longest": True}
-
-    return form
+def _cmmlu(name: str, subject: Subject, examples: Seq[ChoiceRow], row: ChoiceRow) -> dict[str, Any]:
+    body, *texts = (r.text("题目：", "答案是：") for r in (row, *examples))
+    header = f"以下是关于{subject.chinese or name}的单项选择题，请直接给出正确答案的选项。\n\n"
+    answered = (f"{text}{r.answer}\n\n" for text, r in zip(texts, examples, strict=True))
+    return {"header": header, "examples": tuple(answered), "body": body, "drop_longest": True}
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Where the files of a multiple-choice set lie."""
+class _ChoiceSet:
+    """A published multiple-choice set."""
 
-    folder: Path
-    split: str
-    pattern: str
-    header: bool
-
-    def path(self, split: str, subject: str) -> Path:
-        return self.folder / self.pattern.format(split=split, subject=subject)
-
-    def mapping(self, key: str, bundled: Mapping[str, Subject]) -> dict[str, Subject]:
-        path = self.folder / "subject_mapping.json"
-        if not path.is_file():
-            return dict(bundled)
-        found = read_mapping(path, key)
-        return {n: _completed(s, bundled.get(n)) for n, s in found.items()}
+    name: str
+    subjects: Mapping[str, Subject]  # where a folder has no subject_mapping.json
+    header: bool  # see `read_choice_rows`
+    pattern: str = "{split}/{subject}_{split}.csv"
 
     def read(
         self,
-        name: str,
-        subjects: Mapping[str, Subject],
+        folder: Path,
+        split: str,
         form: _Form,
         scorer: Scorer,
         shots: int,
-        max_prompt_tokens: int | None,
+        max_prompt_tokens: int | None = None,
     ) -> Dataset:
-        """All subjects in sorted order."""
+        """All subjects in sorted order; the examples are the first `shots` rows of dev."""
+        splits = [split, "dev"] if shots else [split]
+
+        def paths_of(subject: str) -> list[Path]:
+            return [folder / self.pattern.format(split=s, subject=subject) for s in splits]
+
+        subjects = self._subjects(folder)
         questions: list[Question] = []
         files, missing = [], []
         for subject in sorted(subjects):
-            paths = [self.path(self.split, subject)]
-            paths += [self.path("dev", subject)] if shots else []
+            paths = paths_of(subject)
             if not all(path.is_file() for path in paths):
                 missing.append(subject)
                 continue
             files += paths
             rows, *dev = (read_choice_rows(path, header=self.header) for path in paths)
+            examples = dev[0][:shots] if dev else []
             for row in rows:
-                parts = form(subject, subjects[subject], dev[0] if dev else [], row)
+                parts = form(subject, subjects[subject], examples, row)
                 questions.append(Question(len(questions), subject, answer=row.answer, **parts))
         if not questions:
-            splits = [self.split, "dev"] if shots else [self.split]
-            wanted = " and ".join(str(self.path(split, "SUBJECT")) for split in splits)
+            expected = " and ".join(map(str, paths_of("SUBJECT")))
             raise FileNotFoundError(
-                f"no questions of {name}: none of its {len(subjects)} subjects has {wanted}"
+                f"no questions of {self.name}: none of its {len(subjects)} subjects has {expected}"
             )
-        groups = {s: subjects[s].group or name for s in subjects if s not in missing}
-        return Dataset(name, questions, scorer, files, groups, shots, max_prompt_tokens, missing)
+        groups = {s: subjects[s].group or self.name for s in subjects if s not in missing}
+        return Dataset(
+            self.name, questions, scorer, files, groups, shots, max_prompt_tokens, missing
+        )
+
+    def _subjects(self, folder: Path) -> Mapping[str, Subject]:
+        """Those of subject_mapping.json, whose empty fields are filled; or else our own."""
+        path = folder / "subject_mapping.json"
+        if not path.is_file():
+            return self.subjects
+        subjects = {}
+        for name, entry in read_mapping(path, f"{self.name}_all_sets").items():
+            own = self.subjects.get(name, Subject(""))
+            subjects[name] = Subject(entry.group or own.group, entry.chinese or own.chinese)
+        return subjects
 
 
-def _completed(found: Subject, bundled: Subject | None) -> Subject:
-    """An entry of subject_mapping.json, with what it leaves out from the bundled mapping."""
-    bundled = bundled or Subject("")
-    return Subject(found.group or bundled.group, found.chinese or bundled.chinese)
+_MMLU = _ChoiceSet("mmlu", MMLU_SUBJECTS, header=False)
+_CEVAL = _ChoiceSet("ceval", CEVAL_SUBJECTS, header=True)
 
 
 # -- GSM8K ---------------------------------------------------------------------------------------
 
 
 def read_gsm8k(folder: Path) -> Dataset:
-    """Every *.jsonl of a folder: the question alone, 512 new tokens, the last number counts.
+    """Every *.jsonl of a folder, without examples: the last number of 512 new tokens counts.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -367,7 +351,7 @@ def _files(folder: Path, pattern: str, what: str) -> list[Path]:
 
 def _json_lines(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     """(where, object) of each line that is not blank."""
-    found = False
+    is_empty = True
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -378,9 +362,9 @@ def _json_lines(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
             raise ConfigError(f"{where}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ConfigError(f"{where}: {type(row).__name__}; a JSON object is expected")
-        found = True
+        is_empty = False
         yield where, row
-    if not found:
+    if is_empty:
         raise ConfigError(f"{path} holds no questions")
 
 

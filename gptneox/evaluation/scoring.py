@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a question is answered (scorers), and the loop that asks all of them (`evaluate`)."""
+"""Questions, the ways to answer them (scorers), and the loop over all of them (`evaluate`)."""
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from gptneox.config.errors import ConfigError
 from gptneox.engine.api import Engine, raise_failure
@@ -19,7 +20,7 @@ LETTERS = ("A", "B", "C", "D")
 
 @dataclass(frozen=True)
 class Question:
-    """One question with the worked examples that may stand before it.
+    """One question, with worked examples for the prompt.
 
     The prompt is `header`, then some of `examples`, then `body`.
     """
@@ -27,10 +28,10 @@ class Question:
     index: int  # running number in its dataset
     subject: str
     body: str
-    answer: str  # the right label, or the reference text that a scorer compares with
+    answer: str  # the correct label, or the reference text for the scorer
     header: str = ""
     examples: tuple[str, ...] = ()
-    drop_longest: bool = False  # which example goes when the prompt is too long; else the last
+    drop_longest: bool = False  # from a prompt that is too long; else the last example is dropped
 
     def prompts(self) -> Iterable[str]:
         """The prompt with all examples, then with one fewer each time, down to none."""
@@ -43,7 +44,7 @@ class Question:
             examples.pop(longest if self.drop_longest else -1)
 
     def fit(self, tokenizer: Any, max_tokens: int) -> Prompt | None:
-        """The prompt with as many examples as `max_tokens` allow; None: too long without any."""
+        """The prompt with as many examples as fit `max_tokens`; None: too long without any."""
         for i, text in enumerate(self.prompts()):
             ids = tokenizer.encode(text, add_special_tokens=False)
             if len(ids) <= max_tokens:
@@ -53,7 +54,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked: the text, its tokens, and how many examples it holds."""
+    """The text of a question with its examples, and its tokens."""
 
     text: str
     ids: list[int]
@@ -62,35 +63,34 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model answered."""
+    """The answer of the model."""
 
-    value: str  # a label, a text; NO_ANSWER when there is none
-    token_ids: list[int]  # generated; one greedy token where choices are compared
+    value: str  # a label or a text; NO_ANSWER when there is none
+    token_ids: list[int]  # generated; one greedy token where labels are compared
     text: str  # of token_ids
-    logprobs: dict[str, float] = field(default_factory=dict)  # label -> log p, where compared
+    logprobs: dict[str, float] = field(default_factory=dict)  # label -> log p; empty for text
 
 
-class Scorer(Protocol):
+class Scorer(ABC):
     """Turns prompts into predictions and compares them with the answers."""
 
-    name: str  # of the protocol, as result files state it
+    name: str  # for the protocol in the result files
     num_new_tokens: int  # positions that must be free after a prompt
 
-    def check(self, tokenizer: Any) -> None:
+    def check(self, tokenizer: Any) -> None:  # noqa: B027 - any tokenizer, by default
         """Raise ConfigError if questions cannot be answered this way with `tokenizer`."""
-        ...
 
+    @abstractmethod
     def predict(self, engine: Engine, prompts: Seq[Seq[int]]) -> list[Prediction]:
-        """One prediction per prompt; on ranks above 0 their values mean nothing."""
-        ...
+        """One prediction per prompt; on ranks above 0 their values are not valid."""
 
     def is_correct(self, value: str, answer: str) -> bool:
-        """Whether a predicted value is right."""
-        ...
+        """Whether a predicted value is correct."""
+        return value == answer
 
 
-class NextTokenScorer:
-    """The label whose token is likeliest right after the prompt; the first one wins a tie.
+class NextTokenScorer(Scorer):
+    """The label whose token is the likeliest next one; of equal ones the first.
 
     Log-probabilities come from an fp32 softmax over the whole vocabulary.
     """
@@ -98,14 +98,14 @@ class NextTokenScorer:
     name, num_new_tokens = "logits", 1
 
     def __init__(self, texts: dict[str, str]) -> None:
-        """`texts`: label -> a text whose last token, without special tokens, stands for it."""
+        """`texts`: label -> a text whose last token (special tokens left out) is the label's."""
         self.texts = texts
 
     def token_ids(self, tokenizer: Any) -> list[int]:
         """The token of each label.
 
         Raises:
-            ConfigError: two labels share their token, so nothing could tell them apart.
+            ConfigError: two labels have the same token.
         """
         ids = [tokenizer.encode(t, add_special_tokens=False)[-1] for t in self.texts.values()]
         if len(set(ids)) < len(ids):
@@ -131,13 +131,9 @@ class NextTokenScorer:
             predictions.append(Prediction(value, [row.greedy_id], text, logprobs))
         return predictions
 
-    def is_correct(self, value: str, answer: str) -> bool:
-        """See `Scorer`."""
-        return value == answer
 
-
-class GenerationScorer:
-    """Reads the answer out of greedily generated text (end-of-text token left out)."""
+class GenerationScorer(Scorer):
+    """The answer is read from greedily generated text, without the end-of-text token."""
 
     def __init__(
         self,
@@ -149,9 +145,6 @@ class GenerationScorer:
         """`extract` makes the value from the text, `matches` compares value and answer."""
         self.name, self.num_new_tokens = name, num_new_tokens
         self._extract, self._matches = extract, matches
-
-    def check(self, tokenizer: Any) -> None:
-        """See `Scorer`."""
 
     def predict(self, engine: Engine, prompts: Seq[Seq[int]]) -> list[Prediction]:
         """See `Scorer`."""
@@ -169,8 +162,8 @@ class GenerationScorer:
 
 def first_letter(text: str) -> str:
     """The first ASCII letter anywhere, in upper case; NO_ANSWER without one."""
-    found = re.search(r"[A-Za-z]", text)
-    return found.group().upper() if found else NO_ANSWER
+    letter = re.search(r"[A-Za-z]", text)
+    return letter.group().upper() if letter else NO_ANSWER
 
 
 def first_character(text: str) -> str:
@@ -178,7 +171,7 @@ def first_character(text: str) -> str:
     return text.lstrip()[:1] or NO_ANSWER
 
 
-# In this order; the first pattern that is found anywhere decides.
+# The first pattern with a match anywhere in the text decides.
 CHOICE_PATTERNS = tuple(
     re.compile(pattern, re.MULTILINE)
     for pattern in (
@@ -197,10 +190,10 @@ CHOICE_PATTERNS = tuple(
 
 
 def choice_from_reasoning(text: str) -> str:
-    """The letter that a free answer settles on, by the ordered `CHOICE_PATTERNS`; else ''."""
+    """The letter chosen in a free answer, by `CHOICE_PATTERNS`; '' without a match."""
     for pattern in CHOICE_PATTERNS:
-        if found := pattern.search(text):
-            return found.group(1)
+        if match := pattern.search(text):
+            return match.group(1)
     return ""
 
 
@@ -209,8 +202,8 @@ _NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 def last_number(text: str) -> str:
     """The last number as text, thousands commas removed; '' without one (-1 is a number)."""
-    found = _NUMBER.findall(text)
-    return found[-1].replace(",", "") if found else ""
+    numbers = _NUMBER.findall(text)
+    return numbers[-1].replace(",", "") if numbers else ""
 
 
 def same_number(value: str, answer: str) -> bool:
@@ -223,13 +216,13 @@ def same_number(value: str, answer: str) -> bool:
 
 @dataclass(frozen=True)
 class Result:
-    """A question with what became of it."""
+    """A question with its outcome."""
 
     question: Question
     prompt: Prompt | None  # None: too long even without examples; counts as wrong
     prediction: Prediction
     correct: bool
-    error: str = ""  # why the batch failed, where `evaluate` was told to go on
+    error: str = ""  # why the batch failed; only with `go_on`
 
 
 class QuestionFailed(RuntimeError):
@@ -249,13 +242,13 @@ def evaluate(
     """Ask all questions in their order, `batch_size` at a time. Every rank calls it alike.
 
     Args:
-        questions: what is left to ask; a batch is a run of consecutive ones.
-        scorer: how they are answered.
+        questions: those to ask; a batch is a run of consecutive ones.
+        scorer: how they are answered and judged.
         engine: the loaded model.
         batch_size: questions per batch.
         on_result: called on rank 0 after each batch, with one result per question in order.
-        max_prompt_tokens: a limit below the model's positions, such as the protocol's 2000.
-        go_on: a batch that fails with ValueError or RuntimeError is wrong, not the end.
+        max_prompt_tokens: the protocol's own limit, such as 2000; the model's applies besides.
+        go_on: count a batch that fails with ValueError or RuntimeError as wrong, and continue.
 
     Raises:
         ConfigError: the tokenizer does not fit the scorer.

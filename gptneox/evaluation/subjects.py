@@ -15,7 +15,7 @@ from gptneox.config.files import read_json
 
 @dataclass(frozen=True)
 class Subject:
-    """A subject's class, and its Chinese name where prompts need one."""
+    """The class of a subject, and its Chinese name for Chinese prompts."""
 
     group: str
     chinese: str = ""
@@ -118,7 +118,7 @@ CEVAL_SUBJECTS = {
     for line in lines.strip().splitlines()
 }
 
-# Source: C-Eval Hard. Some MMLU subjects bear the same names and count as hard, too.
+# Source: C-Eval Hard. MMLU subjects of the same names count as hard, too.
 HARD_SUBJECTS = frozenset(
     (
         "advanced_mathematics",
@@ -134,12 +134,12 @@ HARD_SUBJECTS = frozenset(
 
 
 def read_mapping(path: Path, key: str) -> dict[str, Subject]:
-    """Subjects of a subject_mapping.json, as the downloads of MMLU, C-Eval and CMMLU bring it.
+    """Read a subject_mapping.json, as it comes with the downloads of MMLU, C-Eval and CMMLU.
 
     Args:
-        path: the file. It holds an object of subjects, directly or under `key`; a subject's
-            entry is a text or a list, whose last text is the class and whose first one with
-            Chinese characters is the Chinese name. A bare list of subjects is fine, too.
+        path: holds an object of subjects, directly or under `key`. The entry of a subject is a
+            text or a list of texts: the last one is its class, the first one with Chinese
+            characters its Chinese name. A list of subjects without entries is accepted, too.
         key: such as "mmlu_all_sets".
 
     Raises:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python main.py doctor`: would a run start here, and if not, what is there to do?"""
+"""`python main.py doctor`: whether a run would start here, and the remedy if it would not."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from gptneox.session import refuse_paged_only
 
 PACKAGES = {"torch": "2.7", "transformers": "5.0", "safetensors": ""}
 MARKS = {True: "ok  ", None: "note", False: "FAIL"}
-# What ends a run with one line.
+# Errors that end a run with a message of one line.
 RUN_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)
 
 
 def run(settings: Settings) -> int:
     """Print one page; returns 0 when a run with these settings would start, else 1."""
-    found, ranks = launcher(settings)
-    findings = [*software(), *found, *devices(settings, ranks), *ports(settings, ranks)]
+    launch_findings, ranks = launcher(settings)
+    findings = [*software(), *launch_findings, *devices(settings, ranks), *ports(settings, ranks)]
     lines = [f"gptneox {__version__}"]
     for finding in findings:
         lines.append(f"{MARKS[finding.ok]} {finding.topic + ':':<18} {finding.text}")
@@ -55,18 +55,20 @@ def run(settings: Settings) -> int:
 
 
 def software() -> list[Finding]:
-    """Python and the packages."""
+    """Versions of Python and of the packages that a run needs."""
     text = f"{platform.python_version()} on {platform.machine()}, {sys.executable}"
     findings = [Finding(sys.version_info >= (3, 10), "Python", text)]
     for name, least in PACKAGES.items():
         try:
-            found = version(name)
+            installed = version(name)
         except PackageNotFoundError:
             text = f"missing; type: {sys.executable} -m pip install {name}"
             findings.append(Finding(False, name, text))
             continue
-        is_new = _numbers(found) >= _numbers(least)
-        text = found if is_new else f"{found} is older than {least}; type: pip install -U {name}"
+        is_new = _numbers(installed) >= _numbers(least)
+        text = installed
+        if not is_new:
+            text += f" is older than {least}; type: pip install -U {name}"
         findings.append(Finding(is_new, name, text))
     return findings
 
@@ -76,8 +78,8 @@ def _numbers(text: str) -> list[int]:
 
 
 def devices(settings: Settings, ranks: Ranks) -> list[Finding]:
-    """Every kind of device, then the chosen one and what the checkpoint needs of it."""
-    wanted = settings.model.device
+    """Every kind of device, then the chosen one with the checkpoint on it."""
+    requested = settings.model.device
     findings: list[Finding] = []
     chosen: Device | None = None
     for name in DEVICES:
@@ -87,18 +89,18 @@ def devices(settings: Settings, ranks: Ranks) -> list[Finding]:
             findings.append(Finding(False, name, str(error)))
             continue
         reason = device.why_unusable()
-        named = name == wanted
+        named = name == requested
         if reason:
             if named or device.is_installed():
                 findings += device.diagnose()
             findings.append(Finding(False if named else None, name, reason))
-        elif chosen is None and (named or wanted == "auto"):
+        elif chosen is None and (named or requested == "auto"):
             chosen = device
             findings.append(Finding(True, name, "usable, and what this run takes"))
         else:
             findings.append(Finding(True, name, "usable"))
-    if wanted not in ("auto", *DEVICES):
-        findings.append(Finding(False, wanted, "this version cannot use it"))
+    if requested not in ("auto", *DEVICES):
+        findings.append(Finding(False, requested, "this version cannot use it"))
     if chosen is None:
         return findings
     try:
@@ -109,7 +111,7 @@ def devices(settings: Settings, ranks: Ranks) -> list[Finding]:
 
 
 def checkpoint(settings: Settings, device: Device, ranks: Ranks) -> list[Finding]:
-    """All that a run does before it reads the weights, by the run's own code."""
+    """Everything that a run does before it reads the weights, by the functions of the run."""
     is_flash = settings.model.attention == "flash"
     findings = []
     try:
@@ -156,9 +158,9 @@ def _failure(topic: str, error: BaseException) -> Finding:
 def _open(
     settings: Settings, device: Device, ranks: Ranks, *, prefer_parts: bool
 ) -> tuple[Opened, GPTNeoX]:
-    """The checkpoint as rank 0 finds it, after every rank of this host has found its own."""
-    found = []
-    for rank in reversed(range(ranks.local)):  # rank 0 last: its device is the one looked at
+    """Open and check the checkpoint as every rank of this host does; returns that of rank 0."""
+    checked = []
+    for rank in reversed(range(ranks.local)):  # rank 0 last: its device is described afterwards
         device.setup(rank, ranks.local, settings.environment.omp_num_threads)
         group = TensorParallelGroup(rank, ranks.total)
         opened = open_checkpoint(
@@ -171,14 +173,17 @@ def _open(
             prefer_parts=prefer_parts,
         )
         positions = settings.engine.max_position_embeddings
-        found.append((opened, check_loading(opened, device, group, positions)))
-    return found[-1]
+        checked.append((opened, check_loading(opened, device, group, positions)))
+    return checked[-1]
 
 
 def prompts(
     settings: Settings, opened: Opened, num_positions: int, blocks: BlockManager | None
 ) -> list[Finding]:
-    """Those of the command line; `blocks` of the paged path. Pipes are left to the run."""
+    """Check the prompts of the command line, but not pipes, which can be read only once.
+
+    `blocks` is the KV cache of the paged path.
+    """
     is_demo = is_demonstration(settings)
     vocab_size, has_tokenizer = opened.config.vocab_size, opened.tokenizer is not None
     if settings.args.interactive:

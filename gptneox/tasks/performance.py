@@ -3,27 +3,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
-import platform
 import sys
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass
 from datetime import datetime
-from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from gptneox.cli import Settings
 from gptneox.config.errors import ConfigError
-from gptneox.config.settings import EngineSection
-from gptneox.devices.cache import FloatKV
 from gptneox.devices.device import Device
-from gptneox.engine.generation_config import NO_RULES
-from gptneox.engine.paged import affordable_blocks, blocks_needed
-from gptneox.evaluation import report
+from gptneox.evaluation.loading import Case, load_stopwatch
+from gptneox.evaluation.performance_result import (
+    CaseResult,
+    PerformanceResult,
+    Rates,
+    TokenTimes,
+    json_path,
+    summarize,
+)
+from gptneox.evaluation.report import say, versions
 from gptneox.evaluation.timing import (
     Stopwatch,
     Timing,
@@ -32,15 +35,12 @@ from gptneox.evaluation.timing import (
     prefill_flops,
     random_prompts,
 )
-from gptneox.files import safe_name
+from gptneox.files import check_writable, is_regular, safe_name, write_file
 from gptneox.parallel import TensorParallelGroup
-from gptneox.session import load_engine, start
+from gptneox.session import start
 from gptneox.weights.load import find_part
-from gptneox.weights.size import ModelSize
 
 logger = logging.getLogger(__name__)
-
-Case = tuple[int, int]  # input length, output length
 
 # Flags that [performance] decides, or that would do nothing here.
 _REFUSED_FLAGS = (
@@ -52,10 +52,21 @@ _REFUSED_FLAGS = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What the device reaches, measured on all ranks at the same time; of one rank."""
+    """What one rank reaches while all ranks measure."""
 
     bandwidth: float  # bytes per second
     matmul: float  # FLOP per second
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a case is measured."""
+
+    # "normal": the first token's time is that of a run of one token; "detail": of its forward.
+    mode: str
+    split: bool  # detail only: time each forward by itself; else the times of a token stay 0
+    repeat: int = 1  # measured runs
+    detokenize: bool = True  # as part of the response time
 
 
 def run(settings: Settings) -> None:
@@ -67,61 +78,28 @@ def run(settings: Settings) -> None:
     for name in _REFUSED_FLAGS:
         if settings.given.get(name):
             raise ConfigError(f"--{name} does not go with --task performance; see [performance]")
-    section, environment = settings.performance, settings.environment
+    section = settings.performance
     cases = section.cases()
     check_cases(settings, cases)
-    split = section.perf_mode == "detail" and environment.timeit
+    split = section.perf_mode == "detail" and settings.environment.timeit
     if section.perf_mode == "detail" and not split:
         logger.warning("perf_mode is detail, but TIMEIT is not 1: the times of a token stay 0")
     device, group = start(settings)
     target = Path(section.save_file_name or csv_name(settings, device))
     if group.rank == 0:
-        report.check_result_files(target)
-    stopwatch = load(settings, device, group, cases, section.batch_size)
-    is_first = group.rank == 0
+        check_result_files(target)
+    stopwatch = load_stopwatch(settings, device, group, cases, section.batch_size)
     warm_up(stopwatch, section.batch_size, cases)
     limits = measure_limits(stopwatch)
-    results: list[dict[str, Any]] = []
-    hide = not (is_first and sys.stderr.isatty())
-    work = [section.repeat * (i / 16 + o) for i, o in cases]  # so that the time left is about right
-    with tqdm(total=round(sum(work)), desc="cases", leave=False, disable=hide, unit="tok") as bar:
-        for case, amount in zip(cases, work, strict=True):
-            bar.set_postfix_str(f"[{case[0]},{case[1]}]")
-            warm_up(stopwatch, section.batch_size, [(case[0], min(2, case[1]))])
-            results.append(
-                measure_case(
-                    stopwatch,
-                    section.batch_size,
-                    case,
-                    limits,
-                    mode=section.perf_mode,
-                    split=split,
-                    repeat=section.repeat,
-                    detokenize=not section.skip_decode,
-                )
-            )
-            bar.update(round(amount))
-    if not is_first:
+    method = Method(section.perf_mode, split, section.repeat, not section.skip_decode)
+    results = measure_cases(stopwatch, section.batch_size, cases, limits, method)
+    if group.rank > 0:
         return
-    result = describe_run(settings, stopwatch, limits) | {"cases": results}
-    if any(case["next_ms"] < 0 for case in results):
-        result["notes"].append(
-            "a run of one token took longer than the whole case, so the machine was disturbed: "
-            "measure again, or raise [performance] repeat"
-        )
-    report.say(report.result_table(result))
-    for note in result["notes"]:
-        report.say(f"note: {note}")
-    files = report.write_result(target, result)
-    report.say("files: " + ", ".join(str(path) for path in files))
-
-
-def csv_name(settings: Settings, device: Device) -> str:
-    """Name of the result file, in the current directory."""
-    section = settings.performance
-    return safe_name(
-        f"performance_test_npu_{section.model_name}_{device.describe()}_bs{section.batch_size}.csv"
-    )
+    result = make_result(settings, stopwatch, limits, results)
+    say(result.table())
+    for note in result.notes:
+        say(f"note: {note}")
+    say("files: " + ", ".join(str(path) for path in write_result(target, result)))
 
 
 def check_cases(settings: Settings, cases: Seq[Case]) -> None:
@@ -149,50 +127,7 @@ def check_cases(settings: Settings, cases: Seq[Case]) -> None:
             )
 
 
-# -- loading and measuring -----------------------------------------------------------------------
-
-
-def load(
-    settings: Settings,
-    device: Device,
-    group: TensorParallelGroup,
-    cases: Seq[Case],
-    batch_size: int,
-) -> Stopwatch:
-    """The engine of the chosen path, with room for the largest case."""
-    section = engine_section(settings, device, group, cases, batch_size)
-    engine = load_engine(
-        settings, device, group, section, with_tokenizer=not settings.performance.skip_decode
-    )
-    engine.rules = NO_RULES  # nothing may end a row of the length to measure
-    return Stopwatch(engine)
-
-
-def engine_section(
-    settings: Settings,
-    device: Device,
-    group: TensorParallelGroup,
-    cases: Seq[Case],
-    batch_size: int,
-) -> EngineSection:
-    """[engine] with the batch and the lengths of the cases; no prompt may find itself cached."""
-    section = replace(
-        settings.engine,
-        max_batch_size=batch_size,
-        max_input_length=max(i for i, _ in cases),
-        max_output_length=max(o for _, o in cases),
-        enable_prefix_caching=False,
-    )
-    if section.num_blocks or settings.attention == "flash":
-        return section
-    # Exactly the blocks that are needed, where they fit; else the engine takes what there is.
-    needed = max(blocks_needed([i] * batch_size, o, section.block_size) for i, o in cases)
-    _, config = find_part(settings.model_path, group)
-    dtype, _ = device.resolve_dtype(config.dtype, settings.model.dtype)
-    size = ModelSize(config, dtype, FloatKV(dtype), group.world_size)
-    free = device.memory().free - size.weight_bytes
-    fits = needed <= affordable_blocks(section, size.token_bytes * section.block_size, free)
-    return replace(section, num_blocks=needed if group.broadcast_object(fits) else 0)
+# -- measuring -----------------------------------------------------------------------------------
 
 
 def warm_up(stopwatch: Stopwatch, batch_size: int, cases: Seq[Case]) -> None:
@@ -201,7 +136,7 @@ def warm_up(stopwatch: Stopwatch, batch_size: int, cases: Seq[Case]) -> None:
     Before each case it is done again with two tokens: a device prepares for each shape once.
     """
     input_len = max(i for i, _ in cases)
-    room = max(i + o for i, o in cases) - input_len  # what the cache has been made for
+    room = max(i + o for i, o in cases) - input_len  # the cache is sized for the largest sum
     output_len = max(1, min(room, max(o for _, o in cases)))
     stopwatch.run(random_prompts(stopwatch, batch_size, input_len, seed=0), output_len)
 
@@ -215,131 +150,170 @@ def measure_limits(stopwatch: Stopwatch) -> Limits:
     return Limits(bandwidth, device.measure_matmul(stopwatch.dtype))
 
 
-def measure_case(
-    stopwatch: Stopwatch,
-    batch_size: int,
-    case: Case,
-    limits: Limits,
-    *,
-    mode: str,
-    split: bool,
-    repeat: int = 1,
-    detokenize: bool = True,
-) -> dict[str, Any]:
-    """Run a case `repeat` times.
+def measure_cases(
+    stopwatch: Stopwatch, batch_size: int, cases: Seq[Case], limits: Limits, method: Method
+) -> list[CaseResult]:
+    """Every case, with a progress bar on a terminal of rank 0."""
+    results = []
+    hide = stopwatch.group.rank > 0 or not sys.stderr.isatty()
+    # A prompt token takes about 1/16 of a new one, so the bar's remaining time is about right.
+    work = [method.repeat * (i / 16 + o) for i, o in cases]
+    with tqdm(total=round(sum(work)), desc="cases", leave=False, disable=hide, unit="tok") as bar:
+        for (input_len, output_len), amount in zip(cases, work, strict=True):
+            bar.set_postfix_str(f"[{input_len},{output_len}]")
+            warm_up(stopwatch, batch_size, [(input_len, min(2, output_len))])
+            results.append(
+                measure_case(stopwatch, batch_size, (input_len, output_len), limits, method)
+            )
+            bar.update(round(amount))
+    return results
 
-    Args:
-        stopwatch: the loaded model.
-        batch_size: rows.
-        case: input and output length.
-        limits: of the device.
-        mode: "normal": the first token's time is that of a run of its own;
-            "detail": it is that of the first forward.
-        split: tell the forwards from what surrounds them (detail only; else times stay 0).
-        repeat: measured runs.
-        detokenize: as part of the response time.
-    """
+
+def measure_case(
+    stopwatch: Stopwatch, batch_size: int, case: Case, limits: Limits, method: Method
+) -> CaseResult:
+    """Run a case as often as `method` says; times are means over the runs, maxima over ranks."""
     input_len, output_len = case
-    runs: list[dict[str, float]] = []
-    first_ms: list[float] = []
+    runs: list[TokenTimes] = []
     inter_token_ms: list[float] = []
     parts: list[dict[str, float]] = []
-    for i in range(repeat):
+    for i in range(method.repeat):
         prompts = random_prompts(stopwatch, batch_size, input_len, seed=i + 1)
-        if mode == "normal":
+        if method.mode == "normal":
             single = stopwatch.run(prompts, 1, detokenize=False)
-            timing = stopwatch.run(prompts, output_len, detokenize=detokenize)
+            timing = stopwatch.run(prompts, output_len, detokenize=method.detokenize)
             times = normal_times(single, timing, output_len)
         else:
-            timing = stopwatch.run(prompts, output_len, split=split, detokenize=detokenize)
+            timing = stopwatch.run(
+                prompts, output_len, split=method.split, detokenize=method.detokenize
+            )
             times = detail_times(timing)
-        values = max_over_ranks(stopwatch, list(times.values()))
-        runs.append(dict(zip(times, values, strict=True)))
-        first_ms.append(runs[-1]["first_ms"])
-        if mode == "normal" or split:
+        runs.append(TokenTimes(*max_over_ranks(stopwatch, astuple(times))))
+        if method.mode == "normal" or method.split:
             inter_token_ms += [step.total_s * 1e3 for step in timing.decode_steps]
         parts.append(timing.parts_ms())
-    means = {key: sum(run[key] for run in runs) / repeat for key in runs[0]}
-    return {
-        "batch_size": batch_size,
-        "input_len": input_len,
-        "output_len": output_len,
-        **means,
-        "first_token_ms": report.summarize(first_ms if any(first_ms) else []),
-        "inter_token_ms": report.summarize(inter_token_ms),
-        "parts_ms": {key: sum(part[key] for part in parts) / repeat for key in parts[0]},
-        **speed(stopwatch, batch_size, case, means, limits),
-    }
+    columns = zip(*map(astuple, runs), strict=True)
+    means = TokenTimes(*(sum(column) / method.repeat for column in columns))
+    first_ms = [times.first_ms for times in runs]
+    return CaseResult(
+        batch_size,
+        input_len,
+        output_len,
+        means,
+        rates(stopwatch, batch_size, case, means, limits),
+        first_token_ms=summarize(first_ms if any(first_ms) else []),
+        inter_token_ms=summarize(inter_token_ms),
+        parts_ms={key: sum(part[key] for part in parts) / method.repeat for key in parts[0]},
+    )
 
 
-def normal_times(single: Timing, timing: Timing, output_len: int) -> dict[str, float]:
+def normal_times(single: Timing, timing: Timing, output_len: int) -> TokenTimes:
     """T1 of a run of one token, and (Tn - T1) / (n - 1)."""
     first, whole = single.generate_s, timing.generate_s
-    return {
-        "response_s": timing.response_s,
-        "first_ms": first * 1e3,
-        "next_ms": (whole - first) / (output_len - 1) * 1e3,
-        "pre_ms": 0.0,
-        "post_ms": 0.0,
-    }
+    return TokenTimes(
+        timing.response_s,
+        first_ms=first * 1e3,
+        next_ms=(whole - first) / (output_len - 1) * 1e3,
+    )
 
 
-def detail_times(timing: Timing) -> dict[str, float]:
+def detail_times(timing: Timing) -> TokenTimes:
     """The first forward, and means over the later steps; zeros when nothing was split."""
-    steps = timing.decode_steps if timing.has_split else []
+    if not timing.has_split:
+        return TokenTimes(timing.response_s)
+    steps = timing.decode_steps
     count = max(1, len(steps))
-    return {
-        "response_s": timing.response_s,
-        "first_ms": sum(s.forward_s for s in timing.prefill_steps) * 1e3,
-        "next_ms": sum(s.forward_s for s in steps) / count * 1e3,
-        "pre_ms": sum(s.pre_s for s in steps) / count * 1e3,
-        "post_ms": sum(s.post_s for s in steps) / count * 1e3,
-    }
+    return TokenTimes(
+        timing.response_s,
+        first_ms=sum(s.forward_s for s in timing.prefill_steps) * 1e3,
+        next_ms=sum(s.forward_s for s in steps) / count * 1e3,
+        pre_ms=sum(s.pre_s for s in steps) / count * 1e3,
+        post_ms=sum(s.post_s for s in steps) / count * 1e3,
+    )
 
 
-def speed(
-    stopwatch: Stopwatch, batch_size: int, case: Case, times: dict[str, float], limits: Limits
-) -> dict[str, float | None]:
+def rates(
+    stopwatch: Stopwatch, batch_size: int, case: Case, times: TokenTimes, limits: Limits
+) -> Rates:
     """Tokens, bytes and operations per second, and their share of what the device reaches.
 
     Rates of decoding count whole steps; bytes and operations are those of one rank.
     """
     config, size, ranks = stopwatch.config, stopwatch.size, stopwatch.group.world_size
     input_len, output_len = case
-    speeds: dict[str, float | None] = dict.fromkeys(report.SPEED_KEYS)
-    if first_s := times["first_ms"] / 1e3:
+    prefill: dict[str, float] = {}
+    decode: dict[str, float] = {}
+    if first_s := times.first_ms / 1e3:
         flops = prefill_flops(config, batch_size, input_len) / ranks
         weights = size.decode_bytes(batch_size, input_len)
-        speeds["prefill_tokens_per_s"] = batch_size * input_len / first_s
-        speeds["prefill_tflop_per_s"] = flops / first_s / 1e12
-        speeds["prefill_share_of_matmul"] = flops / first_s / limits.matmul
-        speeds["prefill_flop_per_byte"] = flops / weights
-    step_s = (times["next_ms"] + times["pre_ms"] + times["post_ms"]) / 1e3
+        prefill = {
+            "prefill_tokens_per_s": batch_size * input_len / first_s,
+            "prefill_tflop_per_s": flops / first_s / 1e12,
+            "prefill_share_of_matmul": flops / first_s / limits.matmul,
+            "prefill_flop_per_byte": flops / weights,
+        }
+    step_s = times.step_ms / 1e3
     if step_s > 0 and output_len > 1:
         context = input_len + output_len / 2  # mean over the steps that follow the first token
         num_bytes = size.decode_bytes(batch_size, context)
         flops = decode_flops(config, batch_size, context) / ranks
-        speeds["decode_tokens_per_s"] = batch_size / step_s
-        speeds["decode_gb_per_s"] = num_bytes / step_s / 1e9
-        speeds["decode_share_of_bandwidth"] = num_bytes / step_s / limits.bandwidth
-        speeds["decode_tflop_per_s"] = flops / step_s / 1e12
-        speeds["decode_flop_per_byte"] = flops / num_bytes
-    return speeds
+        decode = {
+            "decode_tokens_per_s": batch_size / step_s,
+            "decode_gb_per_s": num_bytes / step_s / 1e9,
+            "decode_share_of_bandwidth": num_bytes / step_s / limits.bandwidth,
+            "decode_tflop_per_s": flops / step_s / 1e12,
+            "decode_flop_per_byte": flops / num_bytes,
+        }
+    return Rates(**prefill, **decode)
 
 
-# -- what the result says about itself -----------------------------------------------------------
+# -- results -------------------------------------------------------------------------------------
 
 
-def describe_run(settings: Settings, stopwatch: Stopwatch, limits: Limits) -> dict[str, Any]:
-    """Everything that a figure must stand beside."""
-    section, device = settings.performance, stopwatch.device
+def make_result(
+    settings: Settings, stopwatch: Stopwatch, limits: Limits, cases: list[CaseResult]
+) -> PerformanceResult:
+    """The cases with the provenance that is stored with every result."""
+    section, device, config = settings.performance, stopwatch.device, stopwatch.config
+    notes = make_notes(settings, stopwatch)
+    if any(case.times.next_ms < 0 for case in cases):
+        notes.append(
+            "a run of one token took longer than the whole case, so the machine was disturbed: "
+            "measure again, or raise [performance] repeat"
+        )
+    return PerformanceResult(
+        date=datetime.now().astimezone().isoformat(timespec="seconds"),
+        model_name=section.model_name,
+        model_path=str(settings.model_path),
+        path=stopwatch.path,
+        mode=section.perf_mode,
+        batch_size=section.batch_size,
+        repeat=section.repeat,
+        detokenized=not section.skip_decode,
+        device=device.describe(),
+        device_type=device.name,
+        world_size=stopwatch.group.world_size,
+        threads=torch.get_num_threads() if device.torch_device.type == "cpu" else None,
+        dtype=str(stopwatch.dtype).removeprefix("torch."),
+        file_dtype=config.dtype,
+        num_parameters=config.num_parameters,
+        measured_bandwidth_gb_per_s=limits.bandwidth / 1e9,
+        measured_matmul_tflop_per_s=limits.matmul / 1e12,
+        versions=versions(),
+        notes=notes,
+        cases=cases,
+    )
+
+
+def make_notes(settings: Settings, stopwatch: Stopwatch) -> list[str]:
+    """What a reader of the figures has to know."""
+    section, config = settings.performance, stopwatch.config
     dtype = str(stopwatch.dtype).removeprefix("torch.")
-    config = stopwatch.config
     notes = []
     if config.dtype != dtype:
         notes.append(f"{config.dtype} weights were computed in {dtype}")
     weights = stopwatch.size.decode_weight_bytes
-    cache = cache_bytes() if device.torch_device.type == "cpu" else 0
+    cache = cache_bytes() if stopwatch.device.torch_device.type == "cpu" else 0
     if weights < cache:
         notes.append(
             f"the weights of a rank ({weights / 1e6:.0f} MB) fit the processor's cache "
@@ -349,38 +323,7 @@ def describe_run(settings: Settings, stopwatch: Stopwatch, limits: Limits) -> di
         notes.append("TIMEIT was not 1, so no token was timed")
     if stopwatch.path == "flash" and section.perf_mode == "normal" and not cache:
         notes.append("inter_token_ms is taken between loops of generate, without waiting")
-    return {
-        "format": report.FORMAT,
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "model_name": section.model_name,
-        "model_path": str(settings.model_path),
-        "path": stopwatch.path,
-        "mode": section.perf_mode,
-        "batch_size": section.batch_size,
-        "repeat": section.repeat,
-        "detokenized": not section.skip_decode,
-        "device": device.describe(),
-        "device_type": device.name,
-        "world_size": stopwatch.group.world_size,
-        "threads": torch.get_num_threads() if device.torch_device.type == "cpu" else None,
-        "dtype": dtype,
-        "file_dtype": config.dtype,
-        "num_parameters": config.num_parameters,
-        "measured_bandwidth_gb_per_s": limits.bandwidth / 1e9,
-        "measured_matmul_tflop_per_s": limits.matmul / 1e12,
-        "versions": versions(),
-        "notes": notes,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the packages that set the speed."""
-    found = {"python": platform.python_version()}
-    for package in distributions():
-        name = package.metadata["Name"]
-        if name and (name == "transformers" or name.split("_")[0].split("-")[0] == "torch"):
-            found[name] = package.version
-    return found
+    return notes
 
 
 def cache_bytes() -> int:
@@ -391,3 +334,48 @@ def cache_bytes() -> int:
         if text.endswith("K") and text[:-1].isdigit():
             sizes.append(int(text[:-1]) << 10)
     return max(sizes)
+
+
+def csv_name(settings: Settings, device: Device) -> str:
+    """Name of the result file, in the current directory."""
+    section = settings.performance
+    return safe_name(
+        f"performance_test_npu_{section.model_name}_{device.describe()}_bs{section.batch_size}.csv"
+    )
+
+
+def check_result_files(path: Path) -> None:
+    """Refuse before the measuring what `write_result` could not write, or should not.
+
+    Raises:
+        OSError: see `check_writable`.
+        ConfigError: the JSON would replace a file that is not a result.
+    """
+    check_writable(path)
+    if not is_regular(path):
+        return
+    data = json_path(path)
+    check_writable(data)
+    try:
+        if data.is_file():
+            PerformanceResult.from_json(data.read_text(encoding="utf-8"))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"the JSON beside {path} would replace {data}, which is no result of --task "
+            "performance; choose another [performance] save_file_name"
+        ) from error
+
+
+def write_result(path: Path, result: PerformanceResult) -> list[Path]:
+    """Write CSV, JSON and plots; returns the files. A device or a pipe takes the CSV alone."""
+    write_file(path, result.to_csv())
+    if not is_regular(path):
+        return [path]
+    data = json_path(path)
+    write_file(data, result.to_json())
+    if importlib.util.find_spec("matplotlib") is None:
+        say("no plots: matplotlib is not installed; pip install .[plot] adds it")
+        return [path, data]
+    from gptneox.evaluation.plots import write_plots
+
+    return [path, data, *write_plots(data, result)]

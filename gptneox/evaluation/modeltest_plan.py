@@ -38,7 +38,7 @@ MODES = (
     "precision_single",
     *(f"full_{name}" for name in DATASETS),
 )
-# What lm-evaluation-harness evaluates already: mode -> its tasks.
+# Modes that lm-evaluation-harness evaluates: mode -> its tasks.
 LM_EVAL_TASKS = {
     "full_TruthfulQA": "truthfulqa_mc1,truthfulqa_mc2,truthfulqa_gen",
     "full_HumanEval": "humaneval --confirm_run_unsafe_code",
@@ -62,7 +62,7 @@ _DEGREES = ("dp", "tp", "sp", "moe_tp", "moe_ep", "pp", "microbatch", "cp")
 
 @dataclass(frozen=True)
 class Hosts:
-    """Ranks, and the hosts they are on."""
+    """The ranks of a run and the hosts they run on."""
 
     world_size: int
     num_nodes: int = 1
@@ -108,25 +108,25 @@ class Plan:
 
     @property
     def batch_size(self) -> int:
-        """Of a mode that has a single one."""
+        """The batch size of a mode that has one only."""
         return self.batch_sizes[0][0]
 
     @property
     def dataset(self) -> str:
-        """Of full_*, else empty."""
+        """Question set of a full_* mode; empty for others."""
         return self.mode.removeprefix("full_") if self.mode.startswith("full_") else ""
 
 
 def parse(arguments: Seq[str]) -> Plan:
-    """Understand the arguments of run.sh.
+    """Parse the arguments of run.sh.
 
     Raises:
-        ConfigError: they are wrong, or ask for what is not served.
+        ConfigError: they are wrong, or name something that is not served.
         FileNotFoundError: the checkpoint has no config.json.
     """
     reader = _Reader(arguments)
     kind, mode = _kind_and_mode(reader)
-    values = _work(reader, mode)
+    values = _cases_and_batches(reader, mode)
     if mode == "performance":
         values |= _prefill(reader)
     model_name = _model_name(reader)
@@ -147,7 +147,7 @@ def parse(arguments: Seq[str]) -> Plan:
 
 
 class _Reader:
-    """The words that are left."""
+    """The arguments that are not parsed yet."""
 
     def __init__(self, words: Seq[str]) -> None:
         self.words = list(words)
@@ -162,10 +162,10 @@ class _Reader:
 
     def skip(self, word: str) -> bool:
         """Take the word if it comes next."""
-        found = self.next_is(lambda next_word: next_word == word)
-        if found:
+        is_next = self.next_is(lambda next_word: next_word == word)
+        if is_next:
             self.words.pop(0)
-        return found
+        return is_next
 
     def count(self, what: str) -> int:
         word = self.take(what)
@@ -204,8 +204,8 @@ def _kind_and_mode(reader: _Reader) -> tuple[str, str]:
 # -- cases and batches ---------------------------------------------------------------------------
 
 
-def _work(reader: _Reader, mode: str) -> dict[str, Any]:
-    """What is to be done: everything between MODE and the model."""
+def _cases_and_batches(reader: _Reader, mode: str) -> dict[str, Any]:
+    """The arguments between MODE and the model, as fields of Plan."""
     if mode in WITH_SHOT:
         shot = SHOT
         if len(reader.words) > 1 and _is_batch(reader.words[1]):  # two numbers: shot, batch
@@ -232,7 +232,7 @@ def _work(reader: _Reader, mode: str) -> dict[str, Any]:
                 f"{len(cases)} cases is expected"
             )
         return {"cases": cases, "batch_ranges": ranges, "time_limit_ms": _time_limit(reader)}
-    # One list of lists is the cases where a batch size follows, else the batch sizes.
+    # A list of lists is the cases if a batch size follows it, else the batch sizes.
     cases = _cases(reader, CASES, _is_batch)
     return {"cases": cases, "batch_sizes": _batches(reader.take("batch_size"), len(cases))}
 
@@ -256,13 +256,13 @@ def _literal(word: str, what: str, form: str) -> Any:
 
 def _pairs(word: str, what: str, form: str) -> tuple[tuple[int, int], ...]:
     """A list of pairs of positive integers; empty for an empty word."""
-    found = _literal(word, what, form) if word else []
-    if not isinstance(found, list) or not all(
+    pairs = _literal(word, what, form) if word else []
+    if not isinstance(pairs, list) or not all(
         isinstance(pair, list) and len(pair) == 2 and all(_positive(n) for n in pair)
-        for pair in found
+        for pair in pairs
     ):
         raise ConfigError(f"{what} is {word!r}; {form} of positive integers is expected")
-    return tuple((first, second) for first, second in found)
+    return tuple((first, second) for first, second in pairs)
 
 
 def _positive(value: Any) -> bool:
@@ -276,16 +276,16 @@ def _shown(pairs: Seq[Seq[int]]) -> str:
 def _batches(word: str, num_cases: int) -> tuple[tuple[int, ...], ...]:
     """Batch sizes of each case; `1,4` and `[1,4]` stand for all cases."""
     form = "8, [8], 1,4, [1,4] or one list per case"
-    found = _literal(word if word.startswith("[") else f"[{word}]", "batch_size", form)
-    if found and all(isinstance(sizes, list) for sizes in found):
-        lists = found
+    sizes = _literal(word if word.startswith("[") else f"[{word}]", "batch_size", form)
+    if sizes and all(isinstance(item, list) for item in sizes):
+        lists = sizes
         if len(lists) != num_cases:
             raise ConfigError(
                 f"batch_size is {word!r}: {len(lists)} lists for {num_cases} case"
                 f"{'' if num_cases == 1 else 's'}; give one list per case"
             )
     else:
-        lists = [found] * num_cases
+        lists = [sizes] * num_cases
     if not all(sizes and all(_positive(size) for size in sizes) for sizes in lists):
         raise ConfigError(f"batch_size is {word!r}; {form} of positive integers is expected")
     return tuple(tuple(dict.fromkeys(sizes)) for sizes in lists)
@@ -308,17 +308,17 @@ def _prompts(word: str) -> tuple[str, ...]:
                 f'input_text_or_file {word!r} is neither a list like ["hello","hi"] nor a text '
                 f"file that can be read: {error}"
             ) from error
-        found: Any = [line for line in lines if line]
+        texts: Any = [line for line in lines if line]
     else:
-        found = _literal(word, "input_text_or_file", '["hello","hi"]')
-    valid = isinstance(found, list) and found
-    if not valid or not all(isinstance(text, str) and text for text in found):
+        texts = _literal(word, "input_text_or_file", '["hello","hi"]')
+    valid = isinstance(texts, list) and texts
+    if not valid or not all(isinstance(text, str) and text for text in texts):
         raise ConfigError(f"input_text_or_file {word!r} holds no texts, or an empty one")
-    return tuple(found)
+    return tuple(texts)
 
 
 def _prefill(reader: _Reader) -> dict[str, Any]:
-    """What MODE performance takes after the batch size."""
+    """The arguments of MODE performance after the batch size."""
     values = {}
     if reader.next_is(_is_count):
         values["prefill_batch_size"] = reader.count("prefill_batch_size")
@@ -351,12 +351,12 @@ def _model_name(reader: _Reader) -> str:
 def _model_path(word: str, kind: str) -> Path:
     path = Path(word).expanduser().resolve()
     config = ModelConfig.from_pretrained(path)
-    wanted = TYPES[kind]
-    if wanted and config.dtype != wanted:
-        names = {dtype: name for name, dtype in TYPES.items() if dtype}
+    dtype = TYPES[kind]
+    if dtype and config.dtype != dtype:
+        names = {value: name for name, value in TYPES.items() if value}
         remedy = f"use {names[config.dtype]}" if config.dtype in names else "use fa"
         raise ConfigError(
-            f"TYPE {kind} needs {wanted} weights, but {path}/config.json says {config.dtype}; "
+            f"TYPE {kind} needs {dtype} weights, but {path}/config.json says {config.dtype}; "
             f"{remedy}"
         )
     return path
@@ -389,7 +389,7 @@ def _hosts(reader: _Reader) -> Hosts:
 
 
 def _check_degrees(reader: _Reader, world_size: int) -> None:
-    """Parallel degrees: all but tensor parallelism have to be 1 or unset (-1)."""
+    """Refuse parallel degrees other than tensor parallelism; 1 and -1 (unset) are accepted."""
     if not reader.next_is(lambda word: word.startswith("[")):
         return
     word = reader.take("")
