@@ -14,6 +14,8 @@ from typing import TextIO
 
 from gptneox.cli import Settings
 from gptneox.engine.api import Completion, Engine, EngineStats
+from gptneox.evaluation.report import share
+from gptneox.evaluation.timing import read_limit
 from gptneox.files import check_writable, lock, write_file
 from gptneox.prompts import Prompt
 
@@ -192,12 +194,12 @@ def print_summary(engine: Engine) -> None:
     # Bytes that one rank reads: its weights once per step, and the cached K and V.
     read = stats.num_decode_steps * size.decode_weight_bytes
     read += stats.num_decode_context_tokens * size.token_bytes
+    limit, name = read_limit(engine.model)
     achieved = read / stats.decode_s
-    limit = engine.model.device.measure_bandwidth()
     print(
         f"decode: {stats.num_decode_tokens} tokens, "
         f"{stats.num_decode_tokens / stats.decode_s:.1f} tokens/s, "
         f"{stats.decode_s / stats.num_decode_steps * 1e3:.2f} ms per step, "
-        f"{achieved / 1e9:.1f} GB/s = {achieved / limit:.0%} of the "
-        f"{limit / 1e9:.1f} GB/s measured memory bandwidth"
+        f"{achieved / 1e9:.1f} GB/s = {share(achieved / limit)} of the "
+        f"{limit / 1e9:.1f} GB/s measured {name} bandwidth"
     )

@@ -62,6 +62,12 @@ def run(argv: Sequence[str]) -> int:
 
         write_docs(args.write_docs, args.sources)
         return 0
+    if args.guard:
+        from benchmark.guard import measure_guard, show
+
+        points = measure_guard(args.threads, say)
+        print(show(points))
+        return int(any(point.ratio < 1 for point in points))
     if args.install or args.install_only:
         for name in args.against or engines.PEERS:
             engines.install(engines.ENGINES[name], args.cache, say)

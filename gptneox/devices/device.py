@@ -118,8 +118,19 @@ class Device:
         name = file_dtype if requested == "auto" else requested
         return getattr(torch, name), ""
 
-    def measure_bandwidth(self, num_bytes: int = 1 << 28) -> float:
-        """Bytes per second that reading a large tensor reaches; best of a few passes."""
+    def cache_bytes(self) -> int:
+        """Size of the largest cache before the memory; 0: not known, or too small to matter."""
+        return 0
+
+    def measure_bandwidth(self, num_bytes: int = 0) -> float:
+        """Bytes per second that reading a tensor reaches; best of a few passes.
+
+        Args:
+            num_bytes: size of the tensor; 0: larger than every cache, so that memory is read.
+        """
+        if not num_bytes:
+            num_bytes = max(1 << 28, 2 * self.cache_bytes())
+            num_bytes = min(num_bytes, max(1 << 26, self.memory().free // 4)) // 4 * 4
         data = torch.ones(num_bytes // 4, dtype=torch.float32, device=self.torch_device)
         seconds = []
         for _ in range(5):

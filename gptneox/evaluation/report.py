@@ -51,8 +51,13 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def share(value: float | None) -> str:
-    """As a percentage."""
-    return "-" if value is None else f"{value:.0%}"
+    """A share of a measured limit, as a percentage.
+
+    One that is passed by a tenth was measured while something else ran, which the text says.
+    """
+    if value is None:
+        return "-"
+    return f"{value:.0%}" if value <= 1.1 else f"{value:.0%} (limit wrong)"
 
 
 def counted(count: int, noun: str) -> str:

@@ -18,6 +18,7 @@ from gptneox.config.model import ModelConfig
 from gptneox.engine.api import Engine, StepStats, raise_failure
 from gptneox.engine.detokenizer import decode
 from gptneox.engine.sequence import SamplingParams
+from gptneox.model import GPTNeoX
 
 
 @dataclass
@@ -167,6 +168,26 @@ def max_over_ranks(stopwatch: Stopwatch, values: Seq[float]) -> list[float]:
     tensor = torch.tensor(values, dtype=dtype, device=stopwatch.device.torch_device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return [float(value) for value in tensor.tolist()]
+
+
+# -- limits --------------------------------------------------------------------------------------
+
+
+def read_limit(model: GPTNeoX) -> tuple[float, str]:
+    """The measured bandwidth that bounds decoding, in bytes per second, and what it is of.
+
+    Every step reads the same weights, which come from the last-level cache where they fit it.
+    """
+    if fits_cache(model):
+        num_bytes = max(int(model.size.decode_weight_bytes), 1 << 22)
+        return model.device.measure_bandwidth(num_bytes), "cache"
+    return model.device.measure_bandwidth(), "memory"
+
+
+def fits_cache(model: GPTNeoX) -> bool:
+    """Whether the last-level cache holds what all ranks read for a decode step."""
+    num_bytes = model.size.decode_weight_bytes * model.group.world_size
+    return num_bytes <= model.device.cache_bytes()
 
 
 # -- the least work ------------------------------------------------------------------------------

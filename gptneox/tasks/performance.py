@@ -31,9 +31,11 @@ from gptneox.evaluation.timing import (
     Stopwatch,
     Timing,
     decode_flops,
+    fits_cache,
     max_over_ranks,
     prefill_flops,
     random_prompts,
+    read_limit,
 )
 from gptneox.files import check_writable, is_regular, safe_name, write_file
 from gptneox.parallel import TensorParallelGroup
@@ -145,7 +147,7 @@ def measure_limits(stopwatch: Stopwatch) -> Limits:
     """Bandwidth and matrix peak, measured by all ranks at once because they may share them."""
     device = stopwatch.device
     stopwatch.group.barrier()
-    bandwidth = device.measure_bandwidth()
+    bandwidth, _ = read_limit(stopwatch.engine.model)
     stopwatch.group.barrier()
     return Limits(bandwidth, device.measure_matmul(stopwatch.dtype))
 
@@ -313,27 +315,20 @@ def make_notes(settings: Settings, stopwatch: Stopwatch) -> list[str]:
     if config.dtype != dtype:
         notes.append(f"{config.dtype} weights were computed in {dtype}")
     weights = stopwatch.size.decode_weight_bytes
-    cache = cache_bytes() if stopwatch.device.torch_device.type == "cpu" else 0
-    if weights < cache:
+    if fits_cache(stopwatch.engine.model):
         notes.append(
             f"the weights of a rank ({weights / 1e6:.0f} MB) fit the processor's cache "
-            f"({cache / 1e6:.0f} MB), so decoding may exceed the memory bandwidth"
+            f"({stopwatch.device.cache_bytes() / 1e6:.0f} MB), so the bandwidth is the cache's"
         )
     if section.perf_mode == "detail" and not settings.environment.timeit:
         notes.append("TIMEIT was not 1, so no token was timed")
-    if stopwatch.path == "flash" and section.perf_mode == "normal" and not cache:
+    if (
+        stopwatch.path == "flash"
+        and section.perf_mode == "normal"
+        and stopwatch.device.cache_bytes() == 0
+    ):
         notes.append("inter_token_ms is taken between loops of generate, without waiting")
     return notes
-
-
-def cache_bytes() -> int:
-    """The processor's last-level cache; 0 when the system does not say."""
-    sizes = [0]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text(encoding="ascii").strip()
-        if text.endswith("K") and text[:-1].isdigit():
-            sizes.append(int(text[:-1]) << 10)
-    return max(sizes)
 
 
 def csv_name(settings: Settings, device: Device) -> str:

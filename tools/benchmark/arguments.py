@@ -31,6 +31,7 @@ examples:
   python tools/bench.py --model DIRECTORY --dtype float32 --curve batch --plot
   python tools/bench.py --variant "torch only:GPTNEOX_CPU_KERNELS=off" --batch 8
   python tools/bench.py --overhead
+  python tools/bench.py --guard
   python tools/bench.py --write-docs docs/benchmarks.md --from benchmark_result/*.json
 """
 
@@ -85,6 +86,8 @@ def parser() -> argparse.ArgumentParser:
     add("--max-batch", default=32, type=_number, help="rows at once in --curve requests (32)")
     add("--overhead", action="store_true", help="parts of a decode step beside the model, and the "
         "cost of a long queue")  # fmt: skip
+    add("--guard", action="store_true", help="the CPU kernels against plain torch over numbers of "
+        "rows; exit status 1 if a point is slower")  # fmt: skip
     add = flags.add_argument_group("files").add_argument
     add("--output-dir", default=Path("benchmark_result"), type=Path, help="for the JSON and PNG")
     add("--plot", action="store_true", help="also draw a PNG (extra: plot)")

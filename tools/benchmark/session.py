@@ -62,6 +62,7 @@ class Session:
         self.limits: dict[str, Any] = {}
         self.device = ""
         self.matmul: dict[str, float] = {}
+        self.weights_fit_cache = False  # as the last measurement of the bandwidth found
         self._probe: WorkerProcess | None = None
 
     def __enter__(self) -> Session:
@@ -92,6 +93,7 @@ class Session:
             "limits", device=self.options.device, threads=self.options.threads
         )
         self.device = self.limits["device"]
+        self.bandwidth()
         self._measure_matmul()
 
     def _measure_matmul(self) -> None:
@@ -104,7 +106,14 @@ class Session:
     def bandwidth(self) -> float:
         """Bytes per second that reading reaches at this moment."""
         assert self._probe is not None, "measure_limits comes first"
-        return float(self._probe.ask("bandwidth")["bandwidth"])
+        answer = self._probe.ask("bandwidth", weights=self.weight_bytes)
+        self.weights_fit_cache = bool(answer["fits"])
+        return float(answer["bandwidth"])
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weights that a decode step reads, in two bytes each."""
+        return int(self.model.config.num_decode_parameters * 2)
 
     def matmul_peak(self, dtype: str) -> float:
         """Peak FLOP/s for weights of a dtype, at least that of float32 (weights can be widened)."""

@@ -24,7 +24,6 @@ from benchmark.session import (
     contestants,
 )
 from gptneox.files import check_writable, safe_name
-from gptneox.tasks.performance import cache_bytes
 
 REQUEST_SEED = 2
 QUEUE_SIZES = (1000, 10000)
@@ -111,11 +110,10 @@ def _measure_cases(
 
 def _note_cache(session: Session) -> None:
     """Add a note if the weights fit the processor's cache, whose bandwidth is higher."""
-    weights = session.model.config.num_decode_parameters * 2
-    if session.device == "cpu" and weights < cache_bytes():
+    if session.weights_fit_cache:
         session.notes.append(
-            f"the weights ({weights / 1e6:.0f} MB in two bytes each) fit the processor's cache "
-            f"({cache_bytes() / 1e6:.0f} MB), so decoding may exceed the memory bandwidth"
+            f"the weights ({session.weight_bytes / 1e6:.0f} MB in two bytes each) fit the "
+            "processor's cache, so the bandwidth is that of the cache"
         )
 
 

@@ -78,6 +78,10 @@ class CompiledCpuDevice(CpuDevice):
         """See `Device.operators`."""
         return CompiledCpuOperators(self, graphs)
 
+    def measure_matmul(self, dtype: torch.dtype) -> float:
+        """The best that this processor gives: by the kernels, or by plain torch."""
+        return max(super().measure_matmul(dtype), CpuDevice().measure_matmul(dtype))
+
     def diagnose(self) -> list[Finding]:
         """The processor, and what its kernels were compiled for."""
         findings = Device.diagnose(self)

@@ -15,6 +15,8 @@ from gptneox.devices.cpu.operators import CpuOperators
 from gptneox.devices.device import Device, Finding, Memory
 from gptneox.devices.operators import Operators
 
+_CACHES = "/sys/devices/system/cpu/cpu0/cache"
+
 
 def create() -> CpuDevice:
     """The CPU, with kernels of our own where they can be had.
@@ -58,6 +60,14 @@ class CpuDevice(Device):
         """
         cores = binding.share_cores(local_rank, local_world_size, binding.usable_cpus())
         return cores if torch.get_num_threads() <= len(cores) else []
+
+    def cache_bytes(self) -> int:
+        """The last-level cache of the first processor."""
+        sizes = [_read(path).strip() for path in Path(_CACHES).glob("index*/size")]
+        units = {"K": 10, "M": 20}
+        return max(
+            (int(size[:-1]) << units[size[-1]] for size in sizes if size[-1:] in units), default=0
+        )
 
     def memory(self) -> Memory:
         """From /proc/meminfo, lowered to the control groups' limits where there are any."""

@@ -30,9 +30,10 @@ class Probe(Worker):
         reached = {name: self.device.measure_matmul(getattr(torch, name)) for name in dtypes}
         return {"matmul": reached}
 
-    def bandwidth(self) -> Answer:
-        """Bytes per second of reading a large tensor."""
-        return {"bandwidth": self.device.measure_bandwidth()}
+    def bandwidth(self, weights: int) -> Answer:
+        """Bytes per second of reading so many bytes again and again, or memory if no cache does."""
+        fits = weights <= self.device.cache_bytes()
+        return {"bandwidth": self.device.measure_bandwidth(weights if fits else 0), "fits": fits}
 
 
 if __name__ == "__main__":
