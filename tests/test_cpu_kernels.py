@@ -12,12 +12,14 @@ weights 2^-7 of the largest value is allowed, twice what rounding each of them c
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import math
 import os
 import platform
 import pwd
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -230,6 +232,41 @@ def test_half_precision_layers_err_less_than_plain_torch(
         qkv, mlp = cpu.layer_front(stream, packed)
         out = cpu.layer_back(qkv[:, :256].contiguous(), mlp, packed, stream)
         assert rms(out - exact) < 0.8 * rms(layer_by_layer(x, weights, plain)[1] - exact)
+
+
+def test_a_trial_is_kept_and_read(cpu: CompiledCpuOperators, tmp_path: Path) -> None:
+    """The numbers are those of the file; one that is damaged is measured and written again."""
+    path, before = tmp_path / "blocked.json", cpu.kernels.blocked_from()
+    try:
+        path.write_text(json.dumps({"bf16": 3, "fp16": 40, "fp32": blocked.NEVER}))
+        blocked.choose(cpu.kernels, path)
+        assert cpu.kernels.blocked_from() == (3, 40, blocked.NEVER)
+        assert blocked.describe(cpu.kernels) == (
+            "blocked products: bf16 from 3 rows, fp16 from 40 rows"
+        )
+        for damaged in ("{", "[]", '{"bf16": 3}', '{"bf16": 0, "fp16": 1, "fp32": 1}'):
+            path.write_text(damaged)
+            blocked.choose(cpu.kernels, path)
+            numbers = json.loads(path.read_text())
+            assert tuple(numbers.values()) == cpu.kernels.blocked_from()
+            assert all(rows in (2, 4, 8, 16, 32, 64, blocked.NEVER) for rows in numbers.values())
+        blocked.choose(cpu.kernels, tmp_path / "absent" / "blocked.json")  # not kept, but used
+    finally:
+        cpu.kernels.set_blocked_from(*before)
+
+
+@pytest.mark.slow
+def test_kernels_are_nowhere_much_slower_than_plain_torch() -> None:
+    """`tools/bench.py --guard` with a margin for a machine that others use."""
+    command = [sys.executable, "tools/bench.py", "--guard", "--threads", "1"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode in (0, 1), done.stderr
+    ratios = [float(line.split()[-1]) for line in done.stdout.splitlines()[2:-1]]
+    assert len(ratios) == 51
+    assert min(ratios) > 0.6, done.stdout
+    assert statistics.median(ratios) > 1, done.stdout
 
 
 def test_rows_without_variance(cpu: CompiledCpuOperators) -> None:
@@ -804,7 +841,9 @@ def test_what_the_compiler_needs_is_named(
 def test_the_diagnosis_names_them(
     cpu: CompiledCpuOperators, plain: CpuOperators, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cpu.device.diagnose()[-1] == Finding(True, "CPU kernels", cpu.kernels.describe())
+    assert cpu.device.diagnose()[-1] == Finding(
+        True, "CPU kernels", f"{cpu.kernels.describe()}; {blocked.describe(cpu.kernels)}"
+    )
     assert (plain.device.diagnose()[-1].ok, plain.device.diagnose()[-1].topic) == (
         None,
         "CPU kernels",

@@ -67,7 +67,7 @@ def python_stub(folder: Path) -> Path:
     return write_program(
         folder / "python",
         f'if [[ ${{1-}} == -c || ${{1-}} == */launch.py ]]; then exec {real} "$@"; fi\n'
-        "if [[ ${{1-}} == */cut_model_util.py ]]; then\n"
+        "if [[ ${1-} == */cut_model_util.py ]]; then\n"
         '  printf "%s\\0" "${@:2}" "" >>"$CUTS"\n'
         '  printf "%s" "${CUT_SAYS-}"\n'
         '  if [[ ${CUT_STATUS-0} == 0 && " $* " != *" --check "* ]]; then\n'

@@ -41,7 +41,7 @@ from gptneox.evaluation.performance_result import (
     Summary,
     summarize,
 )
-from gptneox.evaluation.report import percentile
+from gptneox.evaluation.report import percentile, share
 from gptneox.evaluation.timing import (
     StepTime,
     Stopwatch,
@@ -49,6 +49,7 @@ from gptneox.evaluation.timing import (
     decode_flops,
     prefill_flops,
     random_prompts,
+    read_limit,
 )
 from gptneox.parallel import TensorParallelGroup
 from gptneox.tasks import performance
@@ -90,7 +91,7 @@ def cli(
         monkeypatch.delenv(name)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Device, "measure_bandwidth", lambda self: 1e10)  # takes a second each
+    monkeypatch.setattr(Device, "measure_bandwidth", lambda self, *_: 1e10)  # takes a second each
     monkeypatch.setattr(Device, "measure_matmul", lambda self, dtype: 1e11)
     root = logging.getLogger("gptneox")
     before = list(root.handlers)
@@ -185,6 +186,40 @@ def test_percentile_is_numpys(count: int) -> None:
     assert summarize([]) is None
     with pytest.raises(ValueError, match="no values"):
         percentile([], 50)
+
+
+def test_a_share_that_cannot_be_is_named() -> None:
+    assert [share(value) for value in (None, 0.5, 1.1)] == ["-", "50%", "110%"]
+    assert share(1.11) == "111% (limit wrong)"
+
+
+def test_the_limit_is_that_of_the_cache_that_holds_the_weights(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = stopwatch_of("paged", checkpoint).engine.model
+    asked = []
+    monkeypatch.setattr(Device, "measure_bandwidth", lambda self, n=0: asked.append(n) or 1e10)
+    monkeypatch.setattr(type(model.device), "cache_bytes", lambda self: 1 << 30)
+    assert read_limit(model) == (1e10, "cache")
+    monkeypatch.setattr(type(model.device), "cache_bytes", lambda self: 0)
+    assert read_limit(model) == (1e10, "memory")
+    assert asked[0] >= model.size.decode_weight_bytes
+    assert asked[1] == 0
+
+
+def test_memory_is_read_past_every_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = select("cpu")
+    sizes = []
+
+    def ones(count: int, **_: Any) -> torch.Tensor:
+        sizes.append(count * 4)
+        return torch.zeros(8)
+
+    monkeypatch.setattr(torch, "ones", ones)
+    for cache in (1 << 20, 1 << 29):
+        monkeypatch.setattr(type(device), "cache_bytes", lambda self, cache=cache: cache)
+        device.measure_bandwidth()
+    assert sizes == [1 << 28, 1 << 30]
 
 
 def test_cases_from_exponents() -> None:

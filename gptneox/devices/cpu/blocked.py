@@ -38,6 +38,13 @@ def choose(kernels: Any, path: Path) -> None:
     kernels.set_blocked_from(**numbers)
 
 
+def describe(kernels: Any) -> str:
+    """From how many rows on products are blocked, for `doctor`."""
+    numbers = zip(FORMATS, kernels.blocked_from(), strict=True)
+    texts = [f"{name} from {rows} rows" for name, rows in numbers if rows != NEVER]
+    return f"blocked products: {', '.join(texts) or 'none'}"
+
+
 def _read(path: Path) -> dict[str, int] | None:
     try:
         numbers = json.loads(path.read_text(encoding="utf-8"))

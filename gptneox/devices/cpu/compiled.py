@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptneox.devices.cache import CacheShape, KVFormat, LayerCache
+from gptneox.devices.cpu import blocked
 from gptneox.devices.cpu.device import CpuDevice
 from gptneox.devices.cpu.operators import CpuOperators
 from gptneox.devices.device import Device, Finding
@@ -85,7 +86,8 @@ class CompiledCpuDevice(CpuDevice):
     def diagnose(self) -> list[Finding]:
         """The processor, and what its kernels were compiled for."""
         findings = Device.diagnose(self)
-        return [*findings, Finding(True, "CPU kernels", self.kernels.describe())]
+        text = f"{self.kernels.describe()}; {blocked.describe(self.kernels)}"
+        return [*findings, Finding(True, "CPU kernels", text)]
 
     def resolve_dtype(self, file_dtype: str, requested: str) -> tuple[torch.dtype, str]:
         """Every dtype runs as it is."""

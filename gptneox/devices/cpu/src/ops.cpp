@@ -597,18 +597,7 @@ Tensor greedy(const Tensor& logits) {
 
 std::string describe() {
   std::string text = "vectors of " + std::to_string(kVec) + " floats";
-  if (GPTNEOX_BF16_DOT) {
-    text += ", bf16 dot products";
-  }
-  const auto add = [&](const char* name, int64_t rows) {
-    if (rows != kNever) {
-      text += std::string(", ") + name + " blocked from " + std::to_string(rows) + " row(s)";
-    }
-  };
-  add("bf16", blocked_from.bf16);
-  add("fp16", blocked_from.fp16);
-  add("fp32", blocked_from.fp32);
-  return text;
+  return GPTNEOX_BF16_DOT ? text + ", bf16 dot products" : text;
 }
 
 } // namespace
