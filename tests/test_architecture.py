@@ -294,3 +294,17 @@ def test_no_path_of_a_developers_machine() -> None:
     )
     assert done.returncode in (0, 1), done.stderr
     assert done.stdout == ""
+
+
+# An interface of a device's operators, whose methods are the operators.
+MAY_BE_LARGER = {"Operators": 21}
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=name_of)
+def test_classes_stay_small(path: Path) -> None:
+    """At most 20 public methods; functions of at most 8 parameters are ruff's to check."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.ClassDef):
+            methods = [n.name for n in node.body if isinstance(n, ast.FunctionDef)]
+            public = [name for name in methods if not name.startswith("_")]
+            assert len(public) <= MAY_BE_LARGER.get(node.name, 20), f"{node.name}: {public}"

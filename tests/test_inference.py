@@ -142,7 +142,9 @@ def test_as_users_start_it(chain: Path, tmp_path: Path) -> None:
         ("hello 日本 !", "👍.", 6),
     ]
     assert re.search(r"^prefill: \d+ tokens, [\d.]+ tokens/s", result.out, re.MULTILINE)
-    assert re.search(r"^decode: \d+ tokens, .* measured (memory|cache) bandwidth$", result.out, re.M)
+    assert re.search(
+        r"^decode: \d+ tokens, .* measured (memory|cache) bandwidth$", result.out, re.M
+    )
     assert re.search(r"rank 0: loaded .* KV-cache blocks of 128 tokens", result.err)
     assert "Answer[" not in result.err
     lines = (tmp_path / "deep/er/answers.jsonl").read_text(encoding="utf-8").splitlines()
