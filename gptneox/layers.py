@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers whose weights the device's operators pack, and the tensor-parallel cut of each.
+"""Layers whose weights the device's operators pack, each as wide as this rank needs.
 
 Layers are made on the meta device. The loader fills and packs them unit by unit, so a checkpoint
 is never in memory twice.

@@ -13,7 +13,8 @@ import torch
 import transformers
 from support import checkpoints
 
-from gptneox.devices import DEVICES, create
+from gptneox.config.settings import DEVICES
+from gptneox.devices import create
 from gptneox.devices.cpu.device import CpuDevice
 from gptneox.devices.device import Device
 from gptneox.devices.operators import Operators

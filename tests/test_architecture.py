@@ -216,7 +216,7 @@ def test_the_search_for_circles_bites() -> None:
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=name_of)
-def test_devices_are_named_in_backends_only(path: Path) -> None:
+def test_devices_are_named_in_their_package_only(path: Path) -> None:
     if name_of(path).startswith("gptneox/devices/") or name_of(path) in MAY_NAME_DEVICES:
         return
     descriptions = {"GPT-NeoX on Ascend NPU, CUDA and CPU"}

@@ -18,7 +18,8 @@ from support.operators import (
 )
 
 from gptneox.config.model import ACTIVATIONS
-from gptneox.devices import DEVICES, select
+from gptneox.config.settings import DEVICES
+from gptneox.devices import select
 from gptneox.devices.cache import CacheShape, FloatKV, LayerCache
 from gptneox.devices.device import Device
 from gptneox.devices.operators import Operators, check_shape

@@ -29,6 +29,8 @@ from gptneox.config.schema import setting, settings_of
 logger = logging.getLogger(__name__)
 
 EMBEDDED_CHECKPOINT = shipped("weights/neox-mini")
+# In the order that "auto" tries; each is a package in `gptneox/devices`.
+DEVICES = ("npu", "cuda", "cpu")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class ModelSection(Section):
         "auto",
         "Device to run on.",
         "A device that is named is never replaced by another.",
-        choices=("auto", "npu", "cuda", "cpu"),
+        choices=("auto", *DEVICES),
     )
     device_ids: str = setting("0", "Device numbers, joined by commas.", flag_name="")
     dtype: str = setting(
@@ -86,7 +88,7 @@ class ModelSection(Section):
     )
     attention: str = setting(
         "auto",
-        "Attention path; auto: what the launcher stands for (run_pa.sh: paged).",
+        "Attention path; auto: paged in run_pa.sh, flash in cut_model_and_run.sh and main.py.",
         choices=("auto", "paged", "flash"),
     )
     parallel_backend: str = setting(
@@ -116,7 +118,12 @@ class EngineSection(Section):
     name = group = "engine"
 
     block_size: int = setting(128, "KV-cache tokens per block.", minimum=16, maximum=512)
-    num_blocks: int = setting(0, "KV-cache blocks; 0: as many as the free memory holds.", minimum=0)
+    num_blocks: int = setting(
+        0,
+        "KV-cache blocks; 0: for one more request of full length than run at once, or what fits "
+        "the memory.",
+        minimum=0,
+    )
     max_batch_size: int = setting(1, "Requests running at once.", minimum=1)
     max_prefill_batch_size: int = setting(
         0, "Prompts started in one step; 0: max_batch_size.", minimum=0

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registry of devices: their names are listed here; each is imported on first use."""
+"""Devices by their names (`DEVICES` of config/settings.py); each is imported on first use.
+
+A new device is a package here with a module `device` that has a function `create`, and a name in
+`DEVICES`. `Device` and `Operators` are complete in plain torch: it overrides what it does better.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,12 @@ import importlib
 import logging
 from typing import TYPE_CHECKING
 
+from gptneox.config.settings import DEVICES
+
 if TYPE_CHECKING:  # the import needs torch
     from gptneox.devices.device import Device
 
 logger = logging.getLogger(__name__)
-
-# In the order that "auto" tries. Each package has a module `device` with a function `create`.
-DEVICES = ("npu", "cuda", "cpu")
 
 
 def create(name: str) -> Device:

@@ -269,22 +269,22 @@ class Operators:
     def begin(
         self,
         batch: ForwardBatch,
-        layers: Sequence[LayerCache],
+        caches: Sequence[LayerCache],
         tables: RotaryTables,
         scale: float,
     ) -> Step:
-        """A step over a paged cache, `layers` as `allocate_kv_cache` made them."""
-        return self.paged_step(self, batch, layers, tables, scale)
+        """A step over a paged cache, `caches` as `allocate_kv_cache` made them."""
+        return self.paged_step(self, batch, caches, tables, scale)
 
     def begin_padded(
         self,
         batch: PaddedBatch,
-        layers: Sequence[LayerCache],
+        caches: Sequence[LayerCache],
         tables: RotaryTables,
         scale: float,
     ) -> Step:
-        """A step over a contiguous cache, `layers` as `allocate_rows` made them."""
-        return self.padded_step(self, batch, layers, tables, scale)
+        """A step over a contiguous cache, `caches` as `allocate_rows` made them."""
+        return self.padded_step(self, batch, caches, tables, scale)
 
     def allocate_kv_cache(self, shape: CacheShape, kv_format: KVFormat) -> LayerCache:
         """The cache of one layer in blocks; the content is undefined."""

@@ -102,7 +102,7 @@ class Step:
         self,
         ops: Operators,
         batch: ForwardBatch | PaddedBatch,
-        layers: Sequence[LayerCache],
+        caches: Sequence[LayerCache],
         tables: RotaryTables,
         scale: float,
     ) -> None:
@@ -111,11 +111,11 @@ class Step:
         Args:
             ops: the model's operators.
             batch: what to compute.
-            layers: the cache of every layer, in the device's layout.
+            caches: the cache of every layer, in the device's layout.
             tables: what to rotate queries and keys by.
             scale: factor of the attention scores.
         """
-        self.ops, self.batch, self.layers = ops, batch, layers
+        self.ops, self.batch, self.caches = ops, batch, caches
         self.tables, self.scale = tables, scale
         self.input_ids, self.positions = batch.input_ids, batch.positions  # [T]
 
@@ -131,7 +131,7 @@ class Step:
 
         x: [T, C], which may be overwritten. Returns [T, C].
         """
-        head_dim = self.layers[0].k.shape[-1]
+        head_dim = self.caches[0].k.shape[-1]
         for layer_id, layer in enumerate(layers):
             qkv, mlp = self.ops.layer_front(x, layer)
             attended = self.attend(layer_id, qkv.view(len(x), -1, 3, head_dim))
@@ -152,7 +152,7 @@ class PagedStep(Step):
         """See `Step`."""
         q, k, v = qkv.unbind(2)
         q, k = self.rotate(q, k)
-        return self.attend_rotated(self.layers[layer_id], q, k, v)
+        return self.attend_rotated(self.caches[layer_id], q, k, v)
 
     def attend_rotated(self, layer: LayerCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k and v [T, H, D] to their slots, then attend; returns [T, H, D]."""
@@ -215,7 +215,7 @@ class PaddedStep(Step):
         """See `Step`."""
         q, k, v = qkv.unbind(2)
         q, k = self.rotate(q, k)
-        batch, layer = self.batch, self.layers[layer_id]
+        batch, layer = self.batch, self.caches[layer_id]
         shape = (batch.num_rows, batch.num_new, *q.shape[1:])
         for store, new in ((layer.k, k), (layer.v, v)):
             store[:, batch.end - batch.num_new : batch.end] = new.view(shape)

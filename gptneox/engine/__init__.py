@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paged path: requests, blocks, schedule, sampling."""
+"""Both engines: requests, blocks, schedule, sampling, text."""

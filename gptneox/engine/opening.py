@@ -19,7 +19,7 @@ from gptneox.engine.generation_config import (
 )
 from gptneox.model import GPTNeoX
 from gptneox.parallel import TensorParallelGroup
-from gptneox.weights.load import check_memory, check_weights, find_part, measure
+from gptneox.weights.load import check_memory, check_weights, find_part, size_of
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,6 @@ def check_loading(
     """
     model = GPTNeoX(opened.config, device, group, num_positions)
     formats = check_weights(opened.path, opened.config, group.world_size)
-    model.size = measure(model, formats, opened.dtype)
+    model.size = size_of(model, formats, opened.dtype)
     check_memory(model.size, device)
     return model

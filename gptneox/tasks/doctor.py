@@ -6,6 +6,7 @@ from __future__ import annotations
 import platform
 import socket
 import sys
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from gptneox.cli import Settings, refuse_unbuilt
 from gptneox.config.environment import variables
 from gptneox.config.errors import ConfigError
 from gptneox.config.model import ModelConfig
-from gptneox.devices import DEVICES, create
+from gptneox.config.settings import DEVICES
+from gptneox.devices import create
 from gptneox.devices.device import Device, Finding
 from gptneox.devices.ranks import DEFAULT_PORTS, PortLocks, Ranks, prepare
 from gptneox.engine.api import check_request
@@ -42,7 +44,11 @@ RUN_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)
 
 
 def run(settings: Settings) -> int:
-    """Print one page; returns 0 when a run with these settings would start, else 1."""
+    """Print one page; returns 0 when a run with these settings would start, else 1.
+
+    Where nothing names the attention, the run is that of run_pa.sh.
+    """
+    settings = replace(settings, args=replace(settings.args, auto_attention="paged"))
     launch_findings, ranks = launcher(settings)
     findings = [*software(), *launch_findings, *devices(settings, ranks), *ports(settings, ranks)]
     lines = [f"gptneox {__version__}"]
@@ -112,7 +118,7 @@ def devices(settings: Settings, ranks: Ranks) -> list[Finding]:
 
 def checkpoint(settings: Settings, device: Device, ranks: Ranks) -> list[Finding]:
     """Everything that a run does before it reads the weights, by the functions of the run."""
-    is_flash = settings.model.attention == "flash"
+    is_flash = settings.attention == "flash"
     findings = []
     try:
         refuse_unbuilt(settings)

@@ -423,7 +423,7 @@ def load_model(
         RuntimeError: not enough memory; the message has both numbers.
     """
     checkpoint, layout = _open(model_path, model.config, model.group.world_size)
-    model.size = measure(model, layout.formats, dtype)
+    model.size = size_of(model, layout.formats, dtype)
     check_memory(model.size, model.device)
     _warn_of_untied(checkpoint, layout, model.config)
     reader = _Reader(checkpoint, layout, model, dtype)
@@ -485,7 +485,7 @@ def _warn_of_untied(checkpoint: Checkpoint, layout: Layout, config: ModelConfig)
         )
 
 
-def measure(model: GPTNeoX, formats: Formats, dtype: torch.dtype) -> ModelSize:
+def size_of(model: GPTNeoX, formats: Formats, dtype: torch.dtype) -> ModelSize:
     """The size of a model that computes in `dtype`, as `load_model` gives it to the model."""
     return ModelSize(model.config, dtype, FloatKV(dtype), model.group.world_size, formats)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CPU with kernels of our own, which `cpu_build` compiles from `cpu_kernels/`.
+"""CPU with kernels of our own, which `build` compiles from `src/`.
 
 Activations are fp32 between the products, whatever the weights are.
 """
@@ -35,13 +35,13 @@ class CompiledStep(PagedStep):
         self,
         ops: CompiledCpuOperators,
         batch: ForwardBatch,
-        layers: Sequence[LayerCache],
+        caches: Sequence[LayerCache],
         tables: RotaryTables,
         scale: float,
     ) -> None:
-        super().__init__(ops, batch, layers, tables, scale)
+        super().__init__(ops, batch, caches, tables, scale)
         self._step: Any = ops.kernels.Step(
-            cache=layers[0].k,
+            cache=caches[0].k,
             positions=batch.positions,
             cos=tables.cos,
             sin=tables.sin,
@@ -56,14 +56,14 @@ class CompiledStep(PagedStep):
 
     def attend(self, layer_id: int, qkv: Tensor) -> Tensor:
         """One call."""
-        out = self._step.attend(qkv, *self.layers[layer_id])
+        out = self._step.attend(qkv, *self.caches[layer_id])
         assert isinstance(out, Tensor)
         return out
 
     def run(self, x: Tensor, layers: Sequence[PackedLayer]) -> Tensor:
         """One call for all layers; x is overwritten."""
-        caches = [cache for layer in self.layers for cache in layer]
-        self._step.run(x, [layer.front for layer in layers], caches)
+        tensors = [tensor for cache in self.caches for tensor in cache]
+        self._step.run(x, [layer.front for layer in layers], tensors)
         return x
 
 
@@ -71,7 +71,7 @@ class CompiledCpuDevice(CpuDevice):
     """Any CPU that the kernels compile for: AVX-512, AVX2, or vectors of four floats."""
 
     def __init__(self, kernels: ModuleType) -> None:
-        """Take what `cpu_build.load` returned."""
+        """Take what `build.load` returned."""
         super().__init__()
         self.kernels: Any = kernels
 
@@ -175,15 +175,15 @@ class CompiledCpuOperators(CpuOperators):
     def begin_padded(
         self,
         batch: PaddedBatch,
-        layers: Sequence[LayerCache],
+        caches: Sequence[LayerCache],
         tables: RotaryTables,
         scale: float,
     ) -> Step:
         """Padding in front is skipped, other padding masked by torch."""
-        paged = batch.as_paged(capacity=layers[0].k.shape[1])
+        paged = batch.as_paged(capacity=caches[0].k.shape[1])
         if paged is None:
-            return super().begin_padded(batch, layers, tables, scale)
-        return CompiledStep(self, paged, layers, tables, scale)
+            return super().begin_padded(batch, caches, tables, scale)
+        return CompiledStep(self, paged, caches, tables, scale)
 
     def allocate_rows(self, shape: CacheShape, kv_format: KVFormat) -> LayerCache:
         """All tokens of a head lie together in a block: [N, H, P, …] transposed."""

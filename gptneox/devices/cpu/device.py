@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from gptneox.devices import binding, cgroup
-from gptneox.devices.cpu import build as cpu_build
+from gptneox.devices.cpu import build
 from gptneox.devices.cpu.operators import CpuOperators
 from gptneox.devices.device import Device, Finding, Memory
 from gptneox.devices.operators import Operators
@@ -24,7 +24,7 @@ def create() -> CpuDevice:
     Raises:
         ConfigError: GPTNEOX_CPU_KERNELS=on, and they cannot.
     """
-    kernels = cpu_build.load()
+    kernels = build.load()
     if kernels is None:
         return CpuDevice()
     from gptneox.devices.cpu.compiled import CompiledCpuDevice  # it builds on this module

@@ -43,7 +43,7 @@ class TritonStep(PagedStep):
 
     def attend(self, layer_id: int, qkv: Tensor) -> Tensor:
         """See `Step`."""
-        kernels, batch, layer = load_kernels(), self.batch, self.layers[layer_id]
+        kernels, batch, layer = load_kernels(), self.batch, self.caches[layer_id]
         rotary = (self.positions, *self.tables)
         q = kernels.rotate_and_store(qkv, rotary, *layer, batch.slot_mapping)
         out = torch.empty_like(q)
@@ -200,12 +200,12 @@ class CudaOperators(Operators):
             return torch.randn(shape, generator=generator).to(self.torch_device, dtype)
 
         qkv = random(len(slots), heads, 3, head_dim)
-        caches = [random(sum(counts), block_size, heads, head_dim) for _ in "kv"]
+        pair = [random(sum(counts), block_size, heads, head_dim) for _ in "kv"]
         results = []
         for splits in (0, 1, 2):
-            k_cache, v_cache = (cache.clone() for cache in caches)
-            layers = [LayerCache(k_cache, v_cache)]
-            arguments = (self, batch, layers, rotary, head_dim**-0.5)
+            k_cache, v_cache = (cache.clone() for cache in pair)
+            caches = [LayerCache(k_cache, v_cache)]
+            arguments = (self, batch, caches, rotary, head_dim**-0.5)
             step = TritonStep(*arguments) if splits else PagedStep(*arguments)
             if isinstance(step, TritonStep):
                 step.num_splits = splits

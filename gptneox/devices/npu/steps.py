@@ -25,12 +25,12 @@ class _NpuStep(Step):
     @functools.cached_property
     def attention(self) -> PlainAttention:
         """See `NpuOperators.attention_for`."""
-        return self.ops.attention_for(self.layers[0].k.shape[-1])
+        return self.ops.attention_for(self.caches[0].k.shape[-1])
 
     @functools.cached_property
     def angles(self) -> tuple[Tensor, Tensor]:
         """cos and sin in the form that the chip rotates by; see `NpuOperators.look_up`."""
-        return self.ops.look_up(self.positions, self.tables, self.layers[0].k.dtype)
+        return self.ops.look_up(self.positions, self.tables, self.caches[0].k.dtype)
 
     def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q and k together."""
@@ -50,7 +50,7 @@ class NpuPagedStep(_NpuStep, PagedStep):
         """One copy puts q, k and v behind one another: the operators take them as they are."""
         blocks = qkv.permute(2, 0, 1, 3).contiguous()  # [3, T, H, D]
         q, k = self.ops.rotate(blocks[:2], self.angles)
-        return self.attend_rotated(self.layers[layer_id], q, k, blocks[2])
+        return self.attend_rotated(self.caches[layer_id], q, k, blocks[2])
 
     def store(self, layer: LayerCache, k: Tensor, v: Tensor) -> None:
         """See `PagedStep`."""
@@ -71,7 +71,7 @@ class NpuPaddedStep(_NpuStep, PaddedStep):
     @functools.cached_property
     def mask(self) -> Any:
         """What the layers share: see `make_mask` of each attention."""
-        return self.attention.make_mask(self.batch, self.layers[0].k.shape[1])
+        return self.attention.make_mask(self.batch, self.caches[0].k.shape[1])
 
     def attend_cached(self, layer: LayerCache, q: Tensor) -> Tensor:
         """See `PaddedStep`."""

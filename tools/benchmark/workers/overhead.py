@@ -24,7 +24,7 @@ from gptneox.engine.runner import StepResult
 from gptneox.engine.scheduler import Scheduled, Scheduler
 from gptneox.engine.sequence import SamplingParams
 from gptneox.model import GPTNeoX
-from gptneox.weights.load import measure
+from gptneox.weights.load import size_of
 
 # A model as small as can be: it is never run.
 _FAKE = ModelConfig(
@@ -96,7 +96,7 @@ class Overhead(Ours):
         """Prompts of 16 to 128 tokens, answers of 4 to 16, 32 at once; in processor time."""
         section = EngineSection(max_batch_size=32, max_prefill_tokens=2048, num_blocks=128)
         model, dtype = GPTNeoX(_FAKE, self.device), self.engine.dtype
-        model.size = measure(model, {}, dtype)
+        model.size = size_of(model, {}, dtype)
         engine = PagedEngine(model, section, dtype)
 
         def pretend(scheduled: list[Scheduled], **_: bool) -> StepResult:
