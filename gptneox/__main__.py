@@ -6,8 +6,10 @@ TASK is inference, precision, performance, compare, doctor, modeltest or cut.
 Exit status: 0 done, 1 failed, 2 wrong usage or settings, 130 interrupted.
 """
 
+import contextlib
 import importlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -104,10 +106,19 @@ def _fail(error: BaseException, status: int, *, debug: bool) -> int:
 def run_command(command: Callable[[list[str]], int]) -> None:
     """Be the program `command`: it gets the arguments, its status is the exit status."""
     try:
-        sys.exit(command(sys.argv[1:]))
+        status = command(sys.argv[1:])
     except KeyboardInterrupt:  # here, for it may come while another error is being reported
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        status = 130
+    distributed = sys.modules.get("torch.distributed")
+    if status and distributed and distributed.is_initialized():
+        # A thread of the process group that waits for Python's lock would abort the program while
+        # the interpreter shuts down.
+        with contextlib.suppress(OSError, AttributeError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def cli() -> None:

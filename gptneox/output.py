@@ -135,7 +135,7 @@ def benchmark_row(
     prefill = [s.seconds for s in stats.steps if s.num_prefill_tokens]
     decode = [s.seconds for s in stats.steps if not s.num_prefill_tokens]
     output_len = max(len(o.token_ids) for o in outputs)
-    per_token = sum(decode) / (output_len - 1) if output_len > 1 else 0.0
+    per_token = sum(decode) / len(decode) if decode else 0.0
     values = (
         str(len(prompts)),
         str(max(len(p.ids) for p in prompts)),

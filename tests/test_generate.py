@@ -411,6 +411,19 @@ def test_padding_ids_and_the_end_of_text_are_tokens_like_others(engine: Generate
     assert [output.finish_reason for output in outputs] == ["stop"] * 4
 
 
+def test_scored_tokens_are_checked(engine: GenerateEngine) -> None:
+    for token_id in (-1, 336):
+        with pytest.raises(InvalidParameter, match="token_ids"):
+            engine.score_next([[1]], [token_id])
+
+
+def test_a_tiny_temperature_is_greedy(engine: GenerateEngine) -> None:
+    prompts = [byte_level_tokenizer().encode("1").ids]
+    [greedy] = engine.generate(prompts, SamplingParams(max_new_tokens=5))
+    [other] = engine.generate(prompts, SamplingParams(max_new_tokens=5, temperature=1e-38))
+    assert other.token_ids == greedy.token_ids
+
+
 def test_next_logits(engine: GenerateEngine) -> None:
     """One padded batch, each row as alone."""
     prompts = checkpoints.prompts((3, 1, 20), 336)

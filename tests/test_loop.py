@@ -16,6 +16,7 @@ from support.ranks import Teams, open_teams
 from gptneox.config.settings import EngineSection
 from gptneox.devices import select
 from gptneox.engine import loop as loop_module
+from gptneox.engine.api import RequestFailed
 from gptneox.engine.loop import EngineLoop
 from gptneox.engine.paged import PagedEngine
 from gptneox.engine.sequence import InvalidParameter, SamplingParams
@@ -113,6 +114,52 @@ def test_what_is_wrong_is_refused_before_others_hear_of_it(path: Path) -> None:
     with pytest.raises(InvalidParameter, match="9999"):
         loop.generate([PROMPTS[0], [9999]], [PARAMS, PARAMS])
     assert not loop.has_work
+
+
+def test_generate_keeps_the_completions_of_others(path: Path, expected: list[list[int]]) -> None:
+    loop = open_loop(TensorParallelGroup(), path)
+    queued = loop.add(PROMPTS[0], PARAMS)
+    [own] = loop.generate([PROMPTS[1]], [PARAMS])
+    assert own.token_ids == expected[1]
+    assert loop.has_work
+    assert drain(loop) == {queued: expected[0]}
+
+
+def test_generate_ends_with_the_loop(path: Path) -> None:
+    """Aborted requests and a stopped loop are an error, not an endless wait."""
+    loop = open_loop(TensorParallelGroup(), path)
+    advance = loop._advance
+
+    def abort_all(commands):
+        completions = advance(commands)
+        for number in list(loop._request_ids):
+            loop.abort(number)
+        return completions
+
+    loop._advance = abort_all
+    with pytest.raises(RequestFailed, match="aborted"):
+        loop.generate([PROMPTS[0]], [LONG])
+    loop._advance = advance
+    loop.stop()
+    with pytest.raises(RequestFailed, match="stopped"):
+        loop.generate([PROMPTS[0]], [PARAMS])
+
+
+def test_no_collective_follows_a_failed_round(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks are somewhere else then: `stop` at exit must not wait for them."""
+    loop = open_loop(TensorParallelGroup(), path)
+    loop.add(PROMPTS[0], PARAMS)
+
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(loop.engine, "step", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loop.round()
+    sent = []
+    monkeypatch.setattr(loop, "_exchange", sent.append)
+    loop.stop()
+    assert sent == []
 
 
 def failing(group: TensorParallelGroup, path: Path, bad: int) -> list[tuple[list[int], str]]:

@@ -717,6 +717,34 @@ def test_two_iterators_take_turns(reference: Reference, device: Device) -> None:
     assert_all_blocks_free(engine)
 
 
+def test_a_failed_step_loses_no_completion(
+    reference: Reference, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(reference, device, max_batch_size=8)
+    queued = engine.add_request(reference.prompts[0], replace(GREEDY, max_new_tokens=2))
+    engine.generate(reference.prompts[1:2], GREEDY)
+    engine.add_request(reference.prompts[2], GREEDY)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.runner, "run", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.step()
+    assert any(c.request_id == queued and c.finished for c in engine.step())
+
+
+def test_scoring_does_not_obey_the_rules(reference: Reference, device: Device) -> None:
+    """The likeliest next token, whatever the checkpoint forces or forbids in an answer."""
+    engine = engine_of(reference, device)
+    prompts = reference.prompts[:3]
+    before = [scored.greedy_id for scored in engine.score_next(prompts, [1])]
+    engine.rules = GenerationRules(forced_eos_token_ids=(7,), suppress_tokens=tuple(before))
+    assert [scored.greedy_id for scored in engine.score_next(prompts, [1])] == before
+    assert engine.generate(prompts[:1], replace(GREEDY, max_new_tokens=1))[0].token_ids == [7]
+
+
 def test_several_rows_of_a_sequence_are_sampled(reference: Reference, device: Device) -> None:
     """Each row of a prompt gives the token that greedy choice would put after it."""
     engine = engine_of(reference, device)

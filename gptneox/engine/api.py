@@ -261,6 +261,15 @@ class Engine(ABC):
         self.stats = EngineStats(steps=[] if keep_steps else None, measure=measure)
 
 
+def is_alike_on_all_ranks(error: BaseException, group: TensorParallelGroup) -> bool:
+    """Whether every rank has raised this error, so that all of them may go on after it.
+
+    What is refused is refused alike. Out of memory, say, may be one rank, which would then be
+    a batch ahead of the others.
+    """
+    return group.world_size == 1 or isinstance(error, (ValueError, RequestFailed))
+
+
 def raise_failure(completions: Iterable[Completion]) -> None:
     """Raise RequestFailed for the first completion that has an error."""
     for completion in completions:

@@ -24,7 +24,7 @@ from gptneox.engine.api import (
 from gptneox.engine.detokenizer import Detokenizer, append_until_end, decode
 from gptneox.engine.generation_config import NO_RULES, GenerationRules
 from gptneox.engine.sampler import describe_non_finite, non_finite_rows, restrict
-from gptneox.engine.sequence import InvalidParameter, SamplingParams
+from gptneox.engine.sequence import InvalidParameter, SamplingParams, check_vocabulary
 from gptneox.model import GPTNeoX
 from gptneox.parallel import TensorParallelGroup
 
@@ -90,11 +90,12 @@ class GenerateEngine(Engine):
         eos = () if params.ignore_eos else self.eos_token_ids
         ends = frozenset((*eos, *params.stop_token_ids))
         tokenizer = self.tokenizer if params.detokenize else None
-        stop = (*params.stop, *self.rules.stop_strings) if tokenizer else ()
+        rules = self.rules if params.obey_rules else NO_RULES
+        stop = (*params.stop, *rules.stop_strings) if tokenizer else ()
         rows = [
             _Row(list(prompt), ends, params.max_new_tokens, tokenizer, stop) for prompt in prompts
         ]
-        batch = _Batch(rows, self.rules, eos, self.group)
+        batch = _Batch(rows, rules, eos, self.group)
         with self._timed(len(prompts), input_ids.shape[1]):
             output = self.adapter.generate(
                 input_ids,
@@ -151,6 +152,7 @@ class GenerateEngine(Engine):
     @torch.inference_mode()
     def score_next(self, prompts: Seq[Seq[int]], token_ids: Seq[int]) -> list[NextToken]:
         """See `Engine`; each call is one padded batch."""
+        check_vocabulary("token_ids", token_ids, self.model.config.vocab_size)
         logits = self.next_logits(prompts).float()  # [B, V]
         if rows := non_finite_rows(logits):
             raise RequestFailed(describe_non_finite(rows[0]))
@@ -187,10 +189,11 @@ def _options(params: SamplingParams) -> dict[str, Any]:
     """The same parameters for transformers' `generate`."""
     options: dict[str, Any] = {
         "max_new_tokens": params.max_new_tokens,
-        "do_sample": params.temperature > 0,
+        # Division by less makes the scores infinite; so small a temperature is greedy anyway.
+        "do_sample": params.temperature > 1e-6,
         "repetition_penalty": params.repetition_penalty,
     }
-    if params.temperature > 0:
+    if options["do_sample"]:
         options |= {
             "temperature": params.temperature,
             "top_k": max(params.top_k, 0),

@@ -8,14 +8,14 @@ them in the same order to its own engine and computes one step, so the engines s
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from gptneox.engine.api import Completion
+from gptneox.engine.api import Completion, RequestFailed
 from gptneox.engine.paged import PagedEngine
 from gptneox.engine.sequence import SamplingParams
 
@@ -63,6 +63,7 @@ class EngineLoop:
         self._lock = threading.Lock()  # guards the commands
         self._round_lock = threading.Lock()  # rounds also come from the heartbeat thread
         self._stopped = False
+        self._undelivered: list[tuple[int, Completion]] = []
 
     def add(self, prompt_ids: Seq[int], params: SamplingParams) -> int:
         """Check a request now and queue it in the next round; returns its number.
@@ -92,18 +93,28 @@ class EngineLoop:
     @property
     def has_work(self) -> bool:
         """Whether there are commands or unfinished requests."""
-        return bool(self._commands) or self.engine.has_work
+        return bool(self._commands or self._undelivered) or self.engine.has_work
 
     def round(self) -> list[tuple[int, Completion]]:
         """Broadcast and apply the queued commands, then compute one step if there is work.
 
         Returns:
-            The step's completions with the numbers of their requests.
+            The step's completions with the numbers of their requests. Those that a heartbeat or
+            a `generate` of another caller computed come first.
         """
         with self._round_lock:
-            with self._lock:
-                commands, self._commands = self._commands, []
+            computed = self._round()
+            kept, self._undelivered = self._undelivered, []
+        return kept + computed
+
+    def _round(self) -> list[tuple[int, Completion]]:
+        with self._lock:
+            commands, self._commands = self._commands, []
+        try:
             return self._advance(self._exchange(commands))
+        except BaseException:
+            self._stopped = True  # the ranks may differ now: no further collective
+            raise
 
     def follow(self) -> None:
         """On ranks above 0: run rank 0's rounds until it stops."""
@@ -123,8 +134,19 @@ class EngineLoop:
         index = {self.add(*pair): i for i, pair in enumerate(zip(prompts, params, strict=True))}
         done: dict[int, Completion] = {}
         while len(done) < len(index):
-            done |= {index[n]: c for n, c in self.round() if c.finished and n in index}
+            completions = self.round()
+            self._undelivered += [each for each in completions if each[0] not in index]
+            done |= {index[n]: c for n, c in completions if c.finished and n in index}
+            if len(done) < len(index) and not self._is_running(index):
+                raise RequestFailed("requests were aborted, or the loop was stopped")
         return [done[i] for i in range(len(prompts))]
+
+    def _is_running(self, numbers: Iterable[int]) -> bool:
+        """Whether one of the requests is queued or computed, so that something will come of it."""
+        if self._stopped:
+            return False
+        queued = {c.number for c in self._commands if isinstance(c, Add)}
+        return any(number in self._request_ids or number in queued for number in numbers)
 
     @contextmanager
     def idle(self) -> Iterator[None]:
@@ -132,8 +154,9 @@ class EngineLoop:
         over = threading.Event()
 
         def send_heartbeats() -> None:
-            while not over.wait(HEARTBEAT_S):
-                self.round()
+            while not (over.wait(HEARTBEAT_S) or self._stopped):
+                with self._round_lock:
+                    self._undelivered += self._round()
 
         thread = threading.Thread(target=send_heartbeats, daemon=True)
         if self.group.world_size > 1:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -105,11 +106,12 @@ class PagedEngine(Engine):
         """
         self.check(prompt_ids, params)
         eos = () if params.ignore_eos else self.eos_token_ids
-        seq = Sequence.create(self._next_id, prompt_ids, params, self.rules, eos)
+        rules = self.rules if params.obey_rules else NO_RULES
+        seq = Sequence.create(self._next_id, prompt_ids, params, rules, eos)
         self._next_id += 1
         detokenizer = None
         if self.tokenizer and params.detokenize:
-            detokenizer = Detokenizer(self.tokenizer, params.stop + self.rules.stop_strings)
+            detokenizer = Detokenizer(self.tokenizer, params.stop + rules.stop_strings)
         stop_ids = frozenset((*params.stop_token_ids, *eos))
         self._requests[seq.request_id] = _Request(seq, detokenizer, stop_ids)
         self.scheduler.add(seq)
@@ -131,8 +133,9 @@ class PagedEngine(Engine):
 
         Completions that an interleaved `complete` computed for other requests come first.
         """
+        computed = self._compute() if self.scheduler.has_work else []
         earlier, self._undelivered = self._undelivered, []
-        return earlier + (self._compute() if self.scheduler.has_work else [])
+        return earlier + computed
 
     def stream(self) -> Iterator[Completion]:
         """Step until no request is left; yields each step's completions."""
@@ -176,6 +179,7 @@ class PagedEngine(Engine):
             max_new_tokens=1,
             ignore_eos=True,
             detokenize=False,
+            obey_rules=False,
             logprobs=0,
             logprob_token_ids=tuple(token_ids),
         )
@@ -226,13 +230,19 @@ class PagedEngine(Engine):
 
     def _late(self, scheduled: list[Scheduled], now: float) -> set[int]:
         """Ids of the requests over the time limit; rank 0's clock decides, so that ranks agree."""
-        if self.rules.max_time is None:
+        requests = [
+            self._requests[item.seq.request_id]
+            for item in scheduled
+            if item.seq.rules.max_time is not None
+        ]
+        if not requests:
             return set()
-        requests = [self._requests[item.seq.request_id] for item in scheduled]
         for request in requests:
             request.start = request.start or now
-        now, limit = time.perf_counter(), self.rules.max_time
-        late = {r.seq.request_id for r in requests if now - r.start > limit}
+        now = time.perf_counter()
+        late = {
+            r.seq.request_id for r in requests if now - r.start > (r.seq.rules.max_time or math.inf)
+        }
         return set(self.model.group.broadcast_object(late))
 
     def _advance(self, request: _Request, new: list[int], *, late: bool) -> Completion:

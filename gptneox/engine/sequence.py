@@ -42,6 +42,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     detokenize: bool = True  # False: the completion has no text
+    obey_rules: bool = True  # of the checkpoint's generation_config.json; scoring does not
     logprobs: int | None = None  # return each new token's log-probability and this many top tokens
     prompt_logprobs: int | None = None  # the same for the prompt tokens
     prompt_logprobs_start: int = 1  # first prompt position to score

@@ -9,6 +9,7 @@ this module registers the class.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import sys
 from collections.abc import Sequence as Seq
 from importlib.util import find_spec
@@ -116,7 +117,11 @@ class GPTNeoXLM(TemplateLM):  # type: ignore[misc]  # lm_eval is optional and ha
         if self._group.rank > 0:
             self._loop.follow()
             sys.exit(0)
-        atexit.register(self._loop.stop)
+        # The other ranks wait while lm_eval reads data or computes its metrics.
+        waiting = contextlib.ExitStack()
+        waiting.enter_context(self._loop.idle())
+        waiting.callback(self._loop.stop)
+        atexit.register(waiting.close)
 
     def _run(
         self, work: list[tuple[list[int], SamplingParams]], what: str, hide: bool
@@ -209,6 +214,7 @@ class GPTNeoXLM(TemplateLM):  # type: ignore[misc]  # lm_eval is optional and ha
             params = SamplingParams(
                 max_new_tokens=1,
                 ignore_eos=True,
+                obey_rules=False,
                 logprobs=0,
                 logprob_token_ids=last_ids,
                 prompt_logprobs=1 if num_scored > 1 else None,

@@ -10,7 +10,6 @@ from gptneox.cli import Settings
 from gptneox.config.settings import EngineSection
 from gptneox.devices.cache import FloatKV
 from gptneox.devices.device import Device
-from gptneox.engine.generation_config import NO_RULES
 from gptneox.engine.paged import affordable_blocks, blocks_needed
 from gptneox.evaluation.timing import Stopwatch
 from gptneox.parallel import TensorParallelGroup
@@ -37,7 +36,6 @@ def load_stopwatch(
     engine = load_engine(
         settings, device, group, section, with_tokenizer=not settings.performance.skip_decode
     )
-    engine.rules = NO_RULES  # no end-of-text rule may shorten an answer
     return Stopwatch(engine)
 
 

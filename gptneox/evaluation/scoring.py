@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gptneox.config.errors import ConfigError
-from gptneox.engine.api import Engine, raise_failure
+from gptneox.engine.api import Engine, is_alike_on_all_ranks, raise_failure
 from gptneox.engine.sequence import SamplingParams
 
 NO_ANSWER = "-1"
@@ -248,7 +248,8 @@ def evaluate(
         batch_size: questions per batch.
         on_result: called on rank 0 after each batch, with one result per question in order.
         max_prompt_tokens: the protocol's own limit, such as 2000; the model's applies besides.
-        go_on: count a batch that fails with ValueError or RuntimeError as wrong, and continue.
+        go_on: count a batch that fails as wrong, and continue; an error that may be one rank's
+            alone ends the run even so.
 
     Raises:
         ConfigError: the tokenizer does not fit the scorer.
@@ -276,7 +277,7 @@ def _ask(
         where = f"question {batch[0].index}" + (
             f" to {batch[-1].index}" if len(batch) > 1 else f" ({batch[0].subject})"
         )
-        if not go_on:
+        if not (go_on and is_alike_on_all_ranks(failure, engine.group)):
             raise QuestionFailed(f"{where}: {failure}") from failure
         error = f"{where}: {failure}"
         predictions = iter([Prediction(NO_ANSWER, [], "") for _ in fitting])

@@ -113,7 +113,9 @@ class Stopwatch:
         """
         engine = self.engine
         engine.check_batch([len(prompt) for prompt in prompts], num_new)
-        params = SamplingParams(max_new_tokens=num_new, ignore_eos=ignore_eos, detokenize=False)
+        params = SamplingParams(
+            max_new_tokens=num_new, ignore_eos=ignore_eos, detokenize=False, obey_rules=False
+        )
         engine.reset_stats(keep_steps=True, measure=split)
         self.group.barrier()
         self.device.synchronize()

@@ -17,6 +17,7 @@ from gptneox.cli import Settings
 from gptneox.engine.api import Completion, Engine, raise_failure
 from gptneox.engine.detokenizer import decode
 from gptneox.engine.paged import PagedEngine
+from gptneox.engine.sampler import describe_non_finite
 from gptneox.engine.sequence import SamplingParams
 from gptneox.output import (
     Printer,
@@ -56,6 +57,8 @@ def run(settings: Settings) -> None:
     section = settings.engine
     if is_demo:
         section = replace(section, max_batch_size=len(DEMO_PROMPTS))
+    if environment.benchmark_enabled:  # the warm-up must not have computed the prompts
+        section = replace(section, enable_prefix_caching=False)
     engine = load_engine(settings, device, group, section)
     if args.interactive:
         assert isinstance(engine, PagedEngine)
@@ -68,12 +71,13 @@ def run(settings: Settings) -> None:
     prompts = make_prompts(settings, texts, engine.tokenizer)
     params = [fit_output_length(settings, engine.max_positions, p) for p in prompts]
     if environment.benchmark_enabled:
-        engine.generate([p.ids for p in prompts], [replace(q, max_new_tokens=2) for q in params])
+        first = [replace(q, max_new_tokens=min(2, q.max_new_tokens)) for q in params]
+        engine.generate([p.ids for p in prompts], first)
     engine.reset_stats(keep_steps=environment.benchmark_enabled)
     printer = Printer(prompts, args.stream, out, go_on=bool(args.output_file))
     completions = answer(engine, prompts, params, printer)
     with contextlib.ExitStack() as stack:  # each of them, whatever becomes of the others
-        stack.callback(raise_failure, completions)
+        stack.callback(group.barrier)  # a rank that ended with an error would end the writing one
         if group.rank == 0 and isinstance(engine, PagedEngine):
             stack.callback(print_summary, engine)
         if group.rank == 0 and environment.benchmark_enabled:
@@ -82,6 +86,7 @@ def run(settings: Settings) -> None:
             )
         if group.rank == 0 and args.output_file:
             write_output_file(args.output_file, prompts, completions)
+    raise_failure(completions)
 
 
 def answer(
@@ -93,6 +98,8 @@ def answer(
     with tqdm(total=len(prompts), desc="prompts", leave=False, disable=hide) as bar:
         for i, completion in engine.complete([p.ids for p in prompts], params):
             printer.add(i, completion, engine.tokenizer is not None)
+            if completion.error:
+                completion.error = describe_non_finite(i)  # by the prompt's number
             if completion.finished:
                 done[i] = completion
                 bar.update()

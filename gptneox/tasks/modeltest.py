@@ -22,7 +22,7 @@ from gptneox.config.errors import ConfigError
 from gptneox.config.model import ModelConfig
 from gptneox.config.settings import PerformanceSection
 from gptneox.devices.device import Device
-from gptneox.engine.api import Engine
+from gptneox.engine.api import Engine, is_alike_on_all_ranks
 from gptneox.evaluation import datasets
 from gptneox.evaluation.datasets import SHIPPED_SETS, Dataset
 from gptneox.evaluation.loading import Case, load_stopwatch
@@ -213,7 +213,13 @@ class ModelTest:
         try:
             stopwatch.run(random_prompts(stopwatch, size, input_len, seed=0), 2)
         except CASE_ERRORS as error:
+            self.raise_unless_alike(error)
             logger.warning("the warm-up did not run: %s", error)
+
+    def raise_unless_alike(self, error: BaseException) -> None:
+        """Raise an error that may be one rank's alone; after the others the next case is run."""
+        if not is_alike_on_all_ranks(error, self.group):
+            raise error
 
     def measure(
         self, stopwatch: Stopwatch, prompts: Seq[Seq[int]], input_len: int, output_len: int
@@ -228,6 +234,7 @@ class ModelTest:
             stopwatch.run(prompts, min(2, output_len), detokenize=False)
             timing = stopwatch.run(prompts, output_len, split=stopwatch.path == "flash")
         except CASE_ERRORS as error:
+            self.raise_unless_alike(error)
             case = f"batch {size} x [{input_len},{output_len}]"
             row["Total time(s)"] = self.results.fail(case, error)
             return row, None
@@ -317,6 +324,7 @@ class ModelTest:
             try:
                 timing = stopwatch.run(prompts, output_len, ignore_eos=False)
             except CASE_ERRORS as error:
+                self.raise_unless_alike(error)
                 results.fail(f"[{longest},{output_len}]", error)
                 rows.append((longest, output_len, results.failures[-1], "", ""))
                 continue
