@@ -206,9 +206,9 @@ def _compile(library: Path, compiler: str, flags: list[str]) -> None:
         )
     logger.warning("compiling the CPU kernels, once only, about a minute …")
     with tempfile.TemporaryDirectory(dir=library.parent) as target:
-        command = [sys.executable, "-c", _BUILD, NAME, str(SOURCES / "ops.cpp"), target, compiler]
+        source = str(SOURCES / "bindings.cpp")
         done = subprocess.run(
-            [*command, json.dumps(flags)],
+            [sys.executable, "-c", _BUILD, NAME, source, target, compiler, json.dumps(flags)],
             capture_output=True,
             text=True,
             errors="replace",

@@ -1,37 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention over a paged cache, read in place: rotation and cache writing, one-token rows
-// (decode) and prompt chunks. Scores, softmax and sums are fp32 whatever the cache holds; what is
-// multiplied is too, but for prompt chunks where the processor multiplies bf16.
+// Attention over a paged KV cache, which is read in place: rotary embedding and cache writes,
+// decode (one new token per sequence) and prefill (prompt chunks). Scores, softmax and sums are
+// fp32 for every cache dtype. Products are fp32 too, except in prefill with a bf16 cache on a
+// processor that has bf16 dot products.
 #pragma once
 
 #include <ATen/ATen.h>
 
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "product.h"
 
 namespace gptneox {
 
-// Keys or values of one layer: token `t` of block `b` of head `h` starts at
-// data + b * block + h * head + t * token; its D values are contiguous.
+// Keys or values of one layer, [N, P, H, D] with any strides, except that D is contiguous.
 template <typename C>
 struct Cache {
   C* data;
-  int64_t block, head, token;
+  int64_t block_stride, head_stride, token_stride;
 
-  explicit Cache(const at::Tensor& cache) // [N, P, H, D]
+  explicit Cache(const at::Tensor& cache)
       : data(static_cast<C*>(cache.data_ptr())),
-        block(cache.stride(0)),
-        head(cache.stride(2)),
-        token(cache.stride(1)) {}
+        block_stride(cache.stride(0)),
+        head_stride(cache.stride(2)),
+        token_stride(cache.stride(1)) {}
 
+  // The D values of token `t` of block `b`, head `h`.
   C* row(int64_t b, int64_t h, int64_t t) const {
-    return data + b * block + h * head + t * token;
+    return data + b * block_stride + h * head_stride + t * token_stride;
   }
 };
 
+// The tensors of an engine step (step.h owns them). Sequences in decode come first.
 struct Step {
   int64_t num_tokens, num_decodes, num_seqs, num_heads, head_dim, block_size;
   const int64_t* slots; // [T]
@@ -39,7 +40,7 @@ struct Step {
   int64_t max_blocks;
   const int32_t* cu_seqlens; // [B + 1]
   const int32_t* context_lens; // [B]
-  const int32_t* starts; // [B] first visible position, or null
+  const int32_t* starts; // [B] first position that is not padding; null: 0
 };
 
 // Round `count` values to the cache's type.
@@ -59,16 +60,16 @@ inline void store_rounded(const float* x, int64_t count, C* out) {
   }
 }
 
-// New tokens: qkv [T, H, 3, D] and how they are rotated.
+// The new tokens of a step in one layer, before the rotary embedding.
 template <typename X>
-struct Incoming {
-  const X* qkv;
+struct NewTokens {
+  const X* qkv; // [T, H, 3, D]
   const int64_t* positions; // [T]
   const float *cos, *sin; // [max_positions, half]
   int64_t half;
-  float scale; // of queries
+  float scale; // softmax scale, which queries are multiplied by
 
-  // Part 0 (query) or 1 (key) of token t and head h, rotated, to out [D].
+  // Rotate part 0 (query) or 1 (key) of token t, head h: out [D], times `factor`.
   void rotate(const Step& step, int64_t t, int64_t h, int part, float factor, float* out) const {
     const X* x = qkv + ((t * step.num_heads + h) * 3 + part) * step.head_dim;
     const float* c = cos + positions[t] * half;
@@ -83,11 +84,12 @@ struct Incoming {
     }
   }
 
+  // The rotated and scaled query of token t, head h: out [D].
   void query(const Step& step, int64_t t, int64_t h, float* out) const {
     rotate(step, t, h, 0, scale, out);
   }
 
-  // Key and value to the token's slot; `row` is room for D values.
+  // Write rotated key and value of token t, head h, to its slot. `row` is a buffer of D values.
   template <typename C>
   void store(
       const Step& step, int64_t t, int64_t h, const Cache<C>& keys, const Cache<C>& values,
@@ -107,8 +109,9 @@ struct Incoming {
   }
 };
 
-// -- one query -------------------------------------------------------------------------------------
+// -- decode: one query per sequence --------------------------------------------------------------
 
+// The sum of a vector's elements.
 inline float total(const Vec& x) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
 }
@@ -119,8 +122,8 @@ inline float total(Lanes x) {
   return total(v);
 }
 
-// Ask for the row so many bytes ahead of row `i` of `count`, or, near the end, of what is read
-// next. To the second level, as the product's panels.
+// Prefetch the row about 4 KiB ahead of row `i` of `count`; near the end, the rows of `next`, which
+// is read afterwards. Into the second-level cache, for the reason in tile.h.
 template <int N, typename C>
 inline void fetch_ahead(const C* row, int64_t stride, int64_t i, int64_t count, const C* next) {
   constexpr int64_t kRowBytes = N * kVec * static_cast<int64_t>(sizeof(C));
@@ -132,7 +135,7 @@ inline void fetch_ahead(const C* row, int64_t stride, int64_t i, int64_t count, 
   }
 }
 
-// scores[i] = q . k_i for `count` tokens; N vectors of D = N * kVec. `next` is read afterwards.
+// scores[i] = q . k_i for `count` tokens; D = N * kVec. `next`: see `fetch_ahead`.
 template <int N, typename C>
 inline void scores_of(
     const float* q, const C* k, int64_t stride, int64_t count, const C* next, float* scores) {
@@ -170,7 +173,8 @@ inline void scores_of(
   }
 }
 
-// out = out * factor + sum of p_i v_i. `next` is read afterwards.
+// out [D] = out * factor + sum of p_i v_i over `count` tokens; D = N * kVec. `next`: see
+// `fetch_ahead`.
 template <int N, typename C>
 inline void add_values(
     const float* p,
@@ -198,13 +202,15 @@ inline void add_values(
   }
 }
 
+// `scores_of` and `add_values` for one head size.
 template <typename C>
 struct Kernels {
   void (*scores)(const float*, const C*, int64_t, int64_t, const C*, float*);
   void (*values)(const float*, const C*, int64_t, int64_t, const C*, float, float*);
 };
 
-// For the head sizes of the family; null where D is no multiple of the vector.
+// Unrolled kernels for the head sizes that GPT-NeoX models have. Null for other sizes and where D
+// is not a multiple of kVec: plain loops compute those.
 template <typename C>
 Kernels<C> kernels_for(int64_t dim) {
   if (dim % kVec == 0) {
@@ -231,11 +237,10 @@ Kernels<C> kernels_for(int64_t dim) {
   return {nullptr, nullptr};
 }
 
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
-// Raise `largest` to that of x, then exp(x - largest) in place; returns the sums of a vector's lanes.
-// `count` is a multiple of the vector, entries that do not count are minus infinity; one of them
-// counts, or did. kRounded: to be rounded to bf16 afterwards.
+// One part of a running softmax: raise `largest` to the maximum of x, then x = exp(x - largest) in
+// place. Returns the sum, per vector lane. `count` is a multiple of kVec. Masked entries are -inf;
+// this or an earlier part holds a finite one. kRounded: the caller rounds the results to bf16, so a
+// faster exp is exact enough.
 template <bool kRounded = false>
 inline Vec softmax_part(float* x, int64_t count, float& largest) {
   Vec top(largest);
@@ -255,8 +260,9 @@ inline Vec softmax_part(float* x, int64_t count, float& largest) {
   return sum;
 }
 
-// Running softmax over positions [begin, end) of one sequence and head: the weighted sum of the
-// values (not divided) goes to out [D], the largest score and the sum of weights to `largest`, `sum`.
+// Running softmax over positions [begin, end) of one sequence and head. out [D]: the sum of
+// exp(score - largest) v, not yet divided by `sum`. largest, sum: the maximum score and the sum of
+// exponentials.
 template <typename C>
 void attend_one(
     const Step& step,
@@ -286,32 +292,32 @@ void attend_one(
     const C* k = row_of(keys, position);
     const C* v = row_of(values, position);
     if (kernels.scores) {
-      kernels.scores(q, k, keys.token, count, v, p);
+      kernels.scores(q, k, keys.token_stride, count, v, p);
     } else {
       for (int64_t i = 0; i < count; ++i) {
         float s = 0;
         for (int64_t d = 0; d < dim; ++d) {
-          s += q[d] * static_cast<float>(k[i * keys.token + d]);
+          s += q[d] * static_cast<float>(k[i * keys.token_stride + d]);
         }
         p[i] = s;
       }
     }
-    const float before = largest;
+    const float previous_max = largest;
     const int64_t padded = round_up(count, kVec);
     std::fill(p + count, p + padded, kMinusInfinity);
     const float part = total(softmax_part(p, padded, largest));
-    const float factor = before == largest ? 1.f : std::exp(before - largest);
+    const float factor = previous_max == largest ? 1.f : std::exp(previous_max - largest);
     sum = sum * factor + part;
     if (kernels.values) {
       const C* next = position + count < end ? row_of(keys, position + count) : v;
-      kernels.values(p, v, values.token, count, next, factor, out);
+      kernels.values(p, v, values.token_stride, count, next, factor, out);
     } else {
       for (int64_t d = 0; d < dim; ++d) {
         out[d] *= factor;
       }
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t d = 0; d < dim; ++d) {
-          out[d] += p[i] * static_cast<float>(v[i * values.token + d]);
+          out[d] += p[i] * static_cast<float>(v[i * values.token_stride + d]);
         }
       }
     }
@@ -326,11 +332,12 @@ inline void store_row(const float* x, float factor, int64_t dim, Y* y) {
   }
 }
 
-// Rows [0, num_decodes), stored and attended: work is split over sequences, heads and, where those
-// are too few for the threads, over the context. No row sees what another one stores.
+// Sequences [0, num_decodes): store the new token, then attend. Work is split over sequences, heads
+// and, if those are too few for the threads, the context. No sequence reads a slot that another one
+// writes.
 template <typename X, typename C>
 void decode(
-    const Step& step, const Incoming<X>& incoming, const Cache<C>& keys, const Cache<C>& values,
+    const Step& step, const NewTokens<X>& new_tokens, const Cache<C>& keys, const Cache<C>& values,
     X* y) {
   const int64_t heads = step.num_heads, dim = step.head_dim;
   const int64_t pairs = step.num_decodes * heads;
@@ -339,12 +346,12 @@ void decode(
   for (int64_t b = 0; b < step.num_decodes; ++b) {
     longest = std::max<int64_t>(longest, step.context_lens[b]);
   }
-  constexpr int64_t kSmallest = 256;
-  const int64_t wanted = (4 * threads + pairs - 1) / pairs;
+  constexpr int64_t kMinSplit = 256; // tokens
+  const int64_t target = (4 * threads + pairs - 1) / pairs;
   const int64_t splits =
-      threads == 1 ? 1 : std::max<int64_t>(1, std::min(wanted, longest / kSmallest));
+      threads == 1 ? 1 : std::max<int64_t>(1, std::min(target, longest / kMinSplit));
   const auto kernels = kernels_for<C>(dim);
-  // Of each split: D sums, the largest score, the sum of weights.
+  // Per split: D sums, the maximum score, the sum of exponentials.
   std::vector<float> parts(splits > 1 ? pairs * splits * (dim + 2) : 0);
   WorkQueue queue(pairs * splits, 16);
   on_all_threads([&] {
@@ -359,10 +366,10 @@ void decode(
         const int64_t end = start + length * (split + 1) / splits;
         float largest, sum;
         float* out = splits > 1 ? parts.data() + i * (dim + 2) : own.data();
-        if (split == splits - 1) { // the one that sees the new token
-          incoming.store(step, b, h, keys, values, q.data());
+        if (split == splits - 1) { // only the last split reads the new token
+          new_tokens.store(step, b, h, keys, values, q.data());
         }
-        incoming.query(step, b, h, q.data());
+        new_tokens.query(step, b, h, q.data());
         attend_one(
             step, kernels, q.data(), keys, values, step.block_tables + b * step.max_blocks, h,
             begin, end, out, largest, sum);
@@ -398,21 +405,22 @@ void decode(
   }
 }
 
-// -- many queries ----------------------------------------------------------------------------------
+// -- prefill: many queries per sequence ----------------------------------------------------------
 
-// Prompt chunks: blocks of queries against tiles of keys, multiplied by the register tile or by the
-// blocked kernels.
-
-// Queries, keys, weights and values are multiplied in the cache's type where the machine has an
-// instruction for that (bf16), queries and weights rounded to it; in fp32 elsewhere.
+// Attention of a range of queries of a prompt chunk, for one head: row blocks of queries against
+// tiles of keys, with a running softmax. kBlocked: the blocked kernels multiply, not the register
+// tile.
+//
+// With a bf16 cache and bf16 dot products, Q, K, P and V are multiplied in bf16: Q and P (the
+// probabilities, before they are normalised) are rounded to it. Otherwise all four are fp32.
 template <typename C, bool kBlocked>
 class PrefillTask {
-  using F = std::conditional_t<Format<C>::kStep == 2, Format<C>, Format<float>>;
+  using F = std::conditional_t<Format<C>::kPerLane == 2, Format<C>, Format<float>>;
   using Weight = typename F::Weight;
-  using Scalar = typename F::Scalar; // one fp32 value, or two of bf16
-  static constexpr int64_t kStep = F::kStep;
+  using Scalar = typename F::Scalar; // one fp32 value or two of bf16
+  static constexpr int64_t kPerLane = F::kPerLane;
   static constexpr int64_t kKeys = kBlocked ? 8 * kCols : 2 * kCols; // keys per tile
-  static constexpr int64_t kHeight = kBlocked ? kBlockedRows : kRows; // queries per block
+  static constexpr int64_t kHeight = kBlocked ? kBlockedRows : kRows; // queries per row block
 
  public:
   static constexpr int64_t kQueries = kHeight * (kBlocked ? 8 : kVec == 16 ? 12 : 16); // per task
@@ -424,16 +432,17 @@ class PrefillTask {
         k_(kKeys * padded_),
         v_(kKeys * padded_),
         s_(kHeight * kKeys),
-        p_(kStep == 1 ? 0 : kHeight * kKeys),
+        p_(kPerLane == 1 ? 0 : kHeight * kKeys),
         out_(kQueries * padded_),
         largest_(kQueries),
         sum_(kQueries, Vec(0.f)) {}
 
-  // Queries [first, last) of a chunk whose query 0 stands at position `offset`.
+  // Attend queries [first, last) of a chunk whose query 0 has position `offset`. `start`: first
+  // position that is not padding.
   template <typename Y>
   void run(
       const Step& step,
-      const float* q, // query 0 of the chunk, rows heads * dim apart
+      const float* q, // [chunk length, H, D]
       const Cache<C>& keys,
       const Cache<C>& values,
       const int32_t* table,
@@ -442,7 +451,7 @@ class PrefillTask {
       int64_t last,
       int64_t offset,
       int64_t start,
-      Y* y) {
+      Y* y) { // [chunk length, H, D]
     const int64_t stride = step.num_heads * dim_;
     const int64_t count = last - first;
     q += first * stride + head * dim_;
@@ -453,24 +462,24 @@ class PrefillTask {
     std::fill(out_.begin(), out_.end(), 0.f);
     std::fill(largest_.begin(), largest_.end(), kMinusInfinity);
     std::fill(sum_.begin(), sum_.end(), Vec(0.f));
-    const int64_t end = offset + last; // the last query sees positions below this
+    const int64_t end = offset + last; // causal: the last query attends to positions below this
     for (int64_t position = start / kKeys * kKeys; position < end; position += kKeys) {
-      const int64_t hidden = std::max<int64_t>(0, start - position);
-      const int64_t known = std::min(kKeys, end - position);
-      load_tile(step, keys, table, head, position, hidden, known);
+      const int64_t tile_begin = std::max<int64_t>(0, start - position);
+      const int64_t tile_end = std::min(kKeys, end - position);
+      load_tile(step, keys, table, head, position, tile_begin, tile_end);
       transpose_keys();
-      load_tile(step, values, table, head, position, hidden, known);
-      split_values();
+      load_tile(step, values, table, head, position, tile_begin, tile_end);
+      interleave_values();
       for (int64_t b = 0; b < q_.num_blocks(); ++b) {
-        // Row r of the block sees positions [start, visible + r).
+        // Row r of the row block attends to positions [start, visible + r).
         const int64_t visible = offset + first + b * q_.height + 1;
         if (position < visible + q_.rows_of(b) - 1) {
-          attend_block(b, position, start, visible);
+          attend_rows(b, position, start, visible);
         }
       }
     }
     for (int64_t r = 0; r < count; ++r) {
-      // A padding query, which nobody reads, may see nothing.
+      // A padding query may have no visible position; its output is not used.
       const float sum = total(sum_[r]);
       const float factor = sum > 0 ? 1.f / sum : 0.f;
       store_row(out_of(r), factor, dim_, y + (first + r) * stride + head * dim_);
@@ -482,18 +491,18 @@ class PrefillTask {
     return out_.data() + row * padded_;
   }
 
-  // Tokens [hidden, known) from `position` on into rows_ [kKeys][padded]; the others, which may
-  // never have been written, become zero.
+  // Copy tokens [begin, end) of the tile at `position` to rows_ [kKeys][padded_]. The others become
+  // zero: an unwritten slot may hold NaN, and a probability of 0 times NaN is NaN.
   void load_tile(
       const Step& step,
       const Cache<C>& cache,
       const int32_t* table,
       int64_t head,
       int64_t position,
-      int64_t hidden,
-      int64_t known) {
-    std::fill(rows_.begin(), rows_.begin() + hidden * padded_, Weight(0.f));
-    for (int64_t i = hidden; i < known; ++i) {
+      int64_t begin,
+      int64_t end) {
+    std::fill(rows_.begin(), rows_.begin() + begin * padded_, Weight(0.f));
+    for (int64_t i = begin; i < end; ++i) {
       const int64_t p = position + i;
       const C* from = cache.row(table[p / step.block_size], head, p % step.block_size);
       Weight* to = rows_.data() + i * padded_;
@@ -510,15 +519,15 @@ class PrefillTask {
       }
       std::fill(to + dim_, to + padded_, Weight(0.f));
     }
-    std::fill(rows_.begin() + known * padded_, rows_.end(), Weight(0.f));
+    std::fill(rows_.begin() + end * padded_, rows_.end(), Weight(0.f));
   }
 
-  // k_: [padded / kStep][keys][kStep]; entries of kStep values are moved as one number of 32 bits.
-  // The blocked kernels take all keys in one panel, the register tile panels of kCols.
+  // rows_ to k_, in the panel layout with keys as features and D as K. The register tile reads
+  // panels of kCols keys, the blocked kernels one panel of kKeys. A lane moves as one 32-bit value.
   void transpose_keys() {
-    static_assert(kStep * sizeof(Weight) == sizeof(float));
+    static_assert(kPerLane * sizeof(Weight) == sizeof(float));
     constexpr int64_t kWidth = kBlocked ? kKeys : kCols; // of a panel
-    const int64_t depth = padded_ / kStep;
+    const int64_t depth = padded_ / kPerLane;
     for (int64_t first = 0; first < kKeys; first += kVec) {
       const auto* from = reinterpret_cast<const float*>(rows_.data() + first * padded_);
       auto* to = reinterpret_cast<float*>(k_.data()) + first / kWidth * kWidth * depth +
@@ -529,14 +538,15 @@ class PrefillTask {
     }
   }
 
-  // v_: [keys / kStep][columns][kStep], in one panel or in panels of kCols columns.
-  void split_values() {
+  // rows_ to v_, in the panel layout with D as features and keys as K. The register tile reads
+  // panels of kCols features, the blocked kernels one panel of padded_.
+  void interleave_values() {
     const int64_t width = kBlocked ? padded_ : kCols; // of a panel
     for (int64_t d = 0; d < padded_; d += kCols) {
-      Weight* to = v_.data() + d / width * width * kKeys + d % width * kStep;
-      for (int64_t i = 0; i < kKeys; i += kStep, to += width * kStep) {
+      Weight* to = v_.data() + d / width * width * kKeys + d % width * kPerLane;
+      for (int64_t i = 0; i < kKeys; i += kPerLane, to += width * kPerLane) {
         const Weight* from = rows_.data() + i * padded_ + d;
-        if constexpr (kStep == 1) {
+        if constexpr (kPerLane == 1) {
           std::memcpy(to, from, kCols * sizeof(Weight));
         } else {
           interleave(from, from + padded_, to);
@@ -546,7 +556,7 @@ class PrefillTask {
   }
 
 #if GPTNEOX_BF16_DOT
-  // The values of two tokens side by side, as the instruction takes them.
+  // Put the values of two tokens into one lane each, as the dot-product instruction reads them.
   static void interleave(const c10::BFloat16* even, const c10::BFloat16* odd, c10::BFloat16* to) {
     for (int64_t j = 0; j < kCols; j += kVec) {
       const auto widened = [j](const c10::BFloat16* p) {
@@ -558,74 +568,76 @@ class PrefillTask {
   }
 #endif
 
-  void attend_block(int64_t b, int64_t position, int64_t start, int64_t visible) {
+  // Add the tile at `position` to the running softmax of row block `b`.
+  void attend_rows(int64_t b, int64_t position, int64_t start, int64_t visible) {
     const int rows = q_.rows_of(b);
     float* s = s_.data();
-    // No row of the block sees more of the tile.
-    const int64_t seen = std::min(kKeys, round_up(visible + rows - 1 - position, kCols));
+    // The last row of the row block attends to this many keys of the tile, the others to fewer.
+    const int64_t num_keys = std::min(kKeys, round_up(visible + rows - 1 - position, kCols));
     if constexpr (kBlocked) {
       block_product<F>(
-          rows, q_.block(b), q_.steps, k_.data(), kKeys, seen, q_.steps, s, kKeys, false);
+          rows, q_.block(b), q_.k_steps, k_.data(), kKeys, num_keys, q_.k_steps, s, kKeys, false);
     } else {
-      for (int64_t i = 0; i < seen; i += kCols) {
-        run_tile<F>(rows, k_.data() + i * padded_, q_.block(b), q_.steps, s + i, kKeys, false);
+      for (int64_t i = 0; i < num_keys; i += kCols) {
+        run_tile<F>(rows, k_.data() + i * padded_, q_.block(b), q_.k_steps, s + i, kKeys, false);
       }
     }
     for (int r = 0; r < rows; ++r) {
       float* row = s + r * kKeys;
       const int64_t row_index = b * q_.height + r;
-      const int64_t low = std::clamp<int64_t>(start - position, 0, seen);
-      const int64_t high = std::clamp<int64_t>(visible + r - position, low, seen);
+      const int64_t low = std::clamp<int64_t>(start - position, 0, num_keys);
+      const int64_t high = std::clamp<int64_t>(visible + r - position, low, num_keys);
       if (high == low) {
-        std::fill(row, row + seen, 0.f);
+        std::fill(row, row + num_keys, 0.f);
         continue;
       }
       std::fill(row, row + low, kMinusInfinity);
-      std::fill(row + high, row + seen, kMinusInfinity);
+      std::fill(row + high, row + num_keys, kMinusInfinity);
       float& largest = largest_[row_index];
-      const float before = largest;
-      const Vec part = softmax_part<kStep == 2>(row, seen, largest);
+      const float previous_max = largest;
+      const Vec part = softmax_part<kPerLane == 2>(row, num_keys, largest);
       Vec& sum = sum_[row_index];
-      if (before == largest) {
+      if (previous_max == largest) {
         sum = sum + part;
         continue;
       }
-      const Vec factor(std::exp(before - largest));
+      const Vec factor(std::exp(previous_max - largest));
       sum = at::vec::fmadd(sum, factor, part);
       float* out = out_of(row_index);
       for (int64_t d = 0; d < padded_; d += kVec) {
         (Vec::loadu(out + d) * factor).store(out + d);
       }
     }
-    const auto* weights = reinterpret_cast<const Scalar*>(s);
-    if constexpr (kStep == 2) {
+    const auto* probs = reinterpret_cast<const Scalar*>(s);
+    if constexpr (kPerLane == 2) {
       for (int r = 0; r < rows; ++r) {
-        store_rounded(s + r * kKeys, seen, p_.data() + r * kKeys);
+        store_rounded(s + r * kKeys, num_keys, p_.data() + r * kKeys);
       }
-      weights = reinterpret_cast<const Scalar*>(p_.data());
+      probs = reinterpret_cast<const Scalar*>(p_.data());
     }
     float* out = out_of(b * q_.height);
     if constexpr (kBlocked) {
       block_product<F>(
-          rows, weights, kKeys / kStep, v_.data(), padded_, padded_, seen / kStep, out, padded_,
-          true);
+          rows, probs, kKeys / kPerLane, v_.data(), padded_, padded_, num_keys / kPerLane, out,
+          padded_, true);
     } else {
       for (int64_t d = 0; d < padded_; d += kCols) {
-        run_tile<F, kKeys / kStep>(
-            rows, v_.data() + d * kKeys, weights, seen / kStep, out + d, padded_, true);
+        run_tile<F, kKeys / kPerLane>(
+            rows, v_.data() + d * kKeys, probs, num_keys / kPerLane, out + d, padded_, true);
       }
     }
   }
 
-  int64_t dim_, padded_; // values of a head, and rounded to panels
+  int64_t dim_, padded_; // D, and D rounded up to whole panels
   std::vector<Weight> rows_, k_, v_;
-  Blocks<F> q_;
-  std::vector<float> s_; // scores of a block, then their exponentials
-  std::vector<Weight> p_; // these, rounded
+  RowBlocks<F> q_;
+  std::vector<float> s_; // scores of a row block, then their exponentials
+  std::vector<Weight> p_; // the exponentials, rounded to bf16
   std::vector<float> out_, largest_;
-  std::vector<Vec> sum_; // per lane
+  std::vector<Vec> sum_; // per vector lane
 };
 
+// Divide the chunks into tasks and run them.
 template <bool kBlocked, typename Y, typename C>
 void prefill_by(
     const Step& step, const float* q, const Cache<C>& keys, const Cache<C>& values, Y* y) {
@@ -638,7 +650,7 @@ void prefill_by(
   for (int64_t b = step.num_decodes; b < step.num_seqs; ++b) {
     rows += step.cu_seqlens[b + 1] - step.cu_seqlens[b];
   }
-  // Large tasks read the keys less often; enough of them keep all threads busy.
+  // With larger tasks the keys are read less often; with more tasks all threads stay busy.
   constexpr int64_t kHeight = kBlocked ? kBlockedRows : kRows;
   int64_t span = PrefillTask<C, kBlocked>::kQueries;
   while (span > 2 * kHeight && rows * step.num_heads < span * threads * 4) {
@@ -658,7 +670,7 @@ void prefill_by(
     PrefillTask<C, kBlocked> task(step.head_dim);
     int64_t begin, end;
     while (queue.take(begin, end)) {
-      // The last queries of a sequence cost most: they go first.
+      // The last queries of a sequence attend to most keys: start with them.
       const Work& w = work[work.size() - 1 - begin];
       const int64_t row = step.cu_seqlens[w.seq];
       const int64_t length = step.cu_seqlens[w.seq + 1] - row;
@@ -673,11 +685,12 @@ void prefill_by(
   });
 }
 
-// The other rows, stored before, their rotated queries in q [T, H, D].
+// Sequences [num_decodes, num_seqs), whose new tokens are in the cache already. q fp32 [T, H, D]:
+// rotated and scaled.
 template <typename Y, typename C>
 void prefill(
     const Step& step, const float* q, const Cache<C>& keys, const Cache<C>& values, Y* y) {
-  if constexpr (Format<C>::kStep == 2) {
+  if constexpr (Format<C>::kPerLane == 2) {
     if (is_blocked<Format<C>>(step.num_tokens - step.num_decodes, step.head_dim)) {
       return prefill_by<true>(step, q, keys, values, y);
     }

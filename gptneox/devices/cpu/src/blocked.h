@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of many rows by oneDNN's blocked kernels (at::native::cpublas::brgemm), which use AMX
-// tiles, AVX-512 or AVX2 by what the processor has. Weights are read from the same panels as by the
-// register tile of tile.h; activations lie row by row instead of transposed.
+// The blocked kernels: oneDNN's brgemm (at::native::cpublas::brgemm), for products of many rows. It
+// uses AMX tiles, AVX-512 or AVX2, whichever the processor has. It reads the same panels as the
+// register tile, but row-major activations.
 //
-// A product of two bf16 parts stands for fp16: every finite fp16 value is the sum of two bf16
-// values, and an fp32 activation is one to 2^-16. w x = w_hi x_hi + w_hi x_lo + w_lo x_hi then has
+// fp16 weights are multiplied as two bf16 parts: every finite fp16 value is the sum of two bf16
+// values, and so is an fp32 activation to within 2^-16. w x = w_hi x_hi + w_hi x_lo + w_lo x_hi has
 // a relative error of 4e-6 (the product in fp32: 3e-7; activations rounded to fp16: 2e-4).
 #pragma once
 
@@ -14,26 +14,27 @@
 
 namespace gptneox {
 
-// Rows of a block: two AMX tiles.
+// Rows of a row block: two AMX tiles.
 constexpr int64_t kBlockedRows = 32;
 constexpr int64_t kNever = int64_t{1} << 62;
 
-// Over fewer entries of K the error of the two parts shows beside that of sums in fp32.
+// The smallest K of a split fp16 product. With fewer terms per sum, the error of the split is no
+// longer small against the rounding of fp32 sums.
 constexpr int64_t kSplitDepth = 256;
 
-// From how many rows on a product is blocked, by the weights' format. The register tile is faster
-// below; a trial after loading the library finds the number.
+// The smallest number of rows that goes to the blocked kernels, by dtype of the weights. With fewer
+// rows the register tile is faster. blocked.py measures the numbers after loading the library.
 struct BlockedFrom {
   int64_t bf16 = kNever, fp16 = kNever, fp32 = kNever;
 };
 inline BlockedFrom blocked_from;
 
-// The panels of W can be read by the blocked kernels here: pairs of bf16 need the layout that
-// vectors of sixteen have.
+// Whether brgemm can read the panels of this format. It multiplies half precision as pairs of bf16,
+// a layout that exists only with bf16 dot products.
 template <typename F>
 constexpr bool kCanBlock = std::is_same_v<typename F::Weight, float> || GPTNEOX_BF16_DOT;
 
-// Whether the blocked kernels multiply so many rows of activations of `depth` entries.
+// Whether activations [rows, depth] go to the blocked kernels.
 template <typename F>
 inline bool is_blocked(int64_t rows, int64_t depth) {
   using W = typename F::Weight;
@@ -48,8 +49,9 @@ inline bool is_blocked(int64_t rows, int64_t depth) {
   }
 }
 
-// Activations of K entries for the blocked kernels, in the memory of K values of 32 bits (bf16: of
-// K / 2): fp32 as they are; bf16 rounded; fp16 as two planes of `plane` values, x_hi and x_lo.
+// Write part of a row of activations, x [count], in the form that multiplies weights of format F.
+// fp32: copied. bf16: rounded. fp16: split into two planes, x_hi at `out` and x_lo `plane` values
+// later.
 template <typename F>
 inline void write_row(const float* x, int64_t count, int64_t plane, void* out) {
   if constexpr (std::is_same_v<typename F::Weight, float>) {
@@ -83,16 +85,17 @@ inline void write_row(const float* x, int64_t count, int64_t plane, void* out) {
 }
 
 #if GPTNEOX_BF16_DOT
-// fp16 weights [count][kCols] of a panel as two panels of bf16 pairs, [count / 2][kCols][2].
+// Split fp16 weights [count][kCols] of a panel into w_hi and w_lo, panels of bf16 pairs
+// [count / 2][kCols][2].
 inline void split_weights(
     const c10::Half* panel, int64_t count, c10::BFloat16* high, c10::BFloat16* low) {
   const auto pairs = [](const Vec& even, const Vec& odd, c10::BFloat16* out) {
-    // Halves of 32-bit lanes: the even row below, the odd row above.
+    // The even row fills the low halves of the 32-bit lanes, the odd row the high halves.
     const auto bits = [](const Vec& v) { return _mm512_castps_si512(__m512(v)); };
     _mm512_storeu_si512(
         out, _mm512_or_si512(_mm512_srli_epi32(bits(even), 16), bits(odd)));
   };
-  const auto rounded = [](const Vec& v) { // to bf16, as fp32 with zeros below
+  const auto rounded = [](const Vec& v) { // to bf16, as fp32 with the low bits zero
     const __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(__m512(v)));
     return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
   };
@@ -109,20 +112,20 @@ inline void split_weights(
 }
 #endif
 
-// c [rows][columns] (+)= a * panel over `count` steps of K. Rows of a stand `stride` steps apart,
-// those of c `ldc` values; a step of the panel has `width` columns, of which the first count.
+// c [rows][columns] (+)= a * panel over `k_steps` K steps. Rows of a are `stride` K steps apart,
+// rows of c `ldc` values. The panel is `width` columns wide; the first `columns` are multiplied.
 template <typename F>
 inline void block_product(
     int64_t rows, const void* a, int64_t stride, const void* panel, int64_t width, int64_t columns,
-    int64_t count, float* c, int64_t ldc, bool accumulate) {
+    int64_t k_steps, float* c, int64_t ldc, bool accumulate) {
   using at::native::cpublas::brgemm;
   if constexpr (std::is_same_v<typename F::Weight, float>) {
     brgemm(
-        rows, columns, count, stride, width, ldc, accumulate, static_cast<const float*>(a),
+        rows, columns, k_steps, stride, width, ldc, accumulate, static_cast<const float*>(a),
         static_cast<const float*>(panel), c, false);
   } else {
     brgemm(
-        rows, columns, count * 2, stride * 2, width, ldc, accumulate,
+        rows, columns, k_steps * 2, stride * 2, width, ldc, accumulate,
         static_cast<const c10::BFloat16*>(a), static_cast<const c10::BFloat16*>(panel), c, true);
   }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Work for all threads. A step of many small parts keeps torch's threads together from beginning to
-// end: handing a part to threads that wait for it costs a tenth of starting them anew.
+// Parallel loops. A step opens one parallel region and runs all its kernels in it (`Team`): waking
+// threads that spin costs a tenth of opening a region for every kernel.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -18,9 +18,9 @@
 
 namespace gptneox {
 
-// Waiting for another thread: for a moment attentively, then so that whoever shares the core gets
-// on.
-class Patience {
+// Waits for another thread: spins with a pause instruction and yields every 4096 spins, so that
+// other work on the core still runs.
+class SpinWait {
  public:
   void wait() {
     if (++count_ % 4096 == 0) {
@@ -37,10 +37,12 @@ class Patience {
   uint32_t count_ = 0;
 };
 
+// The threads of one parallel region: a leader, which runs the step, and followers, which wait for
+// its tasks.
 class Team {
  public:
-  // Call `leader` here while torch's other threads wait for what it hands out. What any of them
-  // throws is thrown here.
+  // Run `leader` on this thread while torch's other threads follow. Rethrows an exception of any
+  // thread.
   template <typename Leader>
   static void lead(Leader&& leader) {
     const int threads = at::get_num_threads();
@@ -54,23 +56,24 @@ class Team {
         team.follow();
         return;
       }
-      const Leading leading(team);
+      const LeaderScope scope(team);
       leader();
     });
   }
 
-  // The team that this thread leads, or null.
+  // The team that this thread leads, else null.
   static Team* current() {
     return current_;
   }
 
-  // Call `body` here and on every other thread that comes in time, until all have returned.
+  // Call `body` on this thread and on every follower that joins before this thread has finished.
+  // Returns when all calls have returned.
   template <typename Body>
   void run(Body& body) {
     body_ = &body;
-    call_ = [](void* known) { (*static_cast<Body*>(known))(); };
+    call_ = [](void* pointer) { (*static_cast<Body*>(pointer))(); };
     {
-      const Opened opened(*this);
+      const TaskScope scope(*this);
       body();
     }
     if (failed_.exchange(false)) {
@@ -79,43 +82,45 @@ class Team {
   }
 
  private:
-  struct Leading {
+  // RAII: this thread leads; the destructor ends the loops of the followers.
+  struct LeaderScope {
     Team& team;
-    explicit Leading(Team& led) : team(led) {
+    explicit LeaderScope(Team& led) : team(led) {
       current_ = &team;
     }
-    ~Leading() {
+    ~LeaderScope() {
       current_ = nullptr;
       team.ended_.store(true);
     }
   };
 
-  // While one lives, the others may begin; it goes when all that did have returned.
-  struct Opened {
+  // RAII: opens the task; the destructor closes it and waits for every follower inside.
+  struct TaskScope {
     Team& team;
-    explicit Opened(Team& of) : team(of) {
-      team.open_.store(++team.number_);
+    explicit TaskScope(Team& owner) : team(owner) {
+      team.task_id_.store(++team.num_tasks_);
     }
-    ~Opened() {
-      team.open_.store(0);
-      for (Patience patience; team.inside_.load() > 0;) {
-        patience.wait();
+    ~TaskScope() {
+      team.task_id_.store(0);
+      for (SpinWait spin; team.num_inside_.load() > 0;) {
+        spin.wait();
       }
     }
   };
 
   void follow() {
-    int64_t done = 0;
-    for (Patience patience; !ended_.load(std::memory_order_relaxed);) {
-      const int64_t seen = open_.load(std::memory_order_relaxed);
-      if (seen == 0 || seen == done) {
-        patience.wait();
+    int64_t last_id = 0;
+    for (SpinWait spin; !ended_.load(std::memory_order_relaxed);) {
+      const int64_t id = task_id_.load(std::memory_order_relaxed);
+      if (id == 0 || id == last_id) {
+        spin.wait();
         continue;
       }
-      inside_.fetch_add(1);
-      // Looked at again: from now on the leader waits before anything goes.
-      if (const int64_t number = open_.load(); number != 0) {
-        done = number;
+      num_inside_.fetch_add(1);
+      // Read again: the task may have closed meanwhile. If it is open now, the leader waits for
+      // this thread before the task's body goes out of scope.
+      if (const int64_t open_id = task_id_.load(); open_id != 0) {
+        last_id = open_id;
         try {
           call_(body_);
         } catch (...) {
@@ -124,23 +129,24 @@ class Team {
           }
         }
       }
-      inside_.fetch_sub(1);
+      num_inside_.fetch_sub(1);
     }
   }
 
   static inline thread_local Team* current_ = nullptr;
-  alignas(64) std::atomic<int64_t> open_{0}; // number of what is to be done, or 0
+  // Each on a cache line of its own: all threads read the first, all write the second.
+  alignas(64) std::atomic<int64_t> task_id_{0}; // the open task, or 0
   std::atomic<bool> ended_{false};
-  alignas(64) std::atomic<int64_t> inside_{0};
-  alignas(64) int64_t number_ = 0;
+  alignas(64) std::atomic<int64_t> num_inside_{0}; // followers that run or are about to
+  alignas(64) int64_t num_tasks_ = 0;
   void* body_ = nullptr;
   void (*call_)(void*) = nullptr;
   std::atomic<bool> failed_{false};
   std::exception_ptr failure_;
 };
 
-// Threads take groups of work from a counter, so that one that is disturbed does less. Groups
-// shrink towards the end, so that all end together.
+// Guided self-scheduling: threads take chunks of work from a shared counter. A preempted thread
+// takes fewer chunks, and chunks shrink towards the end, so that all threads finish together.
 class WorkQueue {
  public:
   WorkQueue(int64_t total, int64_t largest)
@@ -163,7 +169,8 @@ class WorkQueue {
   int64_t total_, largest_, threads_;
 };
 
-// Call `body` on all threads, which share out work among themselves. In a team not all may come.
+// Call `body` on all threads; `body` divides the work, for example by a WorkQueue. Inside a Team,
+// late followers may miss a task, so `body` must not rely on the number of calls.
 template <typename Body>
 inline void on_all_threads(Body&& body) {
   const int threads = at::get_num_threads();
@@ -180,7 +187,7 @@ inline void on_all_threads(Body&& body) {
   }
 }
 
-// Call `body(begin, end)` for ranges of about `grain` that make up [0, count).
+// Call `body(begin, end)` in parallel for ranges of at most `grain` that cover [0, count).
 template <typename Body>
 inline void for_ranges(int64_t count, int64_t grain, Body&& body) {
   if (count <= grain || at::get_num_threads() == 1) {

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The register tile that every product of this library is made of: a few rows of activations times
-// a panel of weights, summed in fp32. Written on ATen's vector classes, so that one source serves
-// AVX-512, AVX2, NEON and plain C++.
+// The register tile: up to kRows rows of activations times one panel of weights, summed in fp32. It
+// is the inner loop of matrix products and of prompt attention. ATen's vector classes let one
+// source serve AVX-512, AVX2, NEON and plain C++.
 //
-// A panel holds kCols columns (output features) of a matrix, all of its K rows one after another:
-// [K][kCols]. Activations come in blocks of up to kRows rows, transposed: [K][rows]. Both are then
-// read from front to back.
+// Both operands are read from front to back: panels as packing.h lays them out, activations
+// transposed as rows.h lays them out.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -15,6 +14,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <string>
 
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
 #define GPTNEOX_BF16_DOT 1
@@ -27,11 +28,14 @@ namespace gptneox {
 using Vec = at::vec::Vectorized<float>;
 
 constexpr int kVec = Vec::size();
-constexpr int kCols = 2 * kVec;
-// Accumulators of a tile must fit the register file: 16 registers on AVX2, 32 elsewhere.
+constexpr int kCols = 2 * kVec; // output features of a panel
+// Rows of a tile. Its accumulators must fit the register file: 16 registers on AVX2, 32 elsewhere.
 constexpr int kRows = kVec == 8 ? 6 : 12;
-// K is padded with zeros to this multiple, so that unrolled loops have no remainder.
+// K is padded with zeros to a multiple of this, so that unrolled loops have no remainder.
 constexpr int64_t kDepth = 16;
+
+// The score of a masked position, and the initial value of a maximum.
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -53,7 +57,7 @@ inline Vec load(const c10::BFloat16* p) {
   return out;
 }
 
-// The compiler's own vector type: unlike arrays of Vec, arrays of it stay in registers.
+// The compiler's vector type. Arrays of it stay in registers; arrays of Vec do not.
 typedef float Lanes __attribute__((vector_size(kVec * sizeof(float))));
 
 inline Lanes lanes(const Vec& x) {
@@ -69,29 +73,30 @@ inline Lanes lanes(const float* p) {
   return out;
 }
 
-// How a weight type is multiplied: Weight is what memory holds, Scalar one entry of a transposed
-// block of activations, kStep the values of K that one entry stands for.
+// How weights of type W are multiplied. kPerLane: consecutive values of K that share a 32-bit lane;
+// one K step multiplies that many. Scalar: the activations of a row for a K step, 32 bits. Operand:
+// weights of a K step in a register.
 template <typename W>
 struct Format {
   using Weight = W;
   using Scalar = float;
-  static constexpr int kStep = 1;
+  static constexpr int kPerLane = 1;
   using Operand = Lanes;
   static Operand operand(const W* p) {
     return lanes(load(p));
   }
   static Lanes multiply_add(Scalar a, Operand b, Lanes c) {
-    return c + b * a; // contracted to one instruction
+    return c + b * a; // the compiler makes this one fused multiply-add
   }
 };
 
 #if GPTNEOX_BF16_DOT
-// Two neighbours of K in one 32-bit lane; activations are rounded to bf16.
+// bf16 dot products: two values of K per lane; activations are rounded to bf16.
 template <>
 struct Format<c10::BFloat16> {
   using Weight = c10::BFloat16;
   using Scalar = uint32_t;
-  static constexpr int kStep = 2;
+  static constexpr int kPerLane = 2;
   using Operand = __m512bh;
   static Operand operand(const Weight* p) {
     return (__m512bh)_mm512_loadu_si512(p);
@@ -103,25 +108,26 @@ struct Format<c10::BFloat16> {
 };
 #endif
 
-// Half-precision weights without an instruction of their own.
+// Half-precision weights that no dot-product instruction takes: they are widened to fp32.
 template <typename F>
-constexpr bool kWidened = F::kStep == 1 && sizeof(typename F::Weight) == 2;
+constexpr bool kWidened = F::kPerLane == 1 && sizeof(typename F::Weight) == 2;
 
-// One tile: c[R][kCols] (+)= a * panel over `steps` entries of K, a multiple of the unrolling. Rows
-// of c are `ldc` apart; those of a stand side by side, or kRowStride apart where that is given.
-// kStreamed: the panel comes from memory, not from a cache.
+// One tile: c [R][kCols] (+)= a * panel over `k_steps` K steps, a multiple of kChains. Rows of c
+// are `ldc` apart. a is transposed, [k_steps][R], or row-major with kRowStride where that is not 0.
+// kStreamed: the panel comes from memory, not from a processor cache.
 template <typename F, int R, int kRowStride, bool kStreamed>
 inline void tile(
     const typename F::Weight* panel,
     const typename F::Scalar* a,
-    int64_t steps,
+    int64_t k_steps,
     float* c,
     int64_t ldc,
     bool accumulate) {
-  // Few rows need several chains of sums to hide the latency of a multiply-add.
+  // With few rows, several independent sums hide the latency of a multiply-add.
   constexpr int kChains = R == 1 ? 8 : R <= 3 ? 4 : R <= 6 && kRows > 6 ? 2 : 1;
-  constexpr int64_t kStride = kCols * F::kStep;
-  // How far ahead, and whether every line or one per step, was measured for each number of rows.
+  constexpr int64_t kStride = kCols * F::kPerLane;
+  // Prefetch distance in bytes, and whether to prefetch every cache line or one per K step: both
+  // were measured for each number of rows.
   constexpr int64_t kAhead = !kStreamed ? 2048 : R > 4 ? 8192 : R == 1 && kWidened<F> ? 256 : 2048;
   constexpr bool kEveryLine = kStreamed && (R <= 2 || R > 4);
   constexpr int64_t kFetched = kEveryLine ? kStride * sizeof(typename F::Weight) : 64;
@@ -137,12 +143,12 @@ inline void tile(
       }
     }
   }
-  for (int64_t k = 0; k < steps; k += kChains) {
+  for (int64_t k = 0; k < k_steps; k += kChains) {
 #pragma GCC unroll 8
     for (int u = 0; u < kChains; ++u) {
       const auto* p = panel + (k + u) * kStride;
-      // To the second level only: on a Zen 4, panels that were fetched to the first arrived at half
-      // the rate. Beyond the end of a panel lies the next one, or nothing: that does not fault.
+      // Prefetch to the second-level cache only: on a Zen 4, prefetching to the first level halved
+      // the bandwidth. An address beyond the end is harmless: a prefetch cannot fault.
 #pragma GCC unroll 4
       for (int64_t offset = 0; offset < kFetched; offset += 64) {
         __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead + offset, 0, 2);
@@ -170,12 +176,13 @@ inline void tile(
   }
 }
 
+// `tile` for a number of rows that is only known at run time.
 template <typename F, int kRowStride = 0, bool kStreamed = false>
 inline void run_tile(
     int rows,
     const typename F::Weight* panel,
     const typename F::Scalar* a,
-    int64_t steps,
+    int64_t k_steps,
     float* c,
     int64_t ldc,
     bool accumulate) {
@@ -183,7 +190,7 @@ inline void run_tile(
 #define GPTNEOX_ROWS(R)                                                       \
   case R:                                                                     \
     if constexpr (R <= kRows) {                                               \
-      tile<F, R, kRowStride, kStreamed>(panel, a, steps, c, ldc, accumulate); \
+      tile<F, R, kRowStride, kStreamed>(panel, a, k_steps, c, ldc, accumulate); \
     }                                                                         \
     break;
     GPTNEOX_ROWS(1)
@@ -200,6 +207,12 @@ inline void run_tile(
     GPTNEOX_ROWS(12)
 #undef GPTNEOX_ROWS
   }
+}
+
+// The vectors and instructions that the library was compiled for.
+inline std::string describe() {
+  std::string text = "vectors of " + std::to_string(kVec) + " floats";
+  return GPTNEOX_BF16_DOT ? text + ", bf16 dot products" : text;
 }
 
 } // namespace gptneox

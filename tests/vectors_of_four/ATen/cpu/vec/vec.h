@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <tuple>
 
 namespace at::vec {
 
@@ -109,6 +110,11 @@ Eight<C> convert_from_float(const Four& a, const Four& b) {
 }
 inline Eight<c10::BFloat16> convert_float_bfloat16(const Four& a, const Four& b) {
   return convert_from_float<c10::BFloat16>(a, b);
+}
+inline std::tuple<Four, Four> convert_bfloat16_float(const Eight<c10::BFloat16>& x) {
+  return {
+      Four::each([&](int i) { return static_cast<float>(x.v[i]); }),
+      Four::each([&](int i) { return static_cast<float>(x.v[4 + i]); })};
 }
 inline void load_fp32_from_bf16(const c10::BFloat16* p, Four& out) {
   out = Four::each([p](int i) { return static_cast<float>(p[i]); });

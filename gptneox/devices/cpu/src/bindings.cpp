@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Python module. This is the only translation unit: it includes every header.
+
+#include <torch/csrc/utils/pybind.h>
+
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "blocked.h"
+#include "greedy.h"
+#include "layer.h"
+#include "linear.h"
+#include "memory.h"
+#include "norm.h"
+#include "packing.h"
+#include "step.h"
+#include "tile.h"
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  namespace py = pybind11;
+  using namespace gptneox;
+  using Release = py::call_guard<py::gil_scoped_release>;
+  py::class_<Packed, std::shared_ptr<Packed>>(m, "Packed")
+      .def_property_readonly("nbytes", [](const Packed& p) { return p.panels.nbytes(); });
+  py::class_<Layer, std::shared_ptr<Layer>>(m, "Layer")
+      .def(py::init([](std::vector<at::Tensor> norms, std::vector<std::shared_ptr<Packed>> weights,
+                       std::vector<std::optional<at::Tensor>> biases, double eps, int activation) {
+        auto layer = std::make_shared<Layer>();
+        layer->norms[0] = {norms.at(0), norms.at(1)};
+        layer->norms[1] = {norms.at(2), norms.at(3)};
+        layer->qkv = weights.at(0);
+        layer->up = weights.at(1);
+        layer->dense = weights.at(2);
+        layer->down = weights.at(3);
+        layer->qkv_bias = biases.at(0);
+        layer->up_bias = biases.at(1);
+        layer->out_bias = biases.at(2);
+        layer->eps = static_cast<float>(eps);
+        layer->activation = static_cast<Activation>(activation);
+        layer->check();
+        return layer;
+      }), py::arg("norms"), py::arg("weights"), py::arg("biases"), py::arg("eps"),
+           py::arg("activation"))
+      .def("front", &Layer::front, Release(), py::arg("x"))
+      .def(
+          "back", &Layer::back, Release(), py::arg("attended"), py::arg("mlp"),
+          py::arg("residual"));
+  py::class_<StepAttention>(m, "Step")
+      .def(
+          py::init<const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                   const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                   int64_t, double, const std::optional<at::Tensor>&>(),
+          py::kw_only(), py::arg("cache"), py::arg("positions"), py::arg("cos"), py::arg("sin"),
+          py::arg("slots"), py::arg("block_tables"), py::arg("cu_seqlens"), py::arg("context_lens"),
+          py::arg("num_decodes"), py::arg("scale"), py::arg("starts"))
+      .def(
+          "attend", &StepAttention::attend, Release(), py::arg("qkv"), py::arg("k_cache"),
+          py::arg("v_cache"))
+      .def("run", &run_layers, Release(), py::arg("x"), py::arg("layers"), py::arg("caches"));
+  m.def("pack", &pack, Release(), py::arg("weight"));
+  m.def(
+      "linear", &linear, Release(), py::arg("x"), py::arg("weight"), py::arg("bias"),
+      py::arg("activation"));
+  m.def(
+      "layer_norm", &layer_norm, Release(), py::arg("x"), py::arg("scale"), py::arg("shift"),
+      py::arg("eps"));
+  m.def("greedy", &greedy, Release(), py::arg("logits"));
+  m.def(
+      "allocate",
+      [](std::vector<int64_t> sizes, const at::Tensor& like) {
+        return allocate(sizes, like.scalar_type());
+      },
+      py::arg("sizes"), py::arg("like"));
+  m.def("describe", &describe);
+  m.def(
+      "set_blocked_from",
+      [](int64_t bf16, int64_t fp16, int64_t fp32) { blocked_from = {bf16, fp16, fp32}; },
+      py::arg("bf16"), py::arg("fp16"), py::arg("fp32"));
+  m.def("blocked_from", [] {
+    return std::make_tuple(blocked_from.bf16, blocked_from.fp16, blocked_from.fp32);
+  });
+}

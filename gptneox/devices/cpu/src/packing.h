@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+// Packing of weight matrices into panels.
+//
+// The panel layout. A panel holds kCols output features of a matrix [F, K], and all of its K, so
+// that a product reads it from front to back: [K / kPerLane][kCols][kPerLane]. K is padded with
+// zeros to a multiple of kDepth, the last panel with features of zeros. Prefill attention puts its
+// keys and values into the same layout.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <memory>
+
+#include "arguments.h"
+#include "memory.h"
+#include "tile.h"
+
+namespace gptneox {
+
+// A weight matrix [F, K] in panels.
+struct Packed {
+  at::Tensor panels; // [ceil(F / kCols), padded K, kCols], dtype of the weight
+  int64_t features = 0;
+  int64_t depth = 0; // K, unpadded
+
+  int64_t padded() const {
+    return panels.size(1);
+  }
+  int64_t num_panels() const {
+    return panels.size(0);
+  }
+};
+
+// weight [F, K], contiguous, to panels `out`.
+template <typename W>
+void pack_into(const at::Tensor& weight, const at::Tensor& out) {
+  using F = Format<W>;
+  const W* from = weight.const_data_ptr<W>();
+  W* to = out.data_ptr<W>();
+  const int64_t features = weight.size(0), depth = weight.size(1), padded = out.size(1);
+  at::parallel_for(0, out.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      W* p = to + panel * padded * kCols;
+      // kDepth values of K at a time: the lines being written stay in the first-level cache.
+      for (int64_t k0 = 0; k0 < padded; k0 += kDepth) {
+        for (int64_t j = 0; j < kCols; ++j) {
+          const int64_t row = panel * kCols + j;
+          const W* source = from + row * depth;
+          for (int64_t k = k0; k < k0 + kDepth; ++k) {
+            const W value = row < features && k < depth ? source[k] : W(0.f);
+            p[k / F::kPerLane * F::kPerLane * kCols + j * F::kPerLane + k % F::kPerLane] = value;
+          }
+        }
+      }
+    }
+  });
+}
+
+// weight [F, K] of float32, float16 or bfloat16. Raises ValueError, TypeError.
+inline std::shared_ptr<Packed> pack(const at::Tensor& weight) {
+  TORCH_CHECK_VALUE(weight.dim() == 2, "weight has ", weight.dim(), " dimensions; 2 are expected");
+  auto packed = std::make_shared<Packed>();
+  packed->features = weight.size(0);
+  packed->depth = weight.size(1);
+  const at::Tensor source = weight.contiguous();
+  with_type(weight.scalar_type(), [&](auto zero) {
+    packed->panels = allocate(
+        {(packed->features + kCols - 1) / kCols, round_up(packed->depth, kDepth), kCols},
+        weight.scalar_type());
+    pack_into<decltype(zero)>(source, packed->panels);
+  });
+  return packed;
+}
+
+} // namespace gptneox
