@@ -58,8 +58,8 @@ WIDTH = st.one_of(st.sampled_from([1, 16, 17, 32, 256, 1025]), st.integers(1, 30
 few = functools.partial(settings, deadline=None, derandomize=True, database=None)
 
 
-# From how many rows on products are blocked: never, from one row on, or from 13 on.
-METHODS = {"register tile": blocked.NEVER, "blocked": 1, "mixed": 13}
+# From how many rows on products are blocked: never, or from one row on.
+METHODS = {"register tile": blocked.NEVER, "blocked": 1}
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -118,6 +118,27 @@ def test_products(
         limit = 1.2 * limit + 1e-6  # the steepest slope, and the function's own error
     assert actual.dtype == torch.float32
     assert ((actual - exact).abs() <= limit + 2**-22 * exact.abs()).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layers_where_the_method_changes(cpu: CompiledCpuOperators, dtype: torch.dtype) -> None:
+    """One row more or less than the number from which on products are blocked."""
+    before = cpu.kernels.blocked_from()
+    weights = random_layer(256, 256, 300, has_bias=True, dtype=dtype, activation="silu")
+    packed, x = cpu.pack_layer(weights), randn(14, 256, seed=1)
+    try:
+        outputs = []
+        for num_rows in (12, 13, 14):
+            cpu.kernels.set_blocked_from(bf16=13, fp16=13, fp32=13)
+            stream = x[:num_rows].clone()
+            qkv, mlp = cpu.layer_front(stream, packed)
+            outputs.append(cpu.layer_back(qkv[:, :256].contiguous(), mlp, packed, stream))
+    finally:
+        cpu.kernels.set_blocked_from(*before)
+    limit = 2**-6 if dtype == torch.bfloat16 else 2e-5
+    for out in outputs[:2]:
+        largest = outputs[2].abs().max().item()
+        torch.testing.assert_close(out, outputs[2][: len(out)], rtol=0, atol=limit * largest)
 
 
 @few(max_examples=20)
