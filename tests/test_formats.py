@@ -137,7 +137,7 @@ def logits(model: GPTNeoX) -> Tensor:
     from gptneox.engine.paged import PagedEngine
 
     settings = checkpoints.EngineSection(num_blocks=8, block_size=16)
-    return paged_logits(PagedEngine(model, settings, torch.float32), [*range(1, 24)], 20)
+    return paged_logits(PagedEngine(model, settings), [*range(1, 24)], 20)
 
 
 def assert_equal(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -117,13 +117,12 @@ class Engine(ABC):
     """
 
     name: ClassVar[str]  # the value of --attention that selects it
-    prefers_parts: ClassVar[bool] = False  # see `rank_directory`
+    prefers_parts: ClassVar[bool] = False  # see `find_part`
 
     def __init__(
         self,
         model: GPTNeoX,
         settings: EngineSection,
-        dtype: torch.dtype,
         *,
         tokenizer: Any = None,
         rules: GenerationRules = NO_RULES,
@@ -131,16 +130,23 @@ class Engine(ABC):
         """Wrap a loaded model; `from_pretrained` also loads it.
 
         Args:
-            model: the model with its weights.
+            model: the model with its weights and its size.
             settings: the [engine] section.
-            dtype: dtype of weights and KV cache.
             tokenizer: None for requests and answers in token ids only.
             rules: what the checkpoint's generation_config.json asks for.
+
+        Raises:
+            RuntimeError: there is no memory for what the engine keeps beside the model.
         """
-        self.model, self.settings, self.dtype = model, settings, dtype
+        self.model, self.settings = model, settings
         self.tokenizer, self.rules = tokenizer, rules
         self.eos_token_ids = end_of_text(rules, tokenizer)
         self.stats = EngineStats()
+        self._set_up()
+
+    @abstractmethod
+    def _set_up(self) -> None:
+        """Make what the engine keeps beside the model."""
 
     @classmethod
     def from_pretrained(
@@ -176,7 +182,12 @@ class Engine(ABC):
         positions = settings.max_position_embeddings
         model = GPTNeoX(opened.config, device, group, positions, settings.graphs)
         load_model(model, opened.path, opened.dtype, show_progress=show_progress)
-        return cls(model, settings, opened.dtype, tokenizer=opened.tokenizer, rules=opened.rules)
+        return cls(model, settings, tokenizer=opened.tokenizer, rules=opened.rules)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the model computes in."""
+        return self.model.size.dtype
 
     @property
     def device(self) -> Device:
@@ -203,7 +214,6 @@ class Engine(ABC):
             has_tokenizer=self.tokenizer is not None,
         )
 
-    @abstractmethod
     def complete(
         self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams]
     ) -> Iterator[tuple[int, Completion]]:
@@ -215,6 +225,16 @@ class Engine(ABC):
         Raises:
             InvalidParameter: see `check`.
         """
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        for prompt, p in zip(prompts, each, strict=True):
+            self.check(prompt, p)
+        return self._complete(prompts, each)
+
+    @abstractmethod
+    def _complete(
+        self, prompts: Seq[Seq[int]], params: Seq[SamplingParams]
+    ) -> Iterator[tuple[int, Completion]]:
+        """`complete` for prompts that are checked, each with its parameters."""
 
     def generate(
         self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams]

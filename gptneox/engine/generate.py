@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptneox.config.settings import EngineSection
 from gptneox.engine.api import (
     Completion,
     Engine,
@@ -25,7 +24,6 @@ from gptneox.engine.detokenizer import Detokenizer, append_until_end, decode
 from gptneox.engine.generation_config import NO_RULES, GenerationRules
 from gptneox.engine.sampler import describe_non_finite, non_finite_rows, restrict
 from gptneox.engine.sequence import InvalidParameter, SamplingParams, check_vocabulary
-from gptneox.model import GPTNeoX
 from gptneox.parallel import TensorParallelGroup
 
 
@@ -35,20 +33,11 @@ class GenerateEngine(Engine):
     name = "flash"
     prefers_parts = True
 
-    def __init__(
-        self,
-        model: GPTNeoX,
-        settings: EngineSection,
-        dtype: torch.dtype,
-        *,
-        tokenizer: Any = None,
-        rules: GenerationRules = NO_RULES,
-    ) -> None:
-        """See `Engine`."""
+    def _set_up(self) -> None:
+        """Put the adapter for transformers' `generate` around the model."""
         from gptneox.adapter import GPTNeoXForCausalLM  # transformers' generate is slow to import
 
-        super().__init__(model, settings, dtype, tokenizer=tokenizer, rules=rules)
-        self.adapter: Any = GPTNeoXForCausalLM.around(model)
+        self.adapter: Any = GPTNeoXForCausalLM.around(self.model)
         torch.manual_seed(1)  # every rank must draw the same random numbers
 
     def check(self, prompt_ids: Seq[int], params: SamplingParams) -> None:
@@ -58,20 +47,17 @@ class GenerateEngine(Engine):
             if getattr(params, name) is not None:
                 raise InvalidParameter(name, getattr(params, name), "None with --attention flash")
 
-    def complete(
-        self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams]
+    def _complete(
+        self, prompts: Seq[Seq[int]], params: Seq[SamplingParams]
     ) -> Iterator[tuple[int, Completion]]:
         """See `Engine`. All prompts of a call must have the same parameters.
 
         A seed is set once per call, before its first batch; without one, the random state carries
         over from the last call.
         """
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        for prompt, p in zip(prompts, each, strict=True):
-            self.check(prompt, p)
-        if any(p != each[0] for p in each):
+        if any(p != params[0] for p in params):
             raise InvalidParameter("params", "not alike", "the same for every row of a batch")
-        return self._batches(prompts, each[0]) if each else iter(())
+        return self._batches(prompts, params[0]) if params else iter(())
 
     def _batches(
         self, prompts: Seq[Seq[int]], params: SamplingParams

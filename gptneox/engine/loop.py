@@ -72,6 +72,10 @@ class EngineLoop:
             InvalidParameter: see `PagedEngine.check`.
         """
         self.engine.check(prompt_ids, params)
+        return self._queue(prompt_ids, params)
+
+    def _queue(self, prompt_ids: Seq[int], params: SamplingParams) -> int:
+        """`add` for a request that is checked."""
         with self._lock:
             number = self._next_number
             self._next_number += 1
@@ -131,7 +135,7 @@ class EngineLoop:
         """
         for prompt, p in zip(prompts, params, strict=True):
             self.engine.check(prompt, p)
-        index = {self.add(*pair): i for i, pair in enumerate(zip(prompts, params, strict=True))}
+        index = {self._queue(*pair): i for i, pair in enumerate(zip(prompts, params, strict=True))}
         done: dict[int, Completion] = {}
         while len(done) < len(index):
             completions = self.round()

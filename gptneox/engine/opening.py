@@ -53,10 +53,10 @@ def open_checkpoint(
         dtype: a dtype, or "auto" for the one in config.json.
         with_tokenizer: False for requests and answers in token ids only.
         trust_remote_code: see `load_tokenizer`.
-        prefer_parts: see `rank_directory`.
+        prefer_parts: see `find_part`.
 
     Raises:
-        ValueError, OSError: the files are wrong; see `rank_directory`, `ModelConfig`,
+        ValueError, OSError: the files are wrong; see `find_part`, `ModelConfig`,
             `load_tokenizer` and `read_generation_config`; or the device cannot compute in `dtype`.
     """
     path, config = find_part(model_path, group, prefer_parts=prefer_parts)

@@ -3,27 +3,22 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EngineSection
 from gptneox.engine.api import Completion, Engine, NextToken, StepStats, raise_failure
 from gptneox.engine.block_manager import BlockManager
 from gptneox.engine.detokenizer import Detokenizer, append_until_end
-from gptneox.engine.generation_config import NO_RULES, GenerationRules
+from gptneox.engine.generation_config import NO_RULES
 from gptneox.engine.runner import ModelRunner, StepResult
 from gptneox.engine.sampler import describe_non_finite
 from gptneox.engine.scheduler import Scheduled, Scheduler
 from gptneox.engine.sequence import InvalidParameter, SamplingParams, Sequence
 from gptneox.kv_cache import PagedKVCache
-from gptneox.model import GPTNeoX
 
 
 @dataclass
@@ -45,21 +40,9 @@ class PagedEngine(Engine):
 
     name = "paged"
 
-    def __init__(
-        self,
-        model: GPTNeoX,
-        settings: EngineSection,
-        dtype: torch.dtype,
-        *,
-        tokenizer: Any = None,
-        rules: GenerationRules = NO_RULES,
-    ) -> None:
-        """See `Engine`.
-
-        Raises:
-            RuntimeError: there is no memory for a single block.
-        """
-        super().__init__(model, settings, dtype, tokenizer=tokenizer, rules=rules)
+    def _set_up(self) -> None:
+        """Make the KV cache, as large as the settings or the memory say, and what schedules it."""
+        model, settings = self.model, self.settings
         config, ranks = model.config, model.group.world_size
         free = model.device.memory().free
         block_bytes = model.size.token_bytes * settings.block_size
@@ -105,6 +88,10 @@ class PagedEngine(Engine):
             InvalidParameter: see `check`.
         """
         self.check(prompt_ids, params)
+        return self._queue(prompt_ids, params)
+
+    def _queue(self, prompt_ids: Seq[int], params: SamplingParams) -> int:
+        """`add_request` for a request that is checked."""
         eos = () if params.ignore_eos else self.eos_token_ids
         rules = self.rules if params.obey_rules else NO_RULES
         seq = Sequence.create(self._next_id, prompt_ids, params, rules, eos)
@@ -142,21 +129,12 @@ class PagedEngine(Engine):
         while self.has_work:
             yield from self.step()
 
-    def complete(
-        self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams]
-    ) -> Iterator[tuple[int, Completion]]:
-        """See `Engine`. Other requests advance too; `step` returns their completions."""
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        for prompt, p in zip(prompts, each, strict=True):
-            self.check(prompt, p)
-        return self._deliver(prompts, each)
-
-    def _deliver(
+    def _complete(
         self, prompts: Seq[Seq[int]], params: Seq[SamplingParams]
     ) -> Iterator[tuple[int, Completion]]:
-        """Queue requests and step until they have all finished."""
+        """See `Engine`. Other requests advance too; `step` returns their completions."""
         pairs = zip(prompts, params, strict=True)
-        index = {self.add_request(*pair): i for i, pair in enumerate(pairs)}
+        index = {self._queue(*pair): i for i, pair in enumerate(pairs)}
         waiting = set(index)
         try:
             while waiting:
@@ -230,19 +208,18 @@ class PagedEngine(Engine):
 
     def _late(self, scheduled: list[Scheduled], now: float) -> set[int]:
         """Ids of the requests over the time limit; rank 0's clock decides, so that ranks agree."""
-        requests = [
-            self._requests[item.seq.request_id]
+        limits = {
+            item.seq.request_id: limit
             for item in scheduled
-            if item.seq.rules.max_time is not None
-        ]
-        if not requests:
+            if (limit := item.seq.rules.max_time) is not None
+        }
+        if not limits:
             return set()
-        for request in requests:
+        for request_id in limits:
+            request = self._requests[request_id]
             request.start = request.start or now
         now = time.perf_counter()
-        late = {
-            r.seq.request_id for r in requests if now - r.start > (r.seq.rules.max_time or math.inf)
-        }
+        late = {i for i, limit in limits.items() if now - self._requests[i].start > limit}
         return set(self.model.group.broadcast_object(late))
 
     def _advance(self, request: _Request, new: list[int], *, late: bool) -> Completion:

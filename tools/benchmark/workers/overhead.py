@@ -97,7 +97,7 @@ class Overhead(Ours):
         section = EngineSection(max_batch_size=32, max_prefill_tokens=2048, num_blocks=128)
         model, dtype = GPTNeoX(_FAKE, self.device), self.engine.dtype
         model.size = size_of(model, {}, dtype)
-        engine = PagedEngine(model, section, dtype)
+        engine = PagedEngine(model, section)
 
         def pretend(scheduled: list[Scheduled], **_: bool) -> StepResult:
             return StepResult([[1] * len(item.sample_rows) for item in scheduled], set())
