@@ -217,6 +217,29 @@ def waiting(group: TensorParallelGroup, path: Path) -> tuple[int, list[list[int]
     return rounds, [c.token_ids for c in outputs]
 
 
+def busy(group: TensorParallelGroup, path: Path) -> list[list[int]]:
+    """Heartbeats as fast as they can come, while requests run; then a loop that has stopped."""
+    loop_module.HEARTBEAT_S = 0.0
+    loop = open_loop(group, path)
+    if group.rank > 0:
+        loop.follow()
+        return []
+    answers = []
+    with loop.idle():
+        for _ in range(20):
+            answers += [c.token_ids for c in loop.generate(PROMPTS[:2], [PARAMS] * 2)]
+    loop.stop()
+    assert loop.round() == []
+    return answers
+
+
+def test_heartbeats_take_nothing_from_a_caller(
+    path: Path, expected: list[list[int]], teams: Teams
+) -> None:
+    answers, _ = teams(2).run(busy, path)
+    assert answers == expected[:2] * 20
+
+
 def test_ranks_that_wait_hear_from_rank_0(
     path: Path, expected: list[list[int]], teams: Teams
 ) -> None:

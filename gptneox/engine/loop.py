@@ -107,11 +107,17 @@ class EngineLoop:
             a `generate` of another caller computed come first.
         """
         with self._round_lock:
-            computed = self._round()
-            kept, self._undelivered = self._undelivered, []
+            return self._collect()
+
+    def _collect(self) -> list[tuple[int, Completion]]:
+        """`round`, for a caller that holds the lock of the rounds."""
+        computed = self._round()
+        kept, self._undelivered = self._undelivered, []
         return kept + computed
 
     def _round(self) -> list[tuple[int, Completion]]:
+        if self._stopped:  # nobody would answer a collective
+            return []
         with self._lock:
             commands, self._commands = self._commands, []
         try:
@@ -138,10 +144,12 @@ class EngineLoop:
         index = {self._queue(*pair): i for i, pair in enumerate(zip(prompts, params, strict=True))}
         done: dict[int, Completion] = {}
         while len(done) < len(index):
-            completions = self.round()
-            self._undelivered += [each for each in completions if each[0] not in index]
+            with self._round_lock:  # a heartbeat between these lines would finish our requests
+                completions = self._collect()
+                self._undelivered = [each for each in completions if each[0] not in index]
+                is_running = self._is_running(index)
             done |= {index[n]: c for n, c in completions if c.finished and n in index}
-            if len(done) < len(index) and not self._is_running(index):
+            if len(done) < len(index) and not is_running:
                 raise RequestFailed("requests were aborted, or the loop was stopped")
         return [done[i] for i in range(len(prompts))]
 
