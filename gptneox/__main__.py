@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `gptneox TASK …` of an installed package, `python main.py --task TASK …`.
 
-TASK is inference, precision, performance, compare, doctor, modeltest or cut.
+TASK is inference, serve, precision, performance, compare, doctor, modeltest or cut.
 
 Exit status: 0 done, 1 failed, 2 wrong usage or settings, 130 interrupted.
 """
@@ -37,6 +37,10 @@ def run(settings: Settings) -> int:
         run_compare(settings)
         return 0
     refuse_unbuilt(settings)
+    if task == "serve":
+        from gptneox.tasks import serve
+
+        return serve.run(settings)
     importlib.import_module(f"gptneox.tasks.{task}").run(settings)
     from gptneox.parallel import leave_group
 

@@ -26,6 +26,7 @@ from gptneox.config.settings import (
     ModelSection,
     PerformanceSection,
     PrecisionSection,
+    ServerSection,
     merge_section,
     read_ini,
     resolve_model_path,
@@ -43,9 +44,11 @@ class Settings:
     environment: Environment
     model: ModelSection
     engine: EngineSection
+    server: ServerSection
     precision: PrecisionSection
     performance: PerformanceSection
     sampling: SamplingParams
+    argv: tuple[str, ...]  # the command line
     given: dict[str, Any]  # the flags on the command line and their values
     sources: dict[str, dict[str, str]]
 
@@ -158,6 +161,9 @@ def read_settings(argv: Seq[str], default_config: Path) -> Settings:
     given = {name: value for name, value in vars(args).items() if value is not None}
     arguments, chosen = from_flags(Arguments, given), from_flags(Generation, given)
     engine, engine_sources = merge_section(EngineSection, given, ini)
+    if arguments.task == "serve":
+        engine = engine.for_service(engine_sources)
+    server, server_sources = merge_section(ServerSection, given, ini)
     precision, _ = merge_section(PrecisionSection, {}, ini)
     performance, _ = merge_section(PerformanceSection, {}, ini)
     sampling = SamplingParams(
@@ -183,9 +189,18 @@ def read_settings(argv: Seq[str], default_config: Path) -> Settings:
             "--load_tokenizer False works on ids alone: give --input_ids, and neither --stop nor "
             "--interactive"
         )
-    sources = {"model": model_sources, "engine": engine_sources}
     return Settings(
-        arguments, environment, model, engine, precision, performance, sampling, given, sources
+        args=arguments,
+        environment=environment,
+        model=model,
+        engine=engine,
+        server=server,
+        precision=precision,
+        performance=performance,
+        sampling=sampling,
+        argv=tuple(argv),
+        given=given,
+        sources={"model": model_sources, "engine": engine_sources, "server": server_sources},
     )
 
 
@@ -205,7 +220,9 @@ def setup_logging(settings: Settings) -> None:
     """
     environment = settings.environment
     level = logging.DEBUG if settings.args.debug else environment.log_level
-    style = f"%(asctime)s [%(levelname)s] rank {environment.rank}: %(message)s"
+    is_front = settings.args.task == "serve" and not settings.args.server_socket
+    who = "front" if is_front else f"rank {environment.rank}"
+    style = f"%(asctime)s [%(levelname)s] {who}: %(message)s"
     root = logging.getLogger("gptneox")
     root.setLevel(level)
     console = logging.StreamHandler(sys.stderr)

@@ -4,11 +4,14 @@
     python -m gptneox.launch paged SCRIPT [WEIGHT_DIR] [main.py's options]
     python -m gptneox.launch flash SCRIPT INPUT_DIR OUTPUT_DIR WORLD_SIZE [--recut] [TASK [options]]
     python -m gptneox.launch modeltest SCRIPT [arguments of tests/modeltest/run.sh]
+    python -m gptneox.launch serve SCRIPT [WEIGHT_DIR] [main.py's options]
+    python -m gptneox.launch ranks NAME [--cores 0,1] [main.py's options]
 
-run_pa.sh, cut_model_and_run.sh and tests/modeltest/run.sh find a Python and start this module in
-it; their headers explain the variables. SCRIPT is the name that messages begin with. The current
-folder stays the caller's. With --check as the first argument nothing is started: what is wrong with
-the arguments and the environment is said, and no package is needed for that.
+run_pa.sh, cut_model_and_run.sh, tests/modeltest/run.sh and serve.sh find a Python and start this
+module in it; their headers explain the variables. `ranks` is how the service starts its engines.
+SCRIPT is the name that messages begin with. The current folder stays the caller's. With --check as
+the first argument nothing is started: what is wrong with the arguments and the environment is said,
+and no package is needed for that.
 
 Exit status: main.py's; 1 something is missing, 2 wrong usage.
 """
@@ -34,7 +37,7 @@ from gptneox.config.environment import set_variables, variables
 from gptneox.config.errors import ConfigError
 from gptneox.config.places import CHECKOUT, shipped
 from gptneox.config.settings import EMBEDDED_CHECKPOINT, parse_device_ids
-from gptneox.devices.binding import run_tool, threads_per_rank
+from gptneox.devices.binding import bind, run_tool, threads_per_rank
 from gptneox.devices.ranks import (
     DEFAULT_PORTS,
     PortLocks,
@@ -43,6 +46,7 @@ from gptneox.devices.ranks import (
     is_count,
     prepare,
     read_nodes,
+    read_ranks,
 )
 from gptneox.devices.switches import has_driver, set_deterministic, set_switches
 from gptneox.files import is_unused
@@ -70,6 +74,10 @@ class Job:
         """Choose ranks and ports."""
         locks = PortLocks(self.environ, self.name)  # held to the end of this process
         self.ranks = prepare(self.environ, DEFAULT_PORTS[launcher], locks)
+        self.drop_foreign_ranks()
+
+    def drop_foreign_ranks(self) -> None:
+        """Unset what others say of ranks."""
         if foreign := drop_foreign_ranks(self.environ):
             self.warn(
                 f"not used:{foreign}; here TP_WORLD_SIZE or the devices listed, NNODES, NODE_RANK "
@@ -120,12 +128,43 @@ def _paged(job: Job, arguments: list[str]) -> None:
     if arguments[:1] in ([word] for word in HELP):
         job.arguments = ["--help"]
         return
-    model_path = []  # else config.ini has it, or main.py's default counts
-    if arguments and not arguments[0].startswith("-"):
-        remedy = "give the folder with config.json and *.safetensors: bash run_pa.sh WEIGHT_DIR"
-        model_path = ["--model_path", _folder(arguments.pop(0), "weight path", remedy)]
+    model_path = _model_path(job, arguments)
     job.prepare("paged")
     job.arguments = ["--task", "inference", "--auto_attention", "paged", *model_path, *arguments]
+
+
+def _model_path(job: Job, arguments: list[str]) -> list[str]:
+    """--model_path from a first word that is no option, which is taken off the arguments."""
+    if not arguments or arguments[0].startswith("-"):
+        return []  # config.ini has it, or main.py's default counts
+    remedy = f"give the folder with config.json and *.safetensors: bash {job.name} WEIGHT_DIR"
+    return ["--model_path", _folder(arguments.pop(0), "weight path", remedy)]
+
+
+# -- serve.sh ------------------------------------------------------------------------------------
+
+
+def _serve(job: Job, arguments: list[str]) -> None:
+    """The front, which starts the ranks by `_ranks`; on the other hosts of a run, the ranks."""
+    if arguments[:1] in ([word] for word in HELP):
+        job.arguments = ["--help"]
+        return
+    options = [*_model_path(job, arguments), *arguments]
+    if read_nodes(job.environ)[1] > 0:
+        _ranks(job, [*options, "--server_socket", "-"])
+        return
+    read_ranks(job.environ)  # what is wrong with them is said now
+    job.drop_foreign_ranks()
+    job.arguments = ["--task", "serve", *options]
+
+
+def _ranks(job: Job, arguments: list[str]) -> None:
+    """The ranks of one engine of the service."""
+    if arguments[:1] == ["--cores"]:
+        bind([int(core) for core in arguments[1].split(",")])
+        arguments = arguments[2:]
+    job.prepare("paged")
+    job.arguments = ["--task", "serve", "--auto_attention", "paged", *arguments]
 
 
 # -- cut_model_and_run.sh ------------------------------------------------------------------------
@@ -293,7 +332,7 @@ def _modeltest(job: Job, arguments: list[str]) -> None:
     job.arguments += ["--model_path", str(plan.model_path), "--modeltest_arguments", *arguments]
 
 
-_LAUNCHERS = {"paged": _paged, "modeltest": _modeltest}
+_LAUNCHERS = {"paged": _paged, "serve": _serve, "ranks": _ranks, "modeltest": _modeltest}
 
 
 # -- becoming main.py ----------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from gptneox.config.settings import (
     ModelSection,
     PerformanceSection,
     PrecisionSection,
+    ServerSection,
     merge_section,
     parse_device_ids,
     read_ini,
@@ -777,8 +778,11 @@ def test_every_engine_and_model_flag_is_a_key_and_has_both_spellings() -> None:
     flags = {o for action in make_parser()._actions for o in action.option_strings}
     for cls in SECTIONS.values():
         for f in fields(cls):
-            in_file_only = f.name in ("device_ids", "parallel_backend", "log_dir", "bind_cpu")
-            has_flag = cls in (ModelSection, EngineSection) and not in_file_only
+            in_file_only = f.name in (
+                *("device_ids", "parallel_backend", "log_dir", "bind_cpu"),
+                "api_key",  # every user of the host can read a command line
+            )
+            has_flag = cls in (ModelSection, EngineSection, ServerSection) and not in_file_only
             assert (f"--{f.name}" in flags) == has_flag
     for flag in [f for f in flags if "_" in f]:
         assert flag.replace("_", "-") in flags

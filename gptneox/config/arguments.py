@@ -17,9 +17,9 @@ DEFAULT_PROMPT = "What's deep learning?"
 COMPARISON = "comparison of two performance results (--task compare)"
 
 # The groups of flags, in the order of --help.
-GROUPS = ("options", "model", "input and output", COMPARISON, "generation", "engine")
+GROUPS = ("options", "model", "input and output", COMPARISON, "generation", "engine", "server")
 
-TASKS = ("inference", "precision", "performance", "compare", "modeltest", "doctor")
+TASKS = ("inference", "serve", "precision", "performance", "compare", "modeltest", "doctor")
 
 
 def given(text: str) -> str:
@@ -125,6 +125,7 @@ class Arguments:
         placeholder="PATH",
         group=COMPARISON,
     )
+    server_socket: str = setting("", "", group="server", placeholder="PATH", is_hidden=True)
     modeltest_arguments: Seq[str] = setting((), "", nargs="...", group=COMPARISON, is_hidden=True)
 
 

@@ -14,7 +14,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 EMBEDDED_CHECKPOINT = shipped("weights/neox-mini")
 # In the order that "auto" tries; each is a package in `gptneox/devices`.
 DEVICES = ("npu", "cuda", "cpu")
+
+# The service's own defaults of [engine] max_batch_size and max_prefill_tokens.
+SERVICE_BATCH_SIZE, SERVICE_PREFILL_TOKENS = 32, 2048
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,9 @@ class EngineSection(Section):
         "the memory.",
         minimum=0,
     )
-    max_batch_size: int = setting(1, "Requests running at once.", minimum=1)
+    max_batch_size: int = setting(
+        1, "Requests running at once.", f"The service's default is {SERVICE_BATCH_SIZE}.", minimum=1
+    )
     max_prefill_batch_size: int = setting(
         0, "Prompts started in one step; 0: max_batch_size.", minimum=0
     )
@@ -145,6 +150,8 @@ class EngineSection(Section):
         -1,
         "Prompt tokens per step; -1: max_prefill_batch_size * (max_input_length + "
         "max_output_length).",
+        f"The service's default is {SERVICE_PREFILL_TOKENS}, so that a long prompt does not stop "
+        "the other answers.",
     )
     enable_chunked_prefill: bool = setting(
         True, "Split prompts that are longer than max_prefill_tokens."
@@ -178,6 +185,16 @@ class EngineSection(Section):
             raise ConfigError(
                 f"[engine] memory_fraction is {self.memory_fraction}; use a number above 0, up to 1"
             )
+
+    def for_service(self, sources: dict[str, str]) -> EngineSection:
+        """The section with the service's defaults, which `sources` then names."""
+        own: dict[str, Any] = {
+            "max_batch_size": SERVICE_BATCH_SIZE,
+            "max_prefill_tokens": SERVICE_PREFILL_TOKENS,
+        }
+        chosen = {key: value for key, value in own.items() if sources[key] == "default"}
+        sources.update(dict.fromkeys(chosen, "service"))
+        return replace(self, **chosen)
 
     @property
     def prefill_budget(self) -> int:
@@ -272,8 +289,120 @@ class PerformanceSection(Section):
         return cases
 
 
+@dataclass(frozen=True)
+class ServerSection(Section):
+    """The HTTP service (serve.sh)."""
+
+    name = group = "server"
+
+    host: str = setting(
+        "127.0.0.1",
+        "Address to listen at.",
+        "0.0.0.0 takes requests from other hosts: set a key then.",
+        parse=given,
+        placeholder="ADDRESS",
+    )
+    port: int = setting(
+        8000, "Port to listen at; 0: any free one, which is logged.", minimum=0, maximum=65535
+    )
+    api_key: str = setting(
+        "",
+        "Keys that clients may send, joined by commas; empty: no key is needed.",
+        "There is no flag, for other users of the host see a command line.",
+        env="GPTNEOX_API_KEY",
+        flag_name="",
+    )
+    api_key_file: str = setting(
+        "", "File with more keys, one a line.", parse=given, placeholder="FILE"
+    )
+    served_model_name: str = setting(
+        "",
+        "Names that requests may give as model, joined by commas; answers bear the first. Empty: "
+        "the name of the checkpoint's folder.",
+        parse=given,
+        placeholder="NAMES",
+    )
+    max_concurrent_requests: int = setting(
+        128,
+        "Choices (prompts times n) that may run or wait at once; a request above that is answered "
+        "429.",
+        minimum=1,
+    )
+    max_choices: int = setting(128, "Choices (prompts times n) of one request.", minimum=1)
+    max_body_bytes: int = setting(4 << 20, "Longest body of a request.", minimum=1024)
+    request_timeout_s: float = setting(
+        600.0, "Seconds from a request's arrival to the end of its answer.", minimum=0.001
+    )
+    queue_timeout_s: float = setting(
+        0.0,
+        "Seconds that a request may wait for its first token; 0: as long as request_timeout_s.",
+        minimum=0,
+    )
+    shutdown_grace_s: float = setting(
+        30.0, "Seconds that running requests get to finish after SIGTERM.", minimum=0
+    )
+    heartbeat_timeout_s: float = setting(
+        60.0,
+        "Seconds without a step or a sign of life after which the engine counts as hung and the "
+        "service ends; more than the longest step takes.",
+        minimum=3,
+    )
+    replicas: int = setting(
+        1,
+        "Engines on this host, each with its own weights and its share of the devices listed, on a "
+        "CPU of the cores.",
+        minimum=1,
+    )
+    ssl_certfile: str = setting(
+        "", "TLS certificate with its chain; empty: plain HTTP.", parse=given, placeholder="FILE"
+    )
+    ssl_keyfile: str = setting("", "Key of the certificate.", parse=given, placeholder="FILE")
+    ssl_ca_certs: str = setting(
+        "",
+        "Authorities of client certificates; clients then have to show one.",
+        parse=given,
+        placeholder="FILE",
+    )
+    cors_origins: str = setting(
+        "",
+        "Origins whose pages may call the service from a browser, joined by commas; empty: none.",
+        parse=given,
+        placeholder="ORIGINS",
+    )
+    root_path: str = setting(
+        "",
+        "Path that a proxy in front has taken off, such as /llm; it appears in /docs.",
+        parse=given,
+        placeholder="PATH",
+    )
+    metrics_prefix: str = setting(
+        "gptneox",
+        "First part of the names at /metrics; vllm suits dashboards of vLLM.",
+        parse=given,
+        placeholder="NAME",
+    )
+    log_prompts: bool = setting(False, "Log prompts too.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.ssl_certfile) != bool(self.ssl_keyfile):
+            raise ConfigError("[server] ssl_certfile and ssl_keyfile go together; set both")
+        if self.ssl_ca_certs and not self.ssl_certfile:
+            raise ConfigError("[server] ssl_ca_certs needs ssl_certfile and ssl_keyfile")
+        if not re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", self.metrics_prefix):
+            raise ConfigError(
+                f"[server] metrics_prefix is {self.metrics_prefix!r}; letters, digits and _ are "
+                "expected, a letter first"
+            )
+        if self.root_path and not re.fullmatch("(/[A-Za-z0-9._~-]+)+", self.root_path):
+            raise ConfigError(
+                f"[server] root_path is {self.root_path!r}; a path such as /llm is expected"
+            )
+
+
 SECTIONS: dict[str, type[Section]] = {
-    cls.name: cls for cls in (ModelSection, EngineSection, PrecisionSection, PerformanceSection)
+    cls.name: cls
+    for cls in (ModelSection, EngineSection, ServerSection, PrecisionSection, PerformanceSection)
 }
 
 OneSection = TypeVar("OneSection", bound=Section)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from gptneox.config.errors import ConfigError
 from gptneox.config.settings import parse_device_ids
+from gptneox.devices.binding import share_cores, usable_cpus
 from gptneox.devices.switches import set_hccl_ports, set_overflow_mode
 
 # Where each launcher looks for a free rendezvous port first, and where all of them stop.
@@ -112,6 +113,46 @@ def read_nodes(environ: Mapping[str, str]) -> tuple[int, int]:
             f"got '{rank}'"
         )
     return num_nodes, int(rank)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of several engines on this host gets."""
+
+    environ: dict[str, str]
+    cores: list[int]  # logical processors to stay on; empty: any
+
+
+def split_host(environ: Mapping[str, str], num_engines: int) -> list[Share]:
+    """Disjoint devices for several engines; without a list of devices, disjoint cores.
+
+    Raises:
+        ConfigError: the devices cannot be shared evenly, or there are several hosts.
+    """
+    if num_engines == 1:
+        return [Share(dict(environ), [])]
+    if read_nodes(environ)[0] > 1:
+        raise ConfigError(f"replicas is {num_engines}, which is for one host; unset NNODES")
+    shares = []
+    num_devices = _count_devices(environ.get("ASCEND_RT_VISIBLE_DEVICES"))
+    if num_devices is not None and num_devices % num_engines:
+        raise ConfigError(
+            f"replicas is {num_engines}, but ASCEND_RT_VISIBLE_DEVICES="
+            f"{environ['ASCEND_RT_VISIBLE_DEVICES']} lists {num_devices}; list as many devices for "
+            "each"
+        )
+    for index in range(num_engines):
+        own, cores = dict(environ), list[int]()
+        if num_devices is None:
+            cores = share_cores(index, num_engines, usable_cpus())
+        else:
+            devices = environ["ASCEND_RT_VISIBLE_DEVICES"].split(",")
+            size = num_devices // num_engines
+            own["ASCEND_RT_VISIBLE_DEVICES"] = ",".join(devices[index * size : (index + 1) * size])
+        if index:  # these take the next free ports
+            own.pop("MASTER_PORT", None)
+        shares.append(Share(own, cores))
+    return shares
 
 
 @dataclass
