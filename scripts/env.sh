@@ -2,6 +2,7 @@
 # Finds, or makes, the Python environment. Sourced by every launcher, never run.
 #
 #   source scripts/env.sh runtime    what the toolkit needs to run
+#   source scripts/env.sh serve      that, and what the service needs
 #   source scripts/env.sh dev        that, and what tests/run_tests.sh needs
 #   source scripts/env.sh find INTERPRETER   finds that of runtime, INTERPRETER first; makes nothing
 #
@@ -44,6 +45,13 @@ env_requirements() {
   sed -n "/^$1 = \\[\$/,/^]/s/^ *\"\\(.*\\)\",\$/\\1/p" "$ENV_ROOT/pyproject.toml"
 }
 
+# env_needed WORD: the requirement strings of what `source` was told, one per line.
+env_needed() {
+  env_requirements dependencies
+  [[ $1 != serve && $1 != dev ]] || env_requirements serve
+  [[ $1 != dev ]] || env_requirements dev
+}
+
 # env_lacks INTERPRETER REQUIREMENT…: true when something is missing; ENV_LACKING then names it.
 env_lacks() {
   local status=0
@@ -61,7 +69,10 @@ env_venv_is_ready() {
   local need=$1 checksum=$2 note
   note=$(env_note)
   [[ $need != find ]] || need=runtime
-  [[ -z $note || $note == "dev $checksum" || $note == "$need $checksum" ]] || return 1
+  case "$need $note" in
+    "$need " | "$need $need $checksum" | "runtime serve $checksum" | "$need dev $checksum") ;;
+    *) return 1 ;;
+  esac
   [[ -x $ENV_VENV/bin/python ]] && ! env_lacks "$ENV_VENV/bin/python" "${@:3}"
 }
 
@@ -94,10 +105,7 @@ env_note() {
 # anew: pip takes a package it was killed in the middle of for installed.
 env_make_venv() {
   local need=$1 checksum=$2 base log="$ENV_VENV/pip.log" reason wanted=()
-  mapfile -t wanted < <(
-    env_requirements dependencies
-    [[ $need == runtime ]] || env_requirements dev
-  )
+  mapfile -t wanted < <(env_needed "$need")
   if [[ $(env_note) == incomplete ]] || {
     ! "$ENV_VENV/bin/python" -m pip --version >/dev/null 2>&1 &&
       ! "$ENV_VENV/bin/python" -m ensurepip >/dev/null 2>&1
@@ -179,10 +187,7 @@ env_setup() {
   ENV_VENV=$ENV_ROOT/.venv
   ENV_NOTE=$ENV_VENV/.gptneox-ascend
   # sentencepiece serves old tokenizers alone; an environment without it is used all the same
-  mapfile -t needed < <(
-    env_requirements dependencies | grep -v '^sentencepiece'
-    [[ $need != dev ]] || env_requirements dev
-  )
+  mapfile -t needed < <(env_needed "$need" | grep -v '^sentencepiece')
 
   if [[ -n ${PYTHON:-} ]]; then
     active=$(type -P -- "$PYTHON") || active=$PYTHON
@@ -210,8 +215,7 @@ env_setup() {
   : "${ENV_REASON:="there is no python3 on PATH"}"
 
   checksum=$({
-    env_requirements dependencies
-    env_requirements dev
+    env_needed dev
     cat -- "$ENV_ROOT/constraints.txt"
   } | sha256sum) || return 1
   checksum=${checksum%% *}
@@ -233,7 +237,7 @@ $container_python -m pip install$(printf " '%s'" "${lacking[@]}")"
 
 # Any other word is the caller's own $1, inherited: see the top.
 case ${1:-} in
-  dev) env_setup dev || return 1 ;;
+  dev | serve) env_setup "$1" || return 1 ;;
   find) env_setup find "$2" || return 1 ;;
   *) env_setup runtime || return 1 ;;
 esac

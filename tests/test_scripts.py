@@ -770,7 +770,21 @@ def test_the_tools_of_a_developer_are_added(checkout: Checkout) -> None:
     assert checkout.source("dev").returncode == 0
     assert "ruff==" in checkout.pip_calls.read_text()
     assert checkout.note.read_text() == note.replace("runtime", "dev")
-    assert checkout.source("runtime").stderr == ""  # dev includes it
+    for word in ("runtime", "serve"):
+        assert checkout.source(word).stderr == ""  # dev includes it
+
+
+def test_the_packages_of_the_service_are_added(checkout: Checkout) -> None:
+    note = note_of_today(checkout)
+    assert checkout.source("serve").returncode == 0
+    asked = checkout.pip_calls.read_text()
+    assert "fastapi>=" in asked
+    assert "torch>=" in asked
+    assert "ruff==" not in asked
+    assert checkout.note.read_text() == note.replace("runtime", "serve")
+    assert checkout.source("runtime").stderr == ""  # serve includes it
+    assert checkout.source("dev").returncode == 0  # but not the tools
+    assert checkout.note.read_text() == note.replace("runtime", "dev")
 
 
 def test_an_outdated_environment_is_brought_up_to_date(checkout: Checkout) -> None:
@@ -992,7 +1006,10 @@ def test_requirements_of_this_interpreter(monkeypatch: pytest.MonkeyPatch) -> No
 def test_requirements_are_read_as_pyproject_means_them() -> None:
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
-    script = 'source "$0" runtime; env_requirements dependencies; echo; env_requirements dev'
+    lists = (
+        "env_requirements dependencies; echo; env_requirements serve; echo; env_requirements dev"
+    )
+    script = f'source "$0" runtime; {lists}'
     done = subprocess.run(
         ["bash", "-c", script, REPO / "scripts" / "env.sh"],
         env=clean_environment() | {"PYTHON": sys.executable},
@@ -1000,8 +1017,9 @@ def test_requirements_are_read_as_pyproject_means_them() -> None:
         text=True,
         check=True,
     )
-    dependencies, dev = done.stdout.split("\n\n")
+    dependencies, serve, dev = done.stdout.split("\n\n")
     assert dependencies.split() == project["dependencies"]
+    assert serve.split() == project["optional-dependencies"]["serve"]
     assert dev.split() == project["optional-dependencies"]["dev"]
 
 
@@ -1010,7 +1028,8 @@ def test_every_requirement_is_pinned() -> None:
     text = (REPO / "pyproject.toml").read_text()
     for exact in re.findall(r'"([\w.-]+==[\w.]+)"', text):
         assert f"\n{exact.lower().replace('-', '_')}\n" in pins
-    for name in ["torch", "transformers", "safetensors", "sentencepiece", "hypothesis"]:
+    names = ["torch", "transformers", "safetensors", "sentencepiece", "hypothesis"]
+    for name in [*names, "fastapi", "uvicorn", "prometheus_client", "openai", "schemathesis"]:
         assert f"\n{name}==" in pins
 
 

@@ -123,6 +123,7 @@ class RankZero:
         self.loop, self.link = loop, link
         self._front_numbers: dict[int, int] = {}  # the loop's number -> the front's
         self._loop_numbers: dict[int, int] = {}  # and back
+        self._begun: set[int] = set()  # the loop's numbers whose first completion has come
         self._is_over = False
 
     def run(self) -> None:
@@ -145,8 +146,8 @@ class RankZero:
         elif message["type"] == "add":
             return self._add(message)
         elif message["number"] in self._loop_numbers:  # abort
-            number = self._loop_numbers.pop(message["number"])
-            del self._front_numbers[number]
+            number = self._loop_numbers[message["number"]]
+            self._forget(number, message["number"])
             self.loop.abort(number)
         return []
 
@@ -161,9 +162,17 @@ class RankZero:
 
     def _output(self, number: int, completion: Completion) -> Output:
         own = self._front_numbers[number]
+        output = make_output(own, completion)
+        if number in self._begun:  # the last completion repeats the scores of the prompt
+            output.prompt_logprobs = ()
+        self._begun.add(number)
         if completion.finished:
-            del self._front_numbers[number], self._loop_numbers[own]
-        return make_output(own, completion)
+            self._forget(number, own)
+        return output
+
+    def _forget(self, number: int, own: int) -> None:
+        del self._front_numbers[number], self._loop_numbers[own]
+        self._begun.discard(number)
 
     def _stats(self) -> Stats:
         engine = self.loop.engine
