@@ -175,15 +175,14 @@ class RankZero:
         self._begun.discard(number)
 
     def _stats(self) -> Stats:
-        engine = self.loop.engine
-        scheduler, blocks, steps = engine.scheduler, engine.block_manager, engine.stats
+        counts, steps = self.loop.stats(), self.loop.engine.stats
         return Stats(
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            num_free_blocks=len(blocks.free),
-            num_preemptions=scheduler.num_preemptions,
-            num_prefix_queries=blocks.num_queried_tokens,
-            num_prefix_hits=blocks.num_hit_tokens,
+            num_running=counts.num_running,
+            num_waiting=counts.num_waiting,
+            num_free_blocks=counts.num_free_blocks,
+            num_preemptions=counts.num_preemptions,
+            num_prefix_queries=counts.num_prefix_queries,
+            num_prefix_hits=counts.num_prefix_hits,
             num_computed_tokens=steps.num_prefill_tokens + steps.num_decode_tokens,
         )
 
