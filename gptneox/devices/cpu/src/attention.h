@@ -576,7 +576,7 @@ class PrefillTask {
     const int64_t num_keys = std::min(kKeys, round_up(visible + rows - 1 - position, kCols));
     if constexpr (kBlocked) {
       block_product<F>(
-          rows, q_.block(b), q_.k_steps, k_.data(), kKeys, num_keys, q_.k_steps, s, kKeys, false);
+          rows, q_.block(b), q_.stride(), k_.data(), kKeys, num_keys, q_.k_steps, s, kKeys, false);
     } else {
       for (int64_t i = 0; i < num_keys; i += kCols) {
         run_tile<F>(rows, k_.data() + i * padded_, q_.block(b), q_.k_steps, s + i, kKeys, false);
@@ -678,9 +678,6 @@ void prefill_by(
           step, q + row * stride, keys, values, step.block_tables + w.seq * step.max_blocks,
           w.head, w.first, w.last, step.context_lens[w.seq] - length,
           step.starts ? step.starts[w.seq] : 0, y + row * stride);
-    }
-    if constexpr (kBlocked) {
-      at::native::cpublas::brgemm_release(true);
     }
   });
 }
