@@ -43,8 +43,19 @@ class Completion:
     request_id: int
     new_text: str = ""
     new_token_ids: list[int] = field(default_factory=list)
+    # The tokens whose text is in `new_text`, which lags behind `new_token_ids`: text is held back
+    # while a character is incomplete or a stop string possible. Over all completions these are
+    # `token_ids` without the end-of-text id and the tokens that a stop string cut.
+    released_ids: list[int] = field(default_factory=list)
+    released_logprobs: list[TokenLogprobs] = field(default_factory=list)  # rank 0, if asked for
     finish_reason: str = ""  # "stop" | "length" | "error"; "" while the request runs
+    # With "stop": the stop string or the id of `stop_token_ids`; None for end-of-text.
+    stop_reason: str | int | None = None
     error: str = ""  # why it failed; tokens generated before the failure are kept
+    # Paged engine: set from the first completion on, each rank by its own clock.
+    num_cached_tokens: int = 0  # prompt tokens that came from the prefix cache
+    queued_s: float = 0.0  # from the request's arrival to its first step
+    prefill_s: float = 0.0  # from its first step to the end of the step that computed the prompt
     # Set when finished. `token_ids` includes the end-of-text id that ended the answer, if any.
     text: str = ""
     token_ids: list[int] = field(default_factory=list)

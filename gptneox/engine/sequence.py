@@ -14,6 +14,8 @@ from gptneox.engine.generation_config import NO_RULES, GenerationRules
 
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 100
+# Source: OpenAI's API reference, POST /v1/completions.
+MAX_PENALTY, MAX_BIAS = 2.0, 100.0
 
 
 class InvalidParameter(ValueError):
@@ -36,11 +38,18 @@ class SamplingParams:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    repetition_penalty: float = 1.0
+    min_p: float = 0.0  # leave out tokens below this share of the likeliest one's probability
+    repetition_penalty: float = 1.0  # of prompt and answer
+    presence_penalty: float = 0.0  # taken from the logit of each token of the answer
+    frequency_penalty: float = 0.0  # the same, times the number of its occurrences there
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    allowed_token_ids: tuple[int, ...] = ()  # no other token is sampled; empty: all are allowed
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    include_stop: bool = False  # the stop string stays in the text
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_new_tokens: int = 0  # neither end-of-text nor `stop_token_ids` come earlier
     detokenize: bool = True  # False: the completion has no text
     obey_rules: bool = True  # of the checkpoint's generation_config.json; scoring does not
     logprobs: int | None = None  # return each new token's log-probability and this many top tokens
@@ -54,7 +63,11 @@ class SamplingParams:
         _real("temperature", self.temperature, 0.0, math.inf)
         _integer("top_k", self.top_k, -1)
         _real("top_p", self.top_p, 0.0, 1.0, above=True)
+        _real("min_p", self.min_p, 0.0, 1.0)
         _real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, above=True)
+        _real("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+        _real("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+        _integer("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
         if self.seed is not None:
             _integer("seed", self.seed, 0, 2**63 - 1)
         _integer("prompt_logprobs_start", self.prompt_logprobs_start, 1)
@@ -63,12 +76,33 @@ class SamplingParams:
                 _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
         if not isinstance(self.stop, tuple):  # a str would be iterated letter by letter
             raise InvalidParameter("stop", self.stop, "a tuple of strings")
-        for token_id in self.stop_token_ids:
-            _integer("stop_token_ids", token_id, 0)
+        for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
+            _token_ids(name, getattr(self, name))
+        _bias(self.logit_bias)
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidParameter("stop", len(self.stop), f"at most {MAX_STOP_STRINGS} strings")
         if any(not isinstance(s, str) or not s for s in self.stop):
             raise InvalidParameter("stop", list(self.stop), "a list of non-empty strings")
+
+
+def _token_ids(name: str, value: Any) -> None:
+    if not isinstance(value, tuple):
+        raise InvalidParameter(name, value, "a tuple of token ids")
+    for token_id in value:
+        _integer(name, token_id, 0)
+
+
+def _bias(value: Any) -> None:
+    """Check `logit_bias`."""
+    if not isinstance(value, tuple) or any(
+        not isinstance(pair, tuple) or len(pair) != 2 for pair in value
+    ):
+        raise InvalidParameter("logit_bias", value, "a tuple of pairs (token id, number)")
+    for token_id, bias in value:
+        _integer("logit_bias", token_id, 0)
+        _real("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
+    if len(dict(value)) < len(value):
+        raise InvalidParameter("logit_bias", value, "one value for each token id")
 
 
 def _integer(name: str, value: Any, lowest: int, highest: float = math.inf) -> None:
