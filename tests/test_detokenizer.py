@@ -8,6 +8,7 @@ import io
 import json
 import unicodedata
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +23,13 @@ from transformers import AutoTokenizer, GPTNeoXTokenizer, PreTrainedTokenizerFas
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from gptneox.config.errors import ConfigError
-from gptneox.engine.detokenizer import Detokenizer, append_until_end, decode, load_tokenizer
+from gptneox.engine.detokenizer import (
+    Detokenizer,
+    append_until_end,
+    decode,
+    end_ids,
+    load_tokenizer,
+)
 
 VOCAB_SIZE = 336  # rows of the embedding; the tokenizers are smaller
 REPLACEMENT = "\ufffd"
@@ -288,31 +295,103 @@ def test_a_stop_string_sees_special_tokens(
     assert detokenizer.stopped == (stop != ("never",))
 
 
+def append(*args: Any) -> tuple[int, str, int, str, str | int | None]:
+    return astuple(append_until_end(*args))
+
+
 def test_an_end_as_the_engines_take_it(chat: Any) -> None:
-    """A stop id has no text; a stop string goes before a length that is reached."""
+    """An id that ends has no text; a stop string goes before a length that is reached."""
     the, cat = chat.encode("the cat", add_special_tokens=False)[:2]
+    ends = end_ids([cat], [the, 7])
+    assert ends == {cat: None, the: the, 7: 7}
     detokenizer = Detokenizer(chat, ("cat", " c"))
-    assert append_until_end(detokenizer, [the], {cat}, 2) == (1, "the", "")
-    assert append_until_end(detokenizer, [cat], {cat}, 1) == (1, "", "stop")
-    assert append_until_end(None, [cat], {the}, 1) == (1, "", "length")
-    stopping = Detokenizer(chat, ("the",))
-    assert append_until_end(stopping, [the], (), 1) == (1, "", "stop")
+    assert append(detokenizer, [the], {cat: None}, 2) == (1, "the", 1, "", None)
+    assert append(detokenizer, [cat], {cat: None}, 1) == (1, "", 0, "stop", None)
+    assert append(None, [cat], {the: None}, 1) == (1, "", 1, "length", None)
+    assert append(Detokenizer(chat, ("the",)), [the], {}, 1) == (1, "", 0, "stop", "the")
 
 
 def test_several_tokens_end_where_one_by_one_would(chat: Any) -> None:
     """Whatever was computed past the end of a sequence is not taken."""
     the, cat, dog = (chat.encode(t, add_special_tokens=False)[0] for t in ("the", " cat", " dog"))
     new = [the, cat, the, dog]
-    assert append_until_end(Detokenizer(chat), new, (), 9) == (4, chat.decode(new), "")
-    assert append_until_end(Detokenizer(chat), new, (), 3) == (3, "the catthe", "length")
-    assert append_until_end(Detokenizer(chat), new, {cat}, 9) == (2, "the", "stop")
-    assert append_until_end(Detokenizer(chat), new, {cat}, 2) == (2, "the", "stop"), (
-        "before the length"
-    )
-    assert append_until_end(Detokenizer(chat, (" ca",)), new, {dog}, 9) == (2, "the", "stop")
-    assert append_until_end(Detokenizer(chat, ("tthe",)), new, (), 9) == (3, "the ca", "stop")
-    assert append_until_end(None, new, {the}, 9) == (1, "", "stop")
-    assert append_until_end(None, [], (), 0) == (0, "", "length")
+    assert append(Detokenizer(chat), new, {}, 9) == (4, chat.decode(new), 4, "", None)
+    assert append(Detokenizer(chat), new, {}, 3) == (3, "the catthe", 3, "length", None)
+    for room in (9, 2):  # an id goes before the length, too
+        assert append(Detokenizer(chat), new, {cat: cat}, room) == (2, "the", 1, "stop", cat)
+    assert append(Detokenizer(chat, (" ca",)), new, {}, 9) == (2, "the", 1, "stop", " ca")
+    assert append(Detokenizer(chat, ("tthe",)), new, {}, 9) == (3, "the ca", 1, "stop", "tthe")
+    assert append(None, new, {the: None}, 9) == (1, "", 0, "stop", None)
+    assert append(None, [], {}, 0) == (0, "", 0, "length", None)
+
+
+PIECES = st.sampled_from(TEXTS) | st.text(alphabet="ab <|user|>👍", max_size=9)
+STOPS = st.sampled_from(["ab", "b ", "👍", "bel", " " * 9, "\n", "中", "og"])
+
+
+@pytest.mark.parametrize("include_stop", [False, True])
+@given(
+    text=st.lists(PIECES, max_size=4),
+    stop=st.lists(STOPS, max_size=3),
+    noise=st.lists(st.tuples(st.integers(0, 60), st.integers(0, VOCAB_SIZE - 1)), max_size=4),
+)
+@settings(max_examples=200, deadline=None)
+def test_released_tokens_are_those_of_the_text(
+    chat: Any,
+    include_stop: bool,
+    text: list[str],
+    stop: list[str],
+    noise: list[tuple[int, int]],
+) -> None:
+    """After every token, what was released decodes to what was shown."""
+    ids = chat.encode("".join(text), add_special_tokens=False)
+    for where, token_id in noise:
+        ids.insert(where, token_id)
+    detokenizer = Detokenizer(chat, tuple(stop), include_stop=include_stop)
+    num_released, shown, reason = 0, "", ""
+    for i, token_id in enumerate(ids):
+        appended = append_until_end(detokenizer, [token_id], {}, len(ids) - i)
+        num_released += appended.num_released
+        shown += appended.text
+        reason = appended.reason
+        if reason == "stop":
+            break
+        assert decode(chat, ids[:num_released]) == shown
+    assert detokenizer.text == shown
+    if reason != "stop":
+        assert num_released == len(ids), "the end releases everything"
+        return
+    # A stop string may cut a token; all whole tokens before it are released.
+    assert shown.startswith(decode(chat, ids[:num_released]))
+    for longer in (decode(chat, ids[:n]) for n in range(num_released + 1, i + 2)):
+        assert len(longer) > len(shown) or longer.endswith(REPLACEMENT)
+    assert shown.endswith(appended.stop_reason) == include_stop or appended.stop_reason == " " * 9
+
+
+@pytest.mark.parametrize(
+    ("stop", "include", "shown", "num_released", "found"),
+    [
+        (("end",), False, "a cat. the ", 4, "end"),
+        (("end",), True, "a cat. the end", 5, "end"),
+        ((" end", "end", " en"), False, "a cat. the", 4, " en"),
+        (("end", "en"), True, "a cat. the en", 4, "en"),
+        (("nothing",), True, "a cat. the end", 5, None),
+    ],
+)
+def test_a_stop_string_may_stay(
+    byte_level: Any,
+    stop: tuple[str, ...],
+    include: bool,
+    shown: str,
+    num_released: int,
+    found: str | None,
+) -> None:
+    """The first one counts, and of those that begin together the shortest; it may cut a token."""
+    ids = byte_level.encode("a cat. the end", add_special_tokens=False)
+    detokenizer = Detokenizer(byte_level, stop, include_stop=include)
+    append_until_end(detokenizer, ids, {}, len(ids))
+    assert (detokenizer.text, detokenizer.stop_string) == (shown, found)
+    assert detokenizer.num_released == num_released
 
 
 # -- loading -------------------------------------------------------------------------------------

@@ -510,7 +510,7 @@ def test_a_prompt_that_fails_leaves_the_others_their_answers(
     argv = (*paged(path, "--input_texts", "1", "z", "5"), "--attention", attention)
     result = cli(*argv, "--max_batch_size", "3", "--output_file", str(file))
     assert result.status == 1
-    assert "logits of request 1 are not finite" in result.err
+    assert "request 1: the logits are not finite" in result.err
     assert re.findall(r"^Answer\[(\d)\]: (\d+)", result.out, re.MULTILINE) == [
         ("0", "23456789"),
         ("2", "6789"),

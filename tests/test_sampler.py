@@ -11,18 +11,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
+from gptneox.engine.generation_config import GenerationRules
 from gptneox.engine.sampler import (
     Sampler,
-    describe_non_finite,
+    adjust,
     filtered_probs,
     non_finite_rows,
-    penalize_repetition,
     token_logprobs,
 )
 from gptneox.engine.sequence import InvalidParameter, SamplingParams, Sequence
@@ -45,16 +49,37 @@ def random_logits(rows: int, seed: int = 0, *, ties: bool = False) -> torch.Tens
     return logits.round() if ties else logits
 
 
-def processed(logits: torch.Tensor, tokens: list[int], params: SamplingParams) -> torch.Tensor:
-    """Scores [V] as transformers' `generate` filters them, in its order."""
-    ids, scores = torch.tensor([tokens]), logits[None]
+def processed(logits: torch.Tensor, seq: Sequence) -> torch.Tensor:
+    """Scores [V] as transformers' `generate` processes them, in its order.
+
+    It has no presence and frequency penalty: those are OpenAI's formula, written out.
+    """
+    params, ids, scores = seq.params, torch.tensor([seq.token_ids]), logits[None].clone()
+    if params.logit_bias:
+        bias = {(token_id,): value for token_id, value in params.logit_bias if value}
+        scores = SequenceBiasLogitsProcessor(bias)(ids, scores)
     if params.repetition_penalty != 1:
         scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, scores)
-    scores = TemperatureLogitsWarper(params.temperature)(ids, scores)
+    for token_id in range(V):
+        count = seq.output_ids.count(token_id)
+        scores[0, token_id] -= params.frequency_penalty * count
+        scores[0, token_id] -= params.presence_penalty * (count > 0)
+    if params.min_new_tokens:
+        ends = [*seq.eos_token_ids, *params.stop_token_ids]
+        scores = MinNewTokensLengthLogitsProcessor(
+            seq.num_prompt_tokens, params.min_new_tokens, ends, device="cpu"
+        )(ids, scores)
+    if params.allowed_token_ids:
+        allowed = list(params.allowed_token_ids)
+        scores = PrefixConstrainedLogitsProcessor(lambda *_: allowed, 1)(ids, scores)
+    if params.temperature:
+        scores = TemperatureLogitsWarper(params.temperature)(ids, scores)
     if params.top_k > 0:
         scores = TopKLogitsWarper(params.top_k)(ids, scores)
     if params.top_p < 1:
         scores = TopPLogitsWarper(params.top_p)(ids, scores)
+    if params.min_p:
+        scores = MinPLogitsWarper(params.min_p)(ids, scores)
     return scores[0]
 
 
@@ -73,33 +98,99 @@ FILTERS = [
     {"repetition_penalty": 1.3},
     {"repetition_penalty": 0.5},
     {"repetition_penalty": 2.0, "temperature": 0.7, "top_k": 12, "top_p": 0.8},
+    {"min_p": 0.05},
+    {"min_p": 1.0},
+    {"min_p": 0.1, "top_p": 0.7, "top_k": 9, "temperature": 2.0},
+    {"presence_penalty": 1.5},
+    {"frequency_penalty": -0.7},
+    {"logit_bias": ((3, 5.0), (0, -100.0), (49, 0.0), (7, 2.5))},
+    {"allowed_token_ids": (4, 49, 11, 3)},
+    {"min_new_tokens": 5, "stop_token_ids": (3, 11)},
+    {"min_new_tokens": 4, "stop_token_ids": (3, 11)},
+    {
+        "logit_bias": ((3, 9.0), (11, 4.0)),
+        "repetition_penalty": 1.7,
+        "min_p": 0.02,
+        "presence_penalty": -1.0,
+        "frequency_penalty": 0.8,
+        "temperature": 0.9,
+        "top_p": 0.95,
+        "allowed_token_ids": (*range(0, 50, 2), 3, 11, 49),
+        "min_new_tokens": 9,
+    },
 ]
+PROMPT, NEW = (3, 3, 20, 49, 0), (11, 3, 11, 49)  # the penalties of the answer skip the prompt
+
+
+def chosen_by(given_params: dict[str, Any], temperature: float = 1.0) -> Sequence:
+    params = SamplingParams(**({"temperature": temperature} | given_params))
+    seq = Sequence.create(0, PROMPT, params, eos_token_ids=(0,))
+    seq.token_ids += NEW
+    return seq
 
 
 @pytest.mark.parametrize("given_params", FILTERS, ids=str)
 def test_filters_are_those_of_transformers(given_params: dict[str, Any]) -> None:
-    params = SamplingParams(**({"temperature": 1.0} | given_params))
-    tokens = [3, 3, 11, 49, 0]
+    seq = chosen_by(given_params)
     for row in random_logits(40):
-        logits = row
-        if params.repetition_penalty != 1:
-            logits = penalize_repetition(row, tokens, params.repetition_penalty)
-        expected = processed(row, tokens, params).softmax(-1)
-        torch.testing.assert_close(filtered_probs(logits, params), expected, rtol=0, atol=1e-6)
+        expected = processed(row, seq).softmax(-1)
+        probs = filtered_probs(adjust(row, seq), seq.params)
+        torch.testing.assert_close(probs, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("given_params", FILTERS, ids=str)
+def test_greedy_rows_are_adjusted_too(given_params: dict[str, Any]) -> None:
+    seq = chosen_by(given_params | {"temperature": 0.0})
+    logits = random_logits(40)
+    expected = [processed(row, seq).argmax().item() for row in logits.clone()]
+    assert sample(logits, [seq] * 40) == expected
 
 
 @pytest.mark.parametrize("given_params", FILTERS, ids=str)
 def test_ties_keep_the_same_probabilities(given_params: dict[str, Any]) -> None:
     """With equal logits at the border of top_p it is free which are kept, but not how many."""
-    params = SamplingParams(**({"temperature": 1.0} | given_params))
-    tokens = [3, 3, 11, 49, 0]
+    seq = chosen_by(given_params)
     for row in random_logits(40, seed=1, ties=True):
-        logits = row
-        if params.repetition_penalty != 1:
-            logits = penalize_repetition(row, tokens, params.repetition_penalty)
-        actual = filtered_probs(logits, params).sort().values
-        expected = processed(row, tokens, params).softmax(-1).sort().values
+        expected = processed(row, seq).softmax(-1).sort().values
+        actual = filtered_probs(adjust(row, seq), seq.params).sort().values
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+
+
+def test_what_the_checkpoint_forces_comes_whatever_the_request_says() -> None:
+    params = SamplingParams(allowed_token_ids=(4,), min_new_tokens=2, logit_bias=((7, -100.0),))
+    rules = GenerationRules(forced_bos_token_ids=(7,))
+    assert sample(random_logits(1), [Sequence.create(0, (1,), params, rules, (7,))]) == [7]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_token_is_left(temperature: float) -> None:
+    """A row of which every token is forbidden says so; its neighbours do not notice."""
+    params = SamplingParams(allowed_token_ids=(4,), min_new_tokens=1, temperature=temperature)
+    empty = Sequence.create(0, (1,), params, eos_token_ids=(4,))
+    logits = random_logits(3)
+    seqs = [sequence(1), empty, sequence(2)]
+    assert sample(logits, seqs) == [int(logits[0].argmax()), -1, int(logits[2].argmax())]
+
+
+def test_a_row_without_any_wish_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neutral values cost nothing: such rows take the likeliest token of the whole batch."""
+    monkeypatch.setattr(Sampler, "_choose", None)
+    neutral = {"min_p": 0.0, "presence_penalty": 0.0, "logit_bias": (), "top_k": 5, "top_p": 0.5}
+    assert sample(random_logits(1), [sequence(**neutral)]) == [int(random_logits(1)[0].argmax())]
+    for name, value in ADJUSTING.items():
+        with pytest.raises(TypeError):
+            sample(random_logits(1), [sequence(**{name: value})])
+
+
+ADJUSTING: dict[str, Any] = {
+    "temperature": 0.1,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.1,
+    "frequency_penalty": -0.1,
+    "logit_bias": ((1, 1.0),),
+    "allowed_token_ids": (1,),
+    "min_new_tokens": 1,
+}
 
 
 def test_equal_logits_and_top_k_keep_all_ties() -> None:
@@ -222,7 +313,6 @@ def test_rows_that_are_not_finite(value: float, dtype: torch.dtype) -> None:
     seqs = [sequence(i + 40, temperature=float(i % 2)) for i in range(4)]
     assert not Sampler().choose(logits, seqs)[-1]
     assert non_finite_rows(logits) == [1, 3]
-    assert "request 41 are not finite" in describe_non_finite(41)
 
 
 def test_opposite_infinities_do_not_cancel() -> None:
@@ -261,6 +351,16 @@ REFUSED = {
     "top_k": [-5, -2, 2.5, "3", None, True, math.nan],
     "max_new_tokens": [0, -1, 1.5, "20", None, True, math.inf],
     "repetition_penalty": [0, 0.0, -1.0, math.nan, math.inf, "1", None],
+    "min_p": [-0.1, 1.1, math.nan, "0.1", None, True],
+    "presence_penalty": [-2.1, 2.1, math.nan, "0", None],
+    "frequency_penalty": [-2.1, 2.1, math.inf, "0", None],
+    "logit_bias": [
+        *({5: 1.0}, [(5, 1.0)], ((5,),), ((5, 1.0, 2.0),), ((-1, 1.0),), ((5, 100.1),), (5, 1)),
+        *(((5, math.nan),), (("5", 1.0),), ((5, 1.0), (5, 2.0)), ((True, 1.0),), None),
+    ],
+    "allowed_token_ids": [[1], (-1,), (1.0,), ("1",), (True,), None],
+    "stop_token_ids": [[1], (-1,), (0.5,), None],
+    "min_new_tokens": [-1, 21, 1.5, None, True],
     "seed": [-1, 2**63, 1.5, "0", True],
     "stop": [("",), ("a", ""), (1,), (None,), ("x",) * 100],
     "logprobs": [-2, -1, 10**6, 1.0, "5", True],
@@ -289,6 +389,12 @@ ACCEPTED = {
     "top_k": [-1, 0, 1, 10**9],
     "max_new_tokens": [1, 10**9],
     "repetition_penalty": [1e-3, 1, 2.0],
+    "min_p": [0, 0.0, 0.5, 1],
+    "presence_penalty": [-2, 0, 2.0],
+    "frequency_penalty": [-2, 0, 2.0],
+    "logit_bias": [(), ((0, -100), (7, 100.0))],
+    "allowed_token_ids": [(), (0,), (9, 3)],
+    "min_new_tokens": [0, 20],
     "seed": [None, 0, 2**63 - 1],
     "stop": [(), ("a",), ("x",) * 16, ("\0", "\n", "日本")],
     "logprobs": [None, 0, 100],

@@ -59,7 +59,10 @@ class Completion:
     # Set when finished. `token_ids` includes the end-of-text id that ended the answer, if any.
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    # Of the raw logits, whatever penalties and limits apply; of all of `token_ids`. On rank 0.
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    # In the first and in the last completion: of the prompt tokens from `prompt_logprobs_start` on.
+    # The first prompt token has none.
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
@@ -302,10 +305,10 @@ def is_alike_on_all_ranks(error: BaseException, group: TensorParallelGroup) -> b
 
 
 def raise_failure(completions: Iterable[Completion]) -> None:
-    """Raise RequestFailed for the first completion that has an error."""
-    for completion in completions:
+    """Raise RequestFailed for the first completion that has an error, with its place."""
+    for i, completion in enumerate(completions):
         if completion.error:
-            raise RequestFailed(completion.error)
+            raise RequestFailed(f"request {i}: {completion.error}")
 
 
 def check_request(
@@ -324,6 +327,8 @@ def check_request(
     check_vocabulary("prompt", prompt_ids, vocab_size)
     check_vocabulary("logprob_token_ids", params.logprob_token_ids, vocab_size)
     check_vocabulary("stop_token_ids", params.stop_token_ids, vocab_size)
+    check_vocabulary("allowed_token_ids", params.allowed_token_ids, vocab_size)
+    check_vocabulary("logit_bias", (token_id for token_id, _ in params.logit_bias), vocab_size)
     if len(prompt_ids) + params.max_new_tokens > max_positions:
         raise InvalidParameter(
             "max_new_tokens",

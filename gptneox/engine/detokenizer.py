@@ -7,8 +7,9 @@ import contextlib
 import logging
 import math
 import sys
-from collections.abc import Container, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -182,26 +183,40 @@ def decode(tokenizer: Any, token_ids: Seq[int]) -> str:
 class Detokenizer:
     """Text of one growing sequence.
 
-    `text` holds what can be shown. It lags behind the tokens while a character is incomplete or
-    the end may still become a stop string. Stop strings are searched in the text including
-    special tokens; `text` leaves special tokens out.
+    `text` holds what can be shown, in whole tokens. It lags behind the tokens while a character is
+    incomplete or the end may still become a stop string. Stop strings are searched in the text
+    including special tokens; `text` leaves special tokens out. Only a stop string may cut a token.
     """
 
-    def __init__(self, tokenizer: Any, stop: Seq[str] = ()) -> None:
-        self.tokenizer, self.stop = tokenizer, stop
+    def __init__(self, tokenizer: Any, stop: Seq[str] = (), *, include_stop: bool = False) -> None:
+        """Begin a text.
+
+        Args:
+            tokenizer: see `load_tokenizer`.
+            stop: strings that end the text.
+            include_stop: the text ends after the stop string, not before it.
+        """
+        self.tokenizer, self.stop, self.include_stop = tokenizer, stop, include_stop
         self.text = ""
-        self.stopped = False  # a stop string was generated; `text` ends before it
+        self.num_released = 0  # tokens from the first one on that lie in `text` as a whole
+        self.stop_string: str | None = None  # the one that was generated
         self._special = special_tokens(tokenizer) if stop else {}
         self._token_ids: list[int] = []
         self._context, self._next = 0, 0  # first token decoded as context; first undecoded token
-        self._pending = ""  # decoded text that may be the beginning of a stop string
+        self._pending = ""  # decoded text that is not in `text` yet
         self._hidden: set[int] = set()  # indices into `_pending` that belong to special tokens
+        self._ends: list[int] = []  # in `_pending`, of the decoded tokens that are not released
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was generated; `text` ends there."""
+        return self.stop_string is not None
 
     def add(self, token_ids: Seq[int], *, last: bool = False) -> str:
         """Append new tokens; returns the text that can be shown now.
 
         Args:
-            token_ids: tokens generated since the last call.
+            token_ids: tokens generated since the last call; they are released together.
             last: the sequence ends here, so nothing is held back.
         """
         if self.stopped:
@@ -213,7 +228,9 @@ class Detokenizer:
                 first, start = i + 1, len(self._pending)
                 self._pending += name
                 self._hidden.update(range(start, len(self._pending)))
+                self._mark_ends()
         self._decode(token_ids[first:], last=last)
+        self._mark_ends()
         return self._show(last=last)
 
     def _decode(self, token_ids: Seq[int], *, last: bool) -> None:
@@ -229,45 +246,77 @@ class Detokenizer:
                 self._context = self._next
             self._next = len(self._token_ids)
 
+    def _mark_ends(self) -> None:
+        """Note that the text of the tokens decoded last ends here."""
+        num_new = self._next - self.num_released - len(self._ends)
+        self._ends += [len(self._pending)] * num_new
+
     def _show(self, *, last: bool) -> str:
         """Move the text that cannot become a stop string from `_pending` to `text`."""
-        hits = [i for i in (self._pending.find(s) for s in self.stop) if i >= 0]
+        hits = [(i, len(s), s) for s in self.stop if (i := self._pending.find(s)) >= 0]
         if hits:
-            cut, self.stopped = min(hits), True
-        else:
-            cut = len(self._pending) - (0 if last else _possible_stop(self._pending, self.stop))
+            cut, length, self.stop_string = min(hits)
+            cut += length if self.include_stop else 0
+        elif last:
+            cut = len(self._pending)
+        else:  # back to the end of a token
+            cut = len(self._pending) - _possible_stop(self._pending, self.stop)
+            cut = max((end for end in self._ends if end <= cut), default=0)
         shown = "".join(c for i, c in enumerate(self._pending[:cut]) if i not in self._hidden)
         self._pending = "" if hits else self._pending[cut:]
         self._hidden = {i - cut for i in self._hidden if i >= cut}
+        released = sum(end <= cut for end in self._ends)
+        self._ends = [end - cut for end in self._ends[released:]]
+        self.num_released += released
         self.text += shown
         return shown
 
 
+@dataclass(frozen=True)
+class Appended:
+    """What came of new tokens; see `append_until_end`."""
+
+    num_tokens: int  # how many were appended
+    text: str  # what can be shown now
+    num_released: int  # tokens, oldest first, whose text is in `text`
+    reason: str = ""  # why the sequence ends: "stop", "length" or "" (it continues)
+    stop_reason: str | int | None = None  # of "stop": the stop string, or the value in `ends`
+
+
+def end_ids(eos_token_ids: Iterable[int], stop_token_ids: Iterable[int]) -> dict[int, int | None]:
+    """The ids that end a sequence, with `Completion.stop_reason`: None for end-of-text."""
+    return {i: i for i in stop_token_ids} | dict.fromkeys(eos_token_ids)
+
+
 def append_until_end(
-    detokenizer: Detokenizer | None, new: Seq[int], stop_ids: Container[int], room: int
-) -> tuple[int, str, str]:
+    detokenizer: Detokenizer | None, new: Seq[int], ends: Mapping[int, int | None], room: int
+) -> Appended:
     """Append new tokens to a sequence one by one, until it ends.
 
     Args:
-        detokenizer: None if the sequence needs no text.
+        detokenizer: None if the sequence needs no text; every token is released at once then.
         new: the tokens.
-        stop_ids: ids that end the sequence; they have no text.
+        ends: the ids that end the sequence, which have no text; see `end_ids`.
         room: tokens left until the sequence reaches its maximum length.
-
-    Returns:
-        How many tokens were appended, the text that can be shown now, and why the sequence ends:
-        "stop", "length" or "" (it continues).
     """
-    text, reason = "", "" if room > 0 else "length"
-    for num_appended, token_id in enumerate(new, start=1):
-        is_stop = token_id in stop_ids
-        reason = "stop" if is_stop else "length" if num_appended >= room else ""
+    released_before = detokenizer.num_released if detokenizer else 0
+    text, num_tokens, num_released = "", 0, 0
+    reason = "" if room > 0 else "length"
+    stop_reason: str | int | None = None
+    for token_id in new:
+        num_tokens += 1
+        is_end = token_id in ends
+        reason = "stop" if is_end else "length" if num_tokens >= room else ""
+        stop_reason = ends.get(token_id)
+        num_released += not is_end
         if detokenizer:
-            text += detokenizer.add([] if is_stop else [token_id], last=bool(reason))
-            reason = "stop" if detokenizer.stopped else reason
+            text += detokenizer.add([] if is_end else [token_id], last=bool(reason))
+            num_released = detokenizer.num_released - released_before
+            if detokenizer.stopped:
+                reason, stop_reason = "stop", detokenizer.stop_string
         if reason:
-            return num_appended, text, reason
-    return len(new), text, reason
+            break
+    return Appended(num_tokens, text, num_released, reason, stop_reason)
 
 
 def _possible_stop(text: str, stop: Seq[str]) -> int:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from typing import Any
@@ -20,10 +21,10 @@ from gptneox.engine.api import (
     StepStats,
     check_request,
 )
-from gptneox.engine.detokenizer import Detokenizer, append_until_end, decode
+from gptneox.engine.detokenizer import Detokenizer, append_until_end, decode, end_ids
 from gptneox.engine.generation_config import NO_RULES, GenerationRules
-from gptneox.engine.sampler import describe_non_finite, non_finite_rows, restrict
-from gptneox.engine.sequence import InvalidParameter, SamplingParams, check_vocabulary
+from gptneox.engine.sampler import NO_TOKEN, NON_FINITE, adjust, non_finite_rows
+from gptneox.engine.sequence import InvalidParameter, SamplingParams, Sequence, check_vocabulary
 from gptneox.parallel import TensorParallelGroup
 
 
@@ -74,29 +75,25 @@ class GenerateEngine(Engine):
         """Run one padded batch."""
         input_ids, mask = self._pad(prompts)
         eos = () if params.ignore_eos else self.eos_token_ids
-        ends = frozenset((*eos, *params.stop_token_ids))
         tokenizer = self.tokenizer if params.detokenize else None
         rules = self.rules if params.obey_rules else NO_RULES
-        stop = (*params.stop, *rules.stop_strings) if tokenizer else ()
         rows = [
-            _Row(list(prompt), ends, params.max_new_tokens, tokenizer, stop) for prompt in prompts
+            _Row(Sequence.create(first_id + i, prompt, params, rules, eos), tokenizer)
+            for i, prompt in enumerate(prompts)
         ]
-        batch = _Batch(rows, rules, eos, self.group)
+        batch = _Batch(rows, rules, self.group)
         with self._timed(len(prompts), input_ids.shape[1]):
             output = self.adapter.generate(
                 input_ids,
                 attention_mask=mask,
-                eos_token_id=sorted(ends) or None,
+                eos_token_id=sorted({*eos, *params.stop_token_ids}) or None,
                 pad_token_id=0,
-                logits_processor=[batch.restrict],
+                logits_processor=[batch.adjust],
                 stopping_criteria=[batch.check_ends],
                 **_options(params),
             )
         new_ids = output[:, input_ids.shape[1] :].tolist()
-        return [
-            row.finish(first_id + i, ids)
-            for i, (row, ids) in enumerate(zip(rows, new_ids, strict=True))
-        ]
+        return [row.finish(ids) for row, ids in zip(rows, new_ids, strict=True)]
 
     @contextmanager
     def _timed(self, num_rows: int, num_prompt: int) -> Iterator[None]:
@@ -141,7 +138,7 @@ class GenerateEngine(Engine):
         check_vocabulary("token_ids", token_ids, self.model.config.vocab_size)
         logits = self.next_logits(prompts).float()  # [B, V]
         if rows := non_finite_rows(logits):
-            raise RequestFailed(describe_non_finite(rows[0]))
+            raise RequestFailed(f"request {rows[0]}: {NON_FINITE}")
         scores = logits.log_softmax(-1)[:, list(token_ids)].tolist()
         greedy_ids = logits.argmax(-1).tolist()
         return [NextToken(i, row) for i, row in zip(greedy_ids, scores, strict=True)]
@@ -172,18 +169,18 @@ class GenerateEngine(Engine):
 
 
 def _options(params: SamplingParams) -> dict[str, Any]:
-    """The same parameters for transformers' `generate`."""
+    """What is left of the parameters for transformers' `generate`; see `_Batch.adjust`."""
     options: dict[str, Any] = {
         "max_new_tokens": params.max_new_tokens,
         # Division by less makes the scores infinite; so small a temperature is greedy anyway.
         "do_sample": params.temperature > 1e-6,
-        "repetition_penalty": params.repetition_penalty,
     }
     if options["do_sample"]:
         options |= {
             "temperature": params.temperature,
             "top_k": max(params.top_k, 0),
             "top_p": params.top_p,
+            "min_p": params.min_p or None,
         }
     return options
 
@@ -191,39 +188,53 @@ def _options(params: SamplingParams) -> dict[str, Any]:
 class _Row:
     """One prompt of a batch with its generated tokens."""
 
-    def __init__(
-        self, prompt: list[int], ends: Container[int], limit: int, tokenizer: Any, stop: Seq[str]
-    ) -> None:
-        self.prompt, self.ends, self.limit, self.tokenizer = prompt, ends, limit, tokenizer
-        self.detokenizer = Detokenizer(tokenizer, stop) if stop else None
-        self.token_ids: list[int] = []
-        self.reason = ""  # why the row ended; "" while it runs
+    def __init__(self, seq: Sequence, tokenizer: Any) -> None:
+        params = seq.params
+        self.seq, self.tokenizer = seq, tokenizer
+        self.ends = end_ids(seq.eos_token_ids, params.stop_token_ids)
+        self.detokenizer = None
+        if tokenizer and (stop := (*params.stop, *seq.rules.stop_strings)):
+            self.detokenizer = Detokenizer(tokenizer, stop, include_stop=params.include_stop)
+        self.reason = self.error = ""  # why the row ended; "" while it runs
+        self.stop_reason: str | int | None = None
+        self.num_released = 0
 
     def add(self, token_id: int, *, late: bool = False) -> None:
         """Append the next token, if the row has not ended."""
         if not self.reason:
-            room = 1 if late else self.limit - len(self.token_ids)
-            self.token_ids.append(token_id)
-            _, _, self.reason = append_until_end(self.detokenizer, [token_id], self.ends, room)
+            seq = self.seq
+            room = 1 if late else seq.params.max_new_tokens - seq.num_output_tokens
+            seq.token_ids.append(token_id)
+            appended = append_until_end(self.detokenizer, [token_id], self.ends, room)
+            self.num_released += appended.num_released
+            self.reason, self.stop_reason = appended.reason, appended.stop_reason
 
-    def finish(self, request_id: int, new_ids: Seq[int]) -> Completion:
+    def fail(self, error: str) -> None:
+        """End the row with an error, if it has not ended."""
+        if not self.reason:
+            self.reason, self.error = "error", error
+
+    def finish(self, new_ids: Seq[int]) -> Completion:
         """The row's completion; `new_ids` may continue after its end."""
-        for token_id in new_ids[len(self.token_ids) :]:
+        for token_id in new_ids[self.seq.num_output_tokens :]:
             self.add(token_id)
+        token_ids = self.seq.output_ids
         text = ""
         if self.detokenizer:
-            text = self.detokenizer.text
+            self.detokenizer.add([], last=True)  # after an error something may be held back
+            self.num_released, text = self.detokenizer.num_released, self.detokenizer.text
         elif self.tokenizer is not None:
-            ended = self.token_ids and self.token_ids[-1] in self.ends
-            text = decode(self.tokenizer, self.token_ids[:-1] if ended else self.token_ids)
+            text = decode(self.tokenizer, token_ids[: self.num_released])
         return Completion(
-            request_id,
+            self.seq.request_id,
             new_text=text,
-            new_token_ids=self.token_ids,
+            new_token_ids=token_ids,
+            released_ids=token_ids[: self.num_released],
             finish_reason=self.reason,
-            error=describe_non_finite(request_id) if self.reason == "error" else "",
+            stop_reason=self.stop_reason,
+            error=self.error,
             text=text,
-            token_ids=self.token_ids,
+            token_ids=token_ids,
         )
 
 
@@ -231,32 +242,31 @@ class _Batch:
     """Callbacks of `generate`: the logits processor and the stopping criterion of a batch."""
 
     def __init__(
-        self,
-        rows: list[_Row],
-        rules: GenerationRules,
-        eos: Seq[int],
-        group: TensorParallelGroup,
+        self, rows: list[_Row], rules: GenerationRules, group: TensorParallelGroup
     ) -> None:
-        self.rows, self.rules, self.eos, self.group = rows, rules, eos, group
-        self.width = max(len(row.prompt) for row in rows)
+        self.rows, self.rules, self.group = rows, rules, group
         self.start = time.perf_counter()
 
-    def restrict(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The logits processor: input_ids [B, padded + new], scores [B, V].
+    def adjust(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The logits processor: scores [B, V], after the model and before the temperature.
 
-        A row with non-finite scores ends with an error; the token sampled for it is ignored.
+        A row with non-finite scores, or without an allowed token, ends with an error; the token
+        sampled for it is ignored. transformers' own repetition penalty would count the padding.
         """
         for i in non_finite_rows(scores):
-            self.rows[i].reason = self.rows[i].reason or "error"
+            self.rows[i].fail(NON_FINITE)
             scores = scores.index_fill(0, torch.tensor(i, device=scores.device), 0.0)
-        if not self.rules.restricts:
+        if self.rows[0].seq.params.is_plain and not self.rules.restricts:
             return scores
         scores = scores.clone()
         for i, row in enumerate(self.rows):
-            num_prompt = len(row.prompt)
-            token_ids = input_ids[i, self.width - num_prompt :].tolist()
-            limits = self.rules.restrict(token_ids, num_prompt, num_prompt + row.limit, self.eos)
-            scores[i] = restrict(scores[i], *limits)
+            if row.reason:
+                continue
+            adjusted = adjust(scores[i], row.seq)
+            if adjusted.max() == -math.inf:
+                row.fail(NO_TOKEN)
+            else:
+                scores[i] = adjusted
         return scores
 
     def check_ends(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:

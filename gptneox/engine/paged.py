@@ -12,10 +12,9 @@ from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EngineSection
 from gptneox.engine.api import Completion, Engine, NextToken, StepStats, raise_failure
 from gptneox.engine.block_manager import BlockManager
-from gptneox.engine.detokenizer import Detokenizer, append_until_end
+from gptneox.engine.detokenizer import Detokenizer, append_until_end, end_ids
 from gptneox.engine.generation_config import NO_RULES
 from gptneox.engine.runner import ModelRunner, StepResult
-from gptneox.engine.sampler import describe_non_finite
 from gptneox.engine.scheduler import Scheduled, Scheduler
 from gptneox.engine.sequence import InvalidParameter, SamplingParams, Sequence
 from gptneox.kv_cache import PagedKVCache
@@ -23,12 +22,16 @@ from gptneox.kv_cache import PagedKVCache
 
 @dataclass
 class _Request:
-    """A sequence with its detokenizer and stop ids."""
+    """A sequence with its detokenizer, the ids that end it, and what its completions report."""
 
     seq: Sequence
     detokenizer: Detokenizer | None
-    stop_ids: frozenset[int]
+    ends: dict[int, int | None]
+    arrival: float  # perf_counter
     start: float = 0.0  # perf_counter of its first step
+    num_cached_tokens: int = 0  # found in the prefix cache at its first step
+    prefill_s: float = 0.0  # 0 while the prompt is incomplete
+    num_released: int = 0  # new tokens whose text was released
 
 
 class PagedEngine(Engine):
@@ -98,9 +101,10 @@ class PagedEngine(Engine):
         self._next_id += 1
         detokenizer = None
         if self.tokenizer and params.detokenize:
-            detokenizer = Detokenizer(self.tokenizer, params.stop + rules.stop_strings)
-        stop_ids = frozenset((*params.stop_token_ids, *eos))
-        self._requests[seq.request_id] = _Request(seq, detokenizer, stop_ids)
+            stop = params.stop + rules.stop_strings
+            detokenizer = Detokenizer(self.tokenizer, stop, include_stop=params.include_stop)
+        ends = end_ids(eos, params.stop_token_ids)
+        self._requests[seq.request_id] = _Request(seq, detokenizer, ends, time.perf_counter())
         self.scheduler.add(seq)
         return seq.request_id
 
@@ -192,21 +196,25 @@ class PagedEngine(Engine):
     def _compute(self) -> list[Completion]:
         scheduled = self.scheduler.schedule()
         start = time.perf_counter()
+        for item in scheduled:
+            request = self._requests[item.seq.request_id]
+            if not request.start:
+                request.start, request.num_cached_tokens = start, item.seq.num_computed_tokens
         result = self.runner.run(scheduled, measure=self.stats.measure)
         self.model.device.synchronize()
         self._account(scheduled, result, start)
         self.scheduler.mark_computed(scheduled)
-        late = self._late(scheduled, start)
+        late = self._late(scheduled)
         completions = []
         for item, new in zip(scheduled, result.token_ids, strict=True):
             request = self._requests[item.seq.request_id]
-            if item.seq.request_id in result.failed:
-                completions.append(self._fail(request))
+            if error := result.failed.get(item.seq.request_id):
+                completions.append(self._fail(request, error))
             elif new or item.seq.num_computed_tokens == len(item.seq.token_ids):
                 completions.append(self._advance(request, new, late=item.seq.request_id in late))
         return completions
 
-    def _late(self, scheduled: list[Scheduled], now: float) -> set[int]:
+    def _late(self, scheduled: list[Scheduled]) -> set[int]:
         """Ids of the requests over the time limit; rank 0's clock decides, so that ranks agree."""
         limits = {
             item.seq.request_id: limit
@@ -215,9 +223,6 @@ class PagedEngine(Engine):
         }
         if not limits:
             return set()
-        for request_id in limits:
-            request = self._requests[request_id]
-            request.start = request.start or now
         now = time.perf_counter()
         late = {i for i, limit in limits.items() if now - self._requests[i].start > limit}
         return set(self.model.group.broadcast_object(late))
@@ -227,17 +232,44 @@ class PagedEngine(Engine):
         seq = request.seq
         room = seq.params.max_new_tokens - seq.num_output_tokens
         room = min(room, len(new)) if late else room
-        count, text, reason = append_until_end(request.detokenizer, new, request.stop_ids, room)
-        seq.token_ids += new[:count]
-        completion = Completion(seq.request_id, text, new[:count])
-        if reason:
-            self._finish(request, completion, reason)
+        appended = append_until_end(request.detokenizer, new, request.ends, room)
+        new = new[: appended.num_tokens]
+        seq.token_ids += new
+        completion = self._completion(request, appended.text, new, appended.num_released)
+        if appended.reason:
+            completion.stop_reason = appended.stop_reason
+            self._finish(request, completion, appended.reason)
         return completion
 
-    def _fail(self, request: _Request) -> Completion:
-        """Finish a request with an error because its logits are not finite."""
-        completion = Completion(request.seq.request_id)
-        completion.error = describe_non_finite(request.seq.request_id)
+    def _completion(
+        self, request: _Request, text: str, new: list[int], num_released: int
+    ) -> Completion:
+        """The part of an answer that this step added."""
+        seq, first = request.seq, request.num_released
+        request.num_released += num_released
+        completion = Completion(
+            seq.request_id,
+            text,
+            new,
+            released_ids=seq.output_ids[first : request.num_released],
+            released_logprobs=seq.logprobs[first : request.num_released],
+            num_cached_tokens=request.num_cached_tokens,
+            queued_s=request.start - request.arrival,
+        )
+        if not request.prefill_s:
+            request.prefill_s = time.perf_counter() - request.start
+            completion.prompt_logprobs = seq.prompt_logprobs
+        completion.prefill_s = request.prefill_s
+        return completion
+
+    def _fail(self, request: _Request, error: str) -> Completion:
+        """Finish a request without a next token; what was generated before is kept."""
+        text, num_released = "", request.seq.num_output_tokens - request.num_released
+        if request.detokenizer:
+            text = request.detokenizer.add([], last=True)
+            num_released = request.detokenizer.num_released - request.num_released
+        completion = self._completion(request, text, [], num_released)
+        completion.error = error
         self._finish(request, completion, "error")
         return completion
 

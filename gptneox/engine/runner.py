@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gptneox.devices.step import ForwardBatch
-from gptneox.engine.sampler import Sampler, non_finite_rows, token_logprobs
+from gptneox.engine.sampler import NO_TOKEN, NON_FINITE, Sampler, non_finite_rows, token_logprobs
 from gptneox.engine.scheduler import Scheduled
 from gptneox.engine.sequence import Sequence
 from gptneox.kv_cache import PagedKVCache
@@ -28,7 +28,7 @@ class StepResult:
     """The sampled tokens of one step; the same on every rank."""
 
     token_ids: list[list[int]]  # per scheduled item, one for each of its `sample_rows`
-    failed: set[int]  # ids of the requests whose logits are NaN or infinite
+    failed: dict[int, str]  # id of a request without a token -> why
     prepare_s: float = 0.0  # time before the forward pass, if measured
     forward_s: float = 0.0  # time of the forward pass, logits included, if measured
 
@@ -138,7 +138,7 @@ class ModelRunner:
         assert isinstance(hidden, Tensor)
         return hidden
 
-    def _sample(self, logits: Tensor, seqs: list[Sequence], failed: set[int]) -> list[int]:
+    def _sample(self, logits: Tensor, seqs: list[Sequence], failed: dict[int, str]) -> list[int]:
         """Sample on rank 0 and broadcast the tokens; adds to `failed`.
 
         logits: [S, V], one row per entry of `seqs`.
@@ -151,10 +151,13 @@ class ModelRunner:
         *token_ids, is_finite = self.group.broadcast(choice).tolist()
         if not is_finite:
             rows = self.group.broadcast_object(non_finite_rows(logits))
-            failed.update(seqs[row].request_id for row in rows)
+            failed |= {seqs[row].request_id: NON_FINITE for row in rows}
+        for seq, token_id in zip(seqs, token_ids, strict=True):
+            if token_id < 0:
+                failed.setdefault(seq.request_id, NO_TOKEN)
         if self.group.rank == 0:
             for i, seq in enumerate(seqs):
-                if seq.params.logprobs is not None:
+                if seq.params.logprobs is not None and token_ids[i] >= 0:
                     seq.logprobs += token_logprobs(
                         logits[i : i + 1],
                         [token_ids[i]],
@@ -163,12 +166,13 @@ class ModelRunner:
                     )
         return token_ids
 
-    def _score_prompts(self, scheduled: list[Scheduled], hidden: Tensor) -> set[int]:
+    def _score_prompts(self, scheduled: list[Scheduled], hidden: Tensor) -> dict[int, str]:
         """Compute the prompt log-probabilities that requests asked for, `_LOGIT_ROWS` at a time.
 
-        Returns the ids of the requests whose logits are not finite.
+        Returns the requests whose logits are not finite, as `StepResult.failed`.
         """
-        first, failed = 0, set()
+        first = 0
+        failed: dict[int, str] = {}
         for item in scheduled:
             seq, start = item.seq, item.seq.num_computed_tokens
             num_top = seq.params.prompt_logprobs
@@ -181,7 +185,7 @@ class ModelRunner:
                     rows = hidden[first + p - start : first + p - start + len(targets)]
                     logits = self.model.compute_logits(rows)
                     if self.group.broadcast_object(bool(non_finite_rows(logits))):
-                        failed.add(seq.request_id)
+                        failed[seq.request_id] = NON_FINITE
                     if self.group.rank == 0:
                         seq.prompt_logprobs += token_logprobs(logits, targets, num_top)
                     seq.num_scored_tokens = p + len(targets)

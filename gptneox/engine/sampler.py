@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
@@ -18,9 +19,9 @@ from gptneox.engine.sequence import SamplingParams, Sequence, TokenLogprobs
 class Sampler:
     """Greedy or random sampling per sequence, independent of the rest of the batch.
 
-    The filters run in the order of transformers' `generate`: repetition penalty, the checkpoint's
-    rules, temperature, top_k, top_p. Each sequence has its own random generator, so a seed gives
-    the same text in any batch.
+    First `adjust`, then, unless the temperature is 0, `filtered_probs`; the order is that of
+    transformers' `generate`. Each sequence has its own random generator, so a seed gives the same
+    text in any batch.
     """
 
     def __init__(self, ops: Operators | None = None) -> None:
@@ -35,14 +36,13 @@ class Sampler:
             seqs: the sequence of each row; one sequence may have several rows.
 
         Returns:
-            [S + 1] int64: S token ids, and whether the sum of all logits is finite (if not, see
-            `non_finite_rows`).
+            [S + 1] int64: S token ids (-1: every token is forbidden), and whether the sum of all
+            logits is finite (if not, see `non_finite_rows`).
         """
         logits = logits.float()
         choice = self._ops.greedy(logits)
         for i, seq in enumerate(seqs):
-            params = seq.params
-            if params.temperature != 0 or params.repetition_penalty != 1 or seq.rules.restricts:
+            if not seq.params.is_plain or seq.rules.restricts:
                 choice[i] = self._choose(logits[i], seq)
         return choice
 
@@ -51,17 +51,15 @@ class Sampler:
         self._generators.pop(seq.request_id, None)
 
     def _choose(self, logits: Tensor, seq: Sequence) -> Tensor:
-        params = seq.params
-        if params.repetition_penalty != 1:
-            logits = penalize_repetition(logits, seq.token_ids, params.repetition_penalty)
-        if seq.rules.restricts:
-            logits = restrict(logits, *seq.restrict())
-        if params.temperature == 0:
-            return logits.argmax()
-        probs = filtered_probs(logits, params)
+        logits = adjust(logits, seq)
+        is_empty = logits.max() == -math.inf
+        if seq.params.temperature == 0:
+            return logits.argmax().masked_fill(is_empty, -1)
+        probs = filtered_probs(logits, seq.params)
         # The method of torch.multinomial for one token, with the sequence's own generator.
         noise = torch.empty(probs.shape).exponential_(generator=self._generator(seq))
-        return (probs / noise.to(probs.device, non_blocking=True)).argmax()
+        choice = (probs / noise.to(probs.device, non_blocking=True)).argmax()
+        return choice.masked_fill(is_empty, -1)
 
     def _generator(self, seq: Sequence) -> torch.Generator:
         if seq.request_id not in self._generators:
@@ -82,12 +80,40 @@ def non_finite_rows(logits: Tensor) -> list[int]:
     return [i for i, ok in enumerate(is_finite) if not ok]
 
 
-def describe_non_finite(request_id: int) -> str:
-    """The error message for a request with non-finite logits."""
-    return (
-        f"the logits of request {request_id} are not finite: the weights hold NaN or Inf, or the "
-        "dtype overflows; try --dtype float32 and check the checkpoint"
-    )
+NON_FINITE = (
+    "the logits are not finite: the weights hold NaN or Inf, or the dtype overflows; try --dtype "
+    "float32 and check the checkpoint"
+)
+NO_TOKEN = (
+    "no token is left to choose: allowed_token_ids, min_new_tokens and the checkpoint's "
+    "generation_config.json together forbid all of them"
+)
+
+
+def adjust(logits: Tensor, seq: Sequence) -> Tensor:
+    """Logits [V] of a sequence's next token after its penalties, bias and limits.
+
+    The order is that of transformers' `generate`: logit_bias (there `sequence_bias`), repetition
+    penalty, allowed_token_ids (there `prefix_allowed_tokens_fn`), then min_new_tokens and the
+    checkpoint's rules; a token that the checkpoint forces comes whatever the request says.
+    frequency_penalty and presence_penalty, which transformers lacks, follow the repetition penalty
+    as in vLLM. What is forbidden has -inf.
+    """
+    params = seq.params
+    if params.logit_bias:
+        ids, values = zip(*sorted(params.logit_bias), strict=True)
+        logits = logits.index_add(0, _indices(ids, logits), _values(values, logits))
+    if params.repetition_penalty != 1:
+        logits = penalize_repetition(logits, seq.token_ids, params.repetition_penalty)
+    if params.frequency_penalty or params.presence_penalty:
+        logits = penalize_occurrence(
+            logits, seq.output_ids, params.frequency_penalty, params.presence_penalty
+        )
+    if params.allowed_token_ids:
+        logits = keep_only(logits, params.allowed_token_ids)
+    if seq.rules.restricts or params.min_new_tokens:
+        logits = restrict(logits, *seq.restrict())
+    return logits
 
 
 def penalize_repetition(logits: Tensor, token_ids: list[int], penalty: float) -> Tensor:
@@ -101,6 +127,18 @@ def penalize_repetition(logits: Tensor, token_ids: list[int], penalty: float) ->
     return logits.index_copy(0, ids, values.nan_to_num())  # extreme penalties overflow
 
 
+def penalize_occurrence(
+    logits: Tensor, output_ids: Iterable[int], frequency: float, presence: float
+) -> Tensor:
+    """Subtract from the logits [V] of generated tokens `frequency` per occurrence, and `presence`.
+
+    Source: OpenAI, "Frequency and presence penalties"; the prompt does not count.
+    """
+    counts = Counter(output_ids)
+    values = [-frequency * counts[i] - presence for i in sorted(counts)]
+    return logits.index_add(0, _indices(counts, logits), _values(values, logits))
+
+
 def restrict(logits: Tensor, forced: Seq[int], banned: Iterable[int]) -> Tensor:
     """Logits [V] that allow only the tokens `forced` (if any), and none of `banned`.
 
@@ -111,14 +149,31 @@ def restrict(logits: Tensor, forced: Seq[int], banned: Iterable[int]) -> Tensor:
     return logits.index_fill(0, _indices(banned, logits), -math.inf)
 
 
+def keep_only(logits: Tensor, allowed: Seq[int]) -> Tensor:
+    """Logits [V] with -inf for all tokens but `allowed`.
+
+    Source: HF PrefixConstrainedLogitsProcessor.
+    """
+    kept = _indices(allowed, logits)
+    return torch.full_like(logits, -math.inf).index_copy(0, kept, logits[kept])
+
+
 def _indices(token_ids: Iterable[int], logits: Tensor) -> Tensor:
-    """The ids within the vocabulary, as a tensor on the device of `logits`."""
+    """The ids within the vocabulary, sorted, as a tensor on the device of `logits`."""
     valid_ids = sorted(i for i in token_ids if 0 <= i < logits.shape[-1])
     return torch.tensor(valid_ids, dtype=torch.int64).to(logits.device, non_blocking=True)
 
 
+def _values(values: Iterable[float], logits: Tensor) -> Tensor:
+    """The values as a tensor of the dtype and on the device of `logits`."""
+    return torch.tensor(list(values), dtype=logits.dtype).to(logits.device, non_blocking=True)
+
+
 def filtered_probs(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Probabilities [V] after temperature, top_k and top_p; excluded tokens get 0."""
+    """Probabilities [V] after temperature, top_k, top_p and min_p; excluded tokens get 0.
+
+    The order is that of transformers' `generate`.
+    """
     # Subtracting the maximum and bounding the divisor keep a tiny temperature finite.
     logits = (logits - logits.max()) / max(params.temperature, 1e-30)
     if 0 < params.top_k < logits.shape[-1]:
@@ -129,7 +184,12 @@ def filtered_probs(logits: Tensor, params: SamplingParams) -> Tensor:
         probs = values.softmax(-1)
         outside = probs.cumsum(-1) - probs >= params.top_p  # higher-ranked tokens reach top_p
         logits = logits.masked_fill(outside.scatter(0, order, outside), -math.inf)
-    return logits.softmax(-1)
+    probs = logits.softmax(-1)
+    if params.min_p:
+        # Source: arXiv:2407.01082; HF MinPLogitsWarper.
+        logits = logits.masked_fill(probs < params.min_p * probs.max(), -math.inf)
+        probs = logits.softmax(-1)
+    return probs
 
 
 def token_logprobs(

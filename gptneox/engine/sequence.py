@@ -84,6 +84,19 @@ class SamplingParams:
         if any(not isinstance(s, str) or not s for s in self.stop):
             raise InvalidParameter("stop", list(self.stop), "a list of non-empty strings")
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the likeliest token of the raw logits is taken, if no other rule applies."""
+        return not (
+            self.temperature
+            or self.repetition_penalty != 1
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+            or self.allowed_token_ids
+            or self.min_new_tokens
+        )
+
 
 def _token_ids(name: str, value: Any) -> None:
     if not isinstance(value, tuple):
@@ -183,10 +196,16 @@ class Sequence:
         return seq
 
     def restrict(self) -> tuple[Seq[int], set[int]]:
-        """The allowed and the forbidden next tokens; see `GenerationRules.restrict`."""
-        return self.rules.restrict(
+        """The forced and the forbidden next tokens.
+
+        Those of the checkpoint (see `GenerationRules.restrict`), and of `min_new_tokens`.
+        """
+        forced, banned = self.rules.restrict(
             self.token_ids, self.num_prompt_tokens, self.max_tokens, self.eos_token_ids
         )
+        if self.num_output_tokens < self.params.min_new_tokens:
+            banned.update(self.eos_token_ids, self.params.stop_token_ids)
+        return forced, banned
 
     @property
     def output_ids(self) -> list[int]:

@@ -17,7 +17,6 @@ from gptneox.cli import Settings
 from gptneox.engine.api import Completion, Engine, raise_failure
 from gptneox.engine.detokenizer import decode
 from gptneox.engine.paged import PagedEngine
-from gptneox.engine.sampler import describe_non_finite
 from gptneox.engine.sequence import SamplingParams
 from gptneox.output import (
     Printer,
@@ -71,7 +70,9 @@ def run(settings: Settings) -> None:
     prompts = make_prompts(settings, texts, engine.tokenizer)
     params = [fit_output_length(settings, engine.max_positions, p) for p in prompts]
     if environment.benchmark_enabled:
-        first = [replace(q, max_new_tokens=min(2, q.max_new_tokens)) for q in params]
+        first = [
+            replace(q, max_new_tokens=min(2, q.max_new_tokens), min_new_tokens=0) for q in params
+        ]
         engine.generate([p.ids for p in prompts], first)
     engine.reset_stats(keep_steps=environment.benchmark_enabled)
     printer = Printer(prompts, args.stream, out, go_on=bool(args.output_file))
@@ -98,8 +99,6 @@ def answer(
     with tqdm(total=len(prompts), desc="prompts", leave=False, disable=hide) as bar:
         for i, completion in engine.complete([p.ids for p in prompts], params):
             printer.add(i, completion, engine.tokenizer is not None)
-            if completion.error:
-                completion.error = describe_non_finite(i)  # by the prompt's number
             if completion.finished:
                 done[i] = completion
                 bar.update()
