@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,8 +49,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def open_loop(group: TensorParallelGroup, path: Path) -> EngineLoop:
-    section = EngineSection(max_batch_size=4, num_blocks=40, block_size=16)
+def open_loop(group: TensorParallelGroup, path: Path, **settings: int) -> EngineLoop:
+    section = EngineSection(**{"max_batch_size": 4, "num_blocks": 40, "block_size": 16} | settings)
     engine = PagedEngine.from_pretrained(
         path, section, select("cpu"), group=group, dtype="float32", with_tokenizer=False
     )
@@ -247,3 +249,115 @@ def test_ranks_that_wait_hear_from_rank_0(
     assert rounds == followed
     assert rounds > 3 + 12, "heartbeats besides the steps"
     assert answers == expected[:1]
+
+
+def walk(
+    group: TensorParallelGroup, path: Path, seed: int
+) -> tuple[list[Any], dict[int, list[int]], dict[int, tuple[int, int]]]:
+    """Requests come and go at random; returns each round's block tables, and what became of them.
+
+    The cache is small, so that requests wait, are preempted and hit the prefix cache.
+    """
+    rng = random.Random(seed)
+    loop = open_loop(group, path, num_blocks=6, max_prefill_tokens=24)
+    tables: list[Any] = []
+    advance = loop._advance
+
+    def note(commands: Any) -> Any:
+        completions = advance(commands)
+        scheduler = loop.engine.scheduler
+        tables.append(
+            [
+                (s.request_id, list(s.block_table), s.num_computed_tokens, len(s.token_ids))
+                for s in (*scheduler.running, *scheduler.waiting)
+            ]
+        )
+        loop.engine.block_manager.check(scheduler.running)
+        return completions
+
+    loop._advance = note
+    if group.rank > 0:
+        loop.follow()
+        return tables, {}, {}
+    asked: dict[int, tuple[int, int]] = {}  # number -> prompt, new tokens
+    done: dict[int, list[int]] = {}
+    aborted: set[int] = set()
+    for _ in range(120):
+        if rng.random() < 0.5:
+            which, num_new = rng.randrange(4), rng.randrange(1, 40)
+            params = SamplingParams(max_new_tokens=num_new, ignore_eos=True)
+            asked[loop.add(PROMPTS[which], params)] = which, num_new
+        if asked and rng.random() < 0.2:
+            aborted.add(number := rng.choice(sorted(asked)))
+            loop.abort(number)
+        for number, completion in loop.round():
+            assert number not in done
+            if completion.finished:
+                done[number] = completion.token_ids
+        stats = loop.stats()
+        assert stats.num_free_blocks + sum({b: 1 for t in tables[-1] for b in t[1]}.values()) == 6
+    done |= drain(loop)
+    assert set(done) | aborted == set(asked)
+    stats = loop.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_free_blocks) == (0, 0, 6)
+    assert stats.num_preemptions > 0
+    assert 0 < stats.num_prefix_hits < stats.num_prefix_queries
+    loop.stop()
+    return tables, done, asked
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_random_walk_leaves_the_ranks_alike(seed: int, path: Path, teams: Teams) -> None:
+    (tables, done, asked), (followed, *_) = teams(2).run(walk, path, seed)
+    assert tables == followed
+    assert any(tables)
+    engine = open_loop(TensorParallelGroup(), path).engine
+    whole = engine.generate(PROMPTS, SamplingParams(max_new_tokens=40, ignore_eos=True))
+    for number, token_ids in done.items():
+        which, num_new = asked[number]
+        assert token_ids == whole[which].token_ids[:num_new]
+
+
+def test_a_loop_waits_for_commands_of_other_threads(path: Path, expected: list[list[int]]) -> None:
+    """As a service does: one thread steps, others add and abort."""
+    loop = open_loop(TensorParallelGroup(), path)
+    assert not loop.wait(0.0)
+    assert loop.stats().num_waiting == 0
+    done: dict[int, list[int]] = {}
+    waits: list[bool] = []
+
+    def serve() -> None:
+        while not loop.is_stopped:
+            waits.append(loop.wait(60.0))  # a missed wake-up would be seen
+            done.update({n: c.token_ids for n, c in loop.round() if c.finished})
+
+    server = threading.Thread(target=serve)
+    server.start()
+    clients = [threading.Thread(target=loop.add, args=(p, PARAMS)) for p in PROMPTS]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    loop.abort(loop.add(PROMPTS[0], LONG))
+    while len(done) < 4 or loop.has_work:
+        time.sleep(0.001)
+    assert sorted(done.values()) == sorted(expected)
+    loop.stop()
+    server.join(30.0)
+    assert not server.is_alive(), "a stop wakes up who waits"
+    with pytest.raises(RequestFailed, match="stopped"):
+        loop.add(PROMPTS[0], PARAMS)
+    assert not loop.wait(60.0)
+
+
+def test_stats_count_what_no_round_has_seen(path: Path) -> None:
+    loop = open_loop(TensorParallelGroup(), path)
+    for prompt in PROMPTS:
+        loop.add(prompt, PARAMS)
+    loop.abort(77)
+    assert (loop.stats().num_running, loop.stats().num_waiting) == (0, 4)
+    loop.round()
+    stats = loop.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_blocks) == (4, 0, 40)
+    assert stats.num_free_blocks == 40 - sum(-(-len(p) // 16) for p in PROMPTS)
+    assert stats.num_prefix_queries == sum(map(len, PROMPTS))

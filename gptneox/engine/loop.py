@@ -47,11 +47,30 @@ class Stop:
 Command = Add | Abort | Stop
 
 
+@dataclass(frozen=True)
+class LoopStats:
+    """The state of a loop between two rounds, and sums since its engine was made."""
+
+    num_running: int  # requests
+    num_waiting: int  # requests, those included that no round has seen yet
+    num_blocks: int  # of the KV cache
+    num_free_blocks: int  # without a user; they may still hold prefixes
+    num_preemptions: int
+    num_prefix_queries: int  # tokens looked for in the prefix cache
+    num_prefix_hits: int  # tokens found there
+
+
 class EngineLoop:
     """Runs the engines of all ranks in lockstep.
 
     Rank 0 calls `add`, `abort` and `round`; the other ranks call `follow`, which returns when rank
-    0 calls `stop`. `add` and `abort` may be called from any thread.
+    0 calls `stop`. `add`, `abort`, `wait` and `stats` may be called from any thread. A service runs
+
+        while not loop.is_stopped:
+            loop.wait(HEARTBEAT_S)
+            deliver(loop.round())
+
+    where a round without work tells the other ranks that rank 0 is there.
     """
 
     def __init__(self, engine: PagedEngine) -> None:
@@ -60,7 +79,7 @@ class EngineLoop:
         self._request_ids: dict[int, int] = {}  # number -> request id of the engine
         self._numbers: dict[int, int] = {}  # request id -> number
         self._next_number = 0
-        self._lock = threading.Lock()  # guards the commands
+        self._commands_changed = threading.Condition()  # guards the commands
         self._round_lock = threading.Lock()  # rounds also come from the heartbeat thread
         self._stopped = False
         self._undelivered: list[tuple[int, Completion]] = []
@@ -68,31 +87,72 @@ class EngineLoop:
     def add(self, prompt_ids: Seq[int], params: SamplingParams) -> int:
         """Check a request now and queue it in the next round; returns its number.
 
+        Numbers count up from 0.
+
         Raises:
             InvalidParameter: see `PagedEngine.check`.
+            RequestFailed: the loop has stopped.
         """
         self.engine.check(prompt_ids, params)
         return self._queue(prompt_ids, params)
 
     def _queue(self, prompt_ids: Seq[int], params: SamplingParams) -> int:
         """`add` for a request that is checked."""
-        with self._lock:
+        with self._commands_changed:
+            if self._stopped:
+                raise RequestFailed("the loop has stopped")
             number = self._next_number
             self._next_number += 1
             self._commands.append(Add(number, list(prompt_ids), params))
+            self._commands_changed.notify_all()
         return number
 
     def abort(self, number: int) -> None:
-        """Cancel a request in the next round; unknown or finished requests are ignored."""
-        with self._lock:
-            self._commands.append(Abort(number))
+        """Cancel a request in the next round; unknown or finished requests are ignored.
+
+        Completions that were computed before may still be delivered; nothing follows them.
+        """
+        self._send(Abort(number))
 
     def stop(self) -> None:
         """End the loop on every rank."""
         if not self._stopped:
-            with self._lock:
-                self._commands.append(Stop())
+            self._send(Stop())
             self.round()
+
+    def _send(self, command: Command) -> None:
+        with self._commands_changed:
+            self._commands.append(command)
+            self._commands_changed.notify_all()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the loop has ended, by `stop` or because a round failed."""
+        return self._stopped
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until a round has something to do, at most `timeout_s`; returns whether it has.
+
+        Returns at once when the loop has stopped.
+        """
+        with self._commands_changed:
+            self._commands_changed.wait_for(lambda: self.has_work or self._stopped, timeout_s)
+            return self.has_work
+
+    def stats(self) -> LoopStats:
+        """Counts for a service's metrics; each is exact, but they may be of two rounds."""
+        scheduler, blocks = self.engine.scheduler, self.engine.block_manager
+        with self._commands_changed:
+            num_queued = sum(isinstance(command, Add) for command in self._commands)
+        return LoopStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting) + num_queued,
+            num_blocks=blocks.num_blocks,
+            num_free_blocks=len(blocks.free),
+            num_preemptions=scheduler.num_preemptions,
+            num_prefix_queries=blocks.num_queried_tokens,
+            num_prefix_hits=blocks.num_hit_tokens,
+        )
 
     @property
     def has_work(self) -> bool:
@@ -118,12 +178,12 @@ class EngineLoop:
     def _round(self) -> list[tuple[int, Completion]]:
         if self._stopped:  # nobody would answer a collective
             return []
-        with self._lock:
+        with self._commands_changed:
             commands, self._commands = self._commands, []
         try:
             return self._advance(self._exchange(commands))
         except BaseException:
-            self._stopped = True  # the ranks may differ now: no further collective
+            self._end()  # the ranks may differ now: no further collective
             raise
 
     def follow(self) -> None:
@@ -203,7 +263,13 @@ class EngineLoop:
         else:
             for number in list(self._request_ids):
                 self._apply(Abort(number))
+            self._end()
+
+    def _end(self) -> None:
+        """Take no further command, and wake up who waits for one."""
+        with self._commands_changed:
             self._stopped = True
+            self._commands_changed.notify_all()
 
     def _forget(self, number: int) -> None:
         del self._numbers[self._request_ids.pop(number)]

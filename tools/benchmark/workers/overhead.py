@@ -100,7 +100,7 @@ class Overhead(Ours):
         engine = PagedEngine(model, section)
 
         def pretend(scheduled: list[Scheduled], **_: bool) -> StepResult:
-            return StepResult([[1] * len(item.sample_rows) for item in scheduled], set())
+            return StepResult([[1] * len(item.sample_rows) for item in scheduled], {})
 
         generator = random.Random(0)
         requests = []
