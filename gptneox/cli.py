@@ -9,7 +9,8 @@ import logging.handlers
 import sys
 import time
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ from gptneox.config.settings import (
 from gptneox.engine.sequence import SamplingParams
 
 logger = logging.getLogger(__name__)
+
+# What the log says of sampling in any case.
+_LOGGED = ("temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop", "ignore_eos")
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,11 @@ class Settings:
                 text = value if value != "" else "-"
                 shown.append(f"{key}={text}" + ("" if source == "default" else f" ({source})"))
             lines.append(f"[{name}] " + ", ".join(shown))
-        asked = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
-        ends = ("stop", "stop_token_ids", "ignore_eos")
-        sampling = [f"{k}={getattr(self.sampling, k)}" for k in (*asked, *ends)]
-        return [*lines, "[sampling] " + ", ".join(sampling)]
+        shown = [f"max_new_tokens={self.sampling.max_new_tokens}"]
+        for each in settings_of(Generation):
+            if each.name in _LOGGED or each.name in self.given:
+                shown.append(f"{each.name}={getattr(self.sampling, each.name)}")
+        return [*lines, "[sampling] " + ", ".join(shown)]
 
 
 def _flag_options(each: Setting, *, in_file: bool) -> dict[str, Any]:
@@ -141,6 +146,15 @@ def read_model_section(
     return model, sources, ini
 
 
+def _sampling_params(max_new_tokens: int, chosen: Generation) -> SamplingParams:
+    """The parameters of every request; a flag that takes several values gives tuples."""
+    values = {f.name: getattr(chosen, f.name) for f in fields(Generation)}
+    for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+        values[name] = tuple(chain.from_iterable(values[name]))
+    values["stop"] = tuple(chosen.stop)
+    return SamplingParams(max_new_tokens=max_new_tokens, **values)
+
+
 def read_settings(argv: Seq[str], default_config: Path) -> Settings:
     """Merge flags, environment and config.ini.
 
@@ -160,23 +174,15 @@ def read_settings(argv: Seq[str], default_config: Path) -> Settings:
     engine, engine_sources = merge_section(EngineSection, given, ini)
     precision, _ = merge_section(PrecisionSection, {}, ini)
     performance, _ = merge_section(PerformanceSection, {}, ini)
-    sampling = SamplingParams(
-        max_new_tokens=engine.max_output_length,
-        temperature=chosen.temperature,
-        top_k=chosen.top_k,
-        top_p=chosen.top_p,
-        repetition_penalty=chosen.repetition_penalty,
-        seed=chosen.seed,
-        stop=tuple(chosen.stop),
-        stop_token_ids=tuple(token_id for ids in chosen.stop_token_ids for token_id in ids),
-        ignore_eos=chosen.ignore_eos,
-    )
+    sampling = _sampling_params(engine.max_output_length, chosen)
     if arguments.tp is not None and arguments.tp != environment.world_size:
         raise ConfigError(
             f"--tp is {arguments.tp}, but {environment.world_size} process(es) were started; "
             "list the devices in ASCEND_RT_VISIBLE_DEVICES (on a CPU: set TP_WORLD_SIZE) and use "
             "run_pa.sh"
         )
+    if arguments.wants_chat and arguments.input_ids:
+        raise ConfigError("--chat works on texts: give --input_texts, not --input_ids")
     lacks_ids = not arguments.input_ids or arguments.interactive
     if not arguments.load_tokenizer and (lacks_ids or sampling.stop):
         raise ConfigError(

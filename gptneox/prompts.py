@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gptneox.chat_templates import ChatTemplate, find_template, render_chat
 from gptneox.cli import Settings
 from gptneox.config.arguments import DEFAULT_PROMPT
 from gptneox.config.errors import ConfigError
@@ -77,16 +78,48 @@ def read_texts(
     return received
 
 
-def make_prompts(settings: Settings, texts: Seq[str], tokenizer: Any) -> list[Prompt]:
-    """Prompts from --input_ids, or from the texts of `read_texts`."""
+def apply_chat(
+    settings: Settings, texts: Seq[str], tokenizer: Any
+) -> tuple[list[str], SamplingParams]:
+    """The texts that the model continues, and their parameters.
+
+    With --chat each text is a message of the user in the chat template, whose stop strings are
+    added; else nothing changes.
+
+    Raises:
+        ChatTemplateError: there is no template, or it refuses a text.
+    """
+    if not settings.args.wants_chat:
+        return list(texts), settings.sampling
+    template = find_template(settings.args.chat_template, tokenizer)
+    messages = [{"role": "user", "content": text} for text in texts]
+    rendered = [render_chat([message], template) for message in messages]
+    return rendered, stop_with(settings.sampling, template)
+
+
+def stop_with(params: SamplingParams, template: ChatTemplate) -> SamplingParams:
+    """The parameters with the template's stop strings besides their own."""
+    return replace(params, stop=tuple(dict.fromkeys((*params.stop, *template.stop))))
+
+
+def make_prompts(
+    settings: Settings, texts: Seq[str], tokenizer: Any
+) -> tuple[list[Prompt], SamplingParams]:
+    """Prompts from --input_ids, or from the texts of `read_texts`; and their parameters."""
     if ids := settings.args.input_ids:
-        return [Prompt(i, ",".join(map(str, i))) for i in ids]
-    return [Prompt(encode(tokenizer, text, f"prompt {i}"), text) for i, text in enumerate(texts)]
+        return [Prompt(i, ",".join(map(str, i))) for i in ids], settings.sampling
+    continued, params = apply_chat(settings, texts, tokenizer)
+    prompts = [
+        Prompt(encode(tokenizer, whole, f"prompt {i}"), text)
+        for i, (whole, text) in enumerate(zip(continued, texts, strict=True))
+    ]
+    return prompts, params
 
 
-def fit_output_length(settings: Settings, max_positions: int, prompt: Prompt) -> SamplingParams:
+def fit_output_length(
+    settings: Settings, max_positions: int, prompt: Prompt, params: SamplingParams
+) -> SamplingParams:
     """The request's parameters; the default output length is capped to the remaining positions."""
-    params = settings.sampling
     room = max_positions - len(prompt.ids)
     is_default = settings.sources["engine"]["max_output_length"] == "default"
     if settings.attention == "paged" and is_default and room > 0:
@@ -97,7 +130,8 @@ def fit_output_length(settings: Settings, max_positions: int, prompt: Prompt) ->
 def is_demonstration(settings: Settings) -> bool:
     """Whether to run the demonstration prompts: the flash path without prompts from the user."""
     args = settings.args
-    return settings.attention == "flash" and not (args.input_texts or args.input_ids)
+    asked = args.input_texts or args.input_ids or args.wants_chat
+    return settings.attention == "flash" and not asked
 
 
 def demo_params(settings: Settings) -> SamplingParams:

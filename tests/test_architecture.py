@@ -19,7 +19,7 @@ COLUMNS = (
     {"__main__", "launch", "start_ranks"},
     {"tasks", "server"},
     {"chat", "evaluation", "output"},
-    {"session", "prompts", "terminal"},
+    {"session", "prompts", "terminal", "chat_templates"},
     {"cli"},
     {"engine"},
     {"adapter"},  # to transformers' generate, which the flash path uses

@@ -28,8 +28,10 @@ from support.processes import MAIN, Terminal, clean_environ, run_main
 from support.tokenizers import byte_level_tokenizer, write_tokenizer
 from transformers import GPTNeoXForCausalLM
 
+from gptneox.cli import read_settings
 from gptneox.config.settings import EngineSection
 from gptneox.engine.api import Completion, EngineStats, StepStats
+from gptneox.engine.sequence import SamplingParams
 from gptneox.evaluation.performance_result import COLUMNS
 from gptneox.output import BENCHMARK_COLUMNS, write_benchmark
 from gptneox.prompts import Prompt
@@ -761,6 +763,117 @@ def test_interrupt_while_answering_prompts_ends_the_program(chain: Path, tmp_pat
     assert process.returncode == 130
     assert err.splitlines()[-1] == "interrupted"
     assert "Traceback" not in err
+
+
+# -- chat ----------------------------------------------------------------------------------------
+
+# The first message; later the last letter of the answer before, to see that it was kept.
+FOLLOWS = "{{ messages[-2].content[-1] if messages | length > 1 else messages[0].content }}"
+
+
+def test_a_conversation(chain: Path, tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text(FOLLOWS, encoding="utf-8")
+    options = ("--interactive", "--chat-template", "chat.jinja", "--max_output_length", "3")
+    terminal = Terminal(MAIN, *paged(chain, *options), cwd=tmp_path)
+    try:
+        assert "Each line is answered" in terminal.wait_for("\r\n> ")
+        for line, answer in (("1", "234"), ("go on", "567"), ("and on", "89")):
+            terminal.type(f"{line}\n")
+            assert terminal.wait_for("\r\n> ") == f"{line}\r\n{answer}"
+        terminal.type("/new\n")
+        terminal.wait_for("> ")
+        terminal.type("a\n")
+        assert terminal.wait_for("\r\n> ") == "a\r\nbca"
+        terminal.type(b"\x04")
+        assert terminal.process.wait(timeout=30) == 0
+    finally:
+        terminal.close()
+
+
+@pytest.mark.parametrize("attention", ["paged", "flash"])
+def test_prompts_as_messages(
+    attention: str, cli: Callable[..., Result], chain: Path, tmp_path: Path
+) -> None:
+    """A named template, with its stop strings besides one's own."""
+    options = ("--chat_template", "gpt-neoxt-chat", "--stop", "x", "--output_file", "out.jsonl")
+    result = cli(*paged(chain, "--input_texts", "1", *options), "--attention", attention)
+    assert result.status == 0, result.err
+    record = json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))
+    assert record["prompt"] == "1"
+    expected = byte_level_tokenizer().encode("<human>: 1\n<bot>:").ids
+    assert record["prompt_ids"] == expected
+
+
+def test_the_template_of_the_model(cli: Callable[..., Result], chain: Path, tmp_path: Path) -> None:
+    copied = copy_checkpoint(chain, tmp_path / "with template")
+    (copied / "chat_template.jinja").write_text("x{{ messages[0].content }}1", encoding="utf-8")
+    result = cli(*paged(copied, "--chat", "--input_texts", "y"))
+    assert "Question[0]: y\nAnswer[0]: 23456789\n" in result.out
+    without = cli(*paged(copied, "--input_texts", "1"))
+    assert "Answer[0]: 23456789\n" in without.out
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "named"),
+    [
+        (("--chat",), 1, "no chat template; name one with --chat_template: one of dolly-v2"),
+        (("--chat", "--interactive"), 1, "no chat template"),
+        (("--chat_template", "doly"), 1, "--chat_template doly is neither a name nor a file"),
+        (("--chat_template", ""), 2, "it is empty"),
+        (("--chat", "--input_ids", "1"), 2, "--chat works on texts"),
+    ],
+)
+def test_chat_that_is_refused(
+    options: tuple[str, ...], status: int, named: str, cli: Callable[..., Result], chain: Path
+) -> None:
+    result = cli(*paged(chain, *options))
+    assert result.status == status, result.err
+    assert named in result.err
+    doctor = cli("--task", "doctor", "--attention", "paged", "--model_path", str(chain), *options)
+    assert doctor.status == status
+    assert named in doctor.out + doctor.err
+
+
+# -- how tokens are chosen -----------------------------------------------------------------------
+
+
+def test_every_flag_of_sampling_reaches_the_request() -> None:
+    flags = "--temperature .5 --top_k 4 --top_p .9 --min_p .1 --repetition_penalty 1.2 --seed 3"
+    flags += " --presence-penalty -1 --frequency_penalty .5 --logit_bias 7:-100 9:1.5,8:2"
+    flags += (
+        " --allowed_token_ids 7,8 9 --stop a b --include_stop --stop_token_ids 5,6 --ignore_eos"
+    )
+    flags += " --min_new_tokens 2 --max_output_length 12"
+    settings = read_settings(flags.split(), Path("none.ini"))
+    assert settings.sampling == SamplingParams(
+        max_new_tokens=12,
+        temperature=0.5,
+        top_k=4,
+        top_p=0.9,
+        min_p=0.1,
+        repetition_penalty=1.2,
+        presence_penalty=-1.0,
+        frequency_penalty=0.5,
+        logit_bias=((7, -100.0), (9, 1.5), (8, 2.0)),
+        allowed_token_ids=(7, 8, 9),
+        seed=3,
+        stop=("a", "b"),
+        include_stop=True,
+        stop_token_ids=(5, 6),
+        ignore_eos=True,
+        min_new_tokens=2,
+    )
+    assert "logit_bias=((7, -100.0)" in settings.describe()[-1]
+    plain = read_settings([], Path("none.ini"))
+    assert plain.sampling == SamplingParams(max_new_tokens=20)
+    assert "bias" not in plain.describe()[-1]
+
+
+@pytest.mark.parametrize("value", ["7", "7:x", "x:7", "7:1:2", ""])
+def test_a_bias_is_a_pair(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read_settings(["--logit_bias", value], Path("none.ini"))
+    assert "no list of ID:VALUE" in capsys.readouterr().err
 
 
 # -- what is not built ---------------------------------------------------------------------------

@@ -51,6 +51,17 @@ def id_list(text: str) -> list[int]:
         ) from error
 
 
+def bias_list(text: str) -> list[tuple[int, float]]:
+    """Pairs ID:VALUE joined by commas."""
+    try:
+        pairs = [item.split(":") for item in text.split(",")]
+        return [(int(token_id), float(value)) for token_id, value in pairs]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of ID:VALUE joined by commas"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Arguments:
     """What to do, with which input and output."""
@@ -102,6 +113,20 @@ class Arguments:
         True, "False: --input_ids in, ids out.", parse=boolean, group="input and output"
     )
     interactive: bool = setting(False, "Read prompts from the terminal.", group="input and output")
+    chat: bool = setting(
+        False,
+        "Prompts are messages to an assistant, in its chat template; with --interactive they are "
+        "one conversation.",
+        group="input and output",
+    )
+    chat_template: str = setting(
+        "",
+        "Chat template, a name or a Jinja file (a wrong one lists the names); default: the "
+        "model's own. Implies --chat.",
+        parse=given,
+        placeholder="NAME",
+        group="input and output",
+    )
     stream: bool = setting(False, "Print each answer while it grows.", group="input and output")
     output_file: Path | None = setting(
         None,
@@ -127,6 +152,11 @@ class Arguments:
     )
     modeltest_arguments: Seq[str] = setting((), "", nargs="...", group=COMPARISON, is_hidden=True)
 
+    @property
+    def wants_chat(self) -> bool:
+        """Whether prompts are messages to an assistant."""
+        return self.chat or bool(self.chat_template)
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -135,12 +165,34 @@ class Generation:
     group: ClassVar[str] = "generation"
 
     ignore_eos: bool = setting(False, "Go on after the end-of-text token.")
+    min_new_tokens: int = setting(
+        0, "Earliest place of end-of-text and --stop_token_ids: after so many tokens."
+    )
     temperature: float = setting(0.0, "0: always the likeliest token.")
     top_k: int = setting(0, "Keep the k likeliest tokens; 0: all.")
     top_p: float = setting(1.0, "Keep the likeliest tokens up to this probability.")
-    repetition_penalty: float = setting(1.0, "Above 1: avoid repeating.")
+    min_p: float = setting(
+        0.0, "Keep the tokens that reach this share of the likeliest one's probability."
+    )
+    repetition_penalty: float = setting(1.0, "Above 1: avoid repeating prompt and answer.")
+    presence_penalty: float = setting(
+        0.0, "-2 to 2: taken from the logits of tokens that the answer has."
+    )
+    frequency_penalty: float = setting(
+        0.0, "-2 to 2: the same, times the number of their occurrences there."
+    )
+    logit_bias: Seq[list[tuple[int, float]]] = setting(
+        (),
+        "Added to the logits of these ids, -100 to 100: 187:-100 or 187:-100,0:5.",
+        parse=bias_list,
+        placeholder="ID:X",
+    )
+    allowed_token_ids: Seq[list[int]] = setting(
+        (), "Choose among these ids alone.", parse=id_list, placeholder="IDS"
+    )
     seed: int | None = setting(None, "Same seed, same text.", parse=int, placeholder="N")
     stop: Seq[str] = setting((), "End before any of these strings, 16 at most.", placeholder="TEXT")
+    include_stop: bool = setting(False, "End after the stop string, not before it.")
     stop_token_ids: Seq[list[int]] = setting(
         (),
         "End with any of these ids, as with end-of-text: 187 0, or 187,0.",

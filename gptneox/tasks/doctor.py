@@ -192,14 +192,16 @@ def prompts(
     """
     is_demo = is_demonstration(settings)
     vocab_size, has_tokenizer = opened.config.vocab_size, opened.tokenizer is not None
-    if settings.args.interactive:
-        return []
     try:
+        if settings.args.interactive:
+            make_prompts(settings, [], opened.tokenizer)  # for the chat template alone
+            return []
         texts = [WARM_UP_PROMPT, *DEMO_PROMPTS]
         if not is_demo:
             texts = read_texts(settings, TensorParallelGroup(), leave_pipes=True)
-        for prompt in make_prompts(settings, texts, opened.tokenizer):
-            params = fit_output_length(settings, num_positions, prompt)
+        made, wishes = make_prompts(settings, texts, opened.tokenizer)
+        for prompt in made:
+            params = fit_output_length(settings, num_positions, prompt, wishes)
             if is_demo:
                 params = demo_params(settings)
             check_request(

@@ -67,8 +67,8 @@ def run(settings: Settings) -> None:
     if is_demo:
         demonstrate(engine, demo_params(settings), out)
         return
-    prompts = make_prompts(settings, texts, engine.tokenizer)
-    params = [fit_output_length(settings, engine.max_positions, p) for p in prompts]
+    prompts, wishes = make_prompts(settings, texts, engine.tokenizer)
+    params = [fit_output_length(settings, engine.max_positions, p, wishes) for p in prompts]
     if environment.benchmark_enabled:
         first = [
             replace(q, max_new_tokens=min(2, q.max_new_tokens), min_new_tokens=0) for q in params
