@@ -85,8 +85,7 @@ inline void write_row(const float* x, int64_t count, int64_t plane, void* out) {
     int64_t i = 0;
     if constexpr (std::is_same_v<typename F::Weight, c10::BFloat16>) {
       for (; i + 2 * kVec <= count; i += 2 * kVec) {
-        at::vec::convert_float_bfloat16(Vec::loadu(x + i), Vec::loadu(x + i + kVec))
-            .store(high + i);
+        store_bf16(Vec::loadu(x + i), Vec::loadu(x + i + kVec), high + i);
       }
       for (; i < count; ++i) {
         high[i] = static_cast<c10::BFloat16>(x[i]);
@@ -95,10 +94,8 @@ inline void write_row(const float* x, int64_t count, int64_t plane, void* out) {
       auto* low = high + plane;
       for (; i + 2 * kVec <= count; i += 2 * kVec) {
         const Vec a = Vec::loadu(x + i), b = Vec::loadu(x + i + kVec);
-        const auto rounded = at::vec::convert_float_bfloat16(a, b);
-        rounded.store(high + i);
-        const auto [wide_a, wide_b] = at::vec::convert_bfloat16_float(rounded);
-        at::vec::convert_float_bfloat16(a - wide_a, b - wide_b).store(low + i);
+        store_bf16(a, b, high + i);
+        store_bf16(a - load(high + i), b - load(high + i + kVec), low + i);
       }
       for (; i < count; ++i) {
         high[i] = static_cast<c10::BFloat16>(x[i]);

@@ -55,14 +55,16 @@ struct Output {
 // Apply bias and activation to a tile c [rows][kCols] in place. Columns beyond `width` stay zero.
 template <Activation kind>
 void activate_tile(const float* bias, int64_t width, int rows, float* c) {
-  Vec halves[2] = {Vec(0.f), Vec(0.f)};
+  Vec low(0.f), high(0.f);
   if (bias) {
-    for (int j = 0; j < 2 && j * kVec < width; ++j) {
-      halves[j] = Vec::loadu(bias + j * kVec, std::min<int64_t>(kVec, width - j * kVec));
+    low = Vec::loadu(bias, std::min<int64_t>(kVec, width));
+    if (width > kVec) {
+      high = Vec::loadu(bias + kVec, width - kVec);
     }
   }
-  for (int i = 0; i < 2 * rows; ++i, c += kVec) {
-    activate<kind>(Vec::loadu(c) + halves[i % 2]).store(c);
+  for (int r = 0; r < rows; ++r, c += kCols) {
+    activate<kind>(Vec::loadu(c) + low).store(c);
+    activate<kind>(Vec::loadu(c + kVec) + high).store(c + kVec);
   }
 }
 
@@ -76,7 +78,7 @@ void finish(const Output<F>& out, int64_t panel, int64_t b, float* c) {
   const float* bias = out.bias ? out.bias + first : nullptr;
   switch (out.activation) {
     case Activation::kNone:
-      if (bias) {
+      if (bias && out.packed) {
         activate_tile<Activation::kNone>(bias, width, rows, c);
       }
       break;
@@ -97,19 +99,31 @@ void finish(const Output<F>& out, int64_t panel, int64_t b, float* c) {
     out.packed->fill_tile(b, first, c, kCols);
     return;
   }
+  if (out.activation != Activation::kNone) {
+    bias = nullptr; // added before the activation
+  }
   const int64_t offset = b * x->height * features + first;
+  if (width == kCols) {
+    const Vec low = bias ? Vec::loadu(bias) : Vec(0.f);
+    const Vec high = bias ? Vec::loadu(bias + kVec) : Vec(0.f);
+    for (int r = 0; r < rows; ++r, c += kCols) {
+      float* y = out.y + offset + r * features;
+      Vec left = Vec::loadu(c) + low, right = Vec::loadu(c + kVec) + high;
+      if (out.residual) {
+        const float* residual = out.residual + offset + r * features;
+        left = left + Vec::loadu(residual);
+        right = right + Vec::loadu(residual + kVec);
+      }
+      left.store(y);
+      right.store(y + kVec);
+    }
+    return;
+  }
   for (int r = 0; r < rows; ++r, c += kCols) {
-    float* y = out.y + offset + r * features;
-    const float* residual = out.residual ? out.residual + offset + r * features : nullptr;
-    if (width == kCols) {
-      for (int j = 0; j < kCols; j += kVec) {
-        const Vec value = Vec::loadu(c + j);
-        (residual ? value + Vec::loadu(residual + j) : value).store(y + j);
-      }
-    } else {
-      for (int64_t j = 0; j < width; ++j) {
-        y[j] = residual ? c[j] + residual[j] : c[j];
-      }
+    for (int64_t j = 0; j < width; ++j) {
+      const int64_t i = offset + r * features + j;
+      const float value = c[j] + (bias ? bias[j] : 0.f);
+      out.y[i] = out.residual ? value + out.residual[i] : value;
     }
   }
 }

@@ -140,8 +140,9 @@ struct RowBlocks {
         if constexpr (F::kPerLane == 1) {
           Vec::loadu(from).store(entries + r * kVec);
         } else {
-          at::vec::convert_float_bfloat16(Vec::loadu(from), Vec::loadu(from + kVec))
-              .store(entries + r * kVec);
+          store_bf16(
+              Vec::loadu(from), Vec::loadu(from + kVec),
+              reinterpret_cast<c10::BFloat16*>(entries + r * kVec));
         }
       }
       to_columns(
