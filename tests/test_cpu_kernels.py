@@ -33,13 +33,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import checkpoints
 from support.logits import paged_logits, random_ids, rms
-from support.operators import BASE, DTYPES, assert_near, make_batch, make_cache, randn
+from support.operators import (
+    BASE,
+    CACHE_DTYPES,
+    DTYPES,
+    assert_near,
+    format_of,
+    make_batch,
+    make_cache,
+    randn,
+)
 from torch import Tensor
 
 from gptneox.config.environment import Environment
 from gptneox.config.errors import ConfigError
 from gptneox.devices import create
-from gptneox.devices.cache import FloatKV, LayerCache
+from gptneox.devices.cache import Int8Cache, LayerCache
 from gptneox.devices.cpu import blocked
 from gptneox.devices.cpu import build as cpu_build
 from gptneox.devices.cpu.compiled import ACTIVATION_IDS, CompiledCpuDevice, CompiledCpuOperators
@@ -53,6 +62,7 @@ from gptneox.weights.formats import FloatWeight
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPE = st.sampled_from(DTYPES)
+CACHE_DTYPE = st.sampled_from(CACHE_DTYPES)
 ROWS = st.one_of(st.sampled_from([1, 2, 12, 13, 24, 25, 300]), st.integers(1, 130))
 WIDTH = st.one_of(st.sampled_from([1, 16, 17, 32, 256, 1025]), st.integers(1, 300))
 few = functools.partial(settings, deadline=None, derandomize=True, database=None)
@@ -82,13 +92,13 @@ def plain() -> CpuOperators:
 
 
 def rounds(dtype: torch.dtype, cpu: CompiledCpuOperators) -> bool:
-    """Whether what is multiplied with numbers of `dtype` is rounded to it first."""
-    return dtype == torch.bfloat16 and "bf16" in cpu.kernels.describe()
+    """Whether what is multiplied with numbers of `dtype` is rounded to bf16 first."""
+    return dtype in (torch.bfloat16, torch.int8) and "bf16" in cpu.kernels.describe()
 
 
 def rounded(x: Tensor, dtype: torch.dtype, cpu: CompiledCpuOperators) -> Tensor:
     """Activations as a product with weights of `dtype` reads them, in fp64."""
-    return (x.to(dtype) if rounds(dtype, cpu) else x).double()
+    return (x.bfloat16() if rounds(dtype, cpu) else x).double()
 
 
 # -- products ------------------------------------------------------------------------------------
@@ -318,16 +328,39 @@ SEQUENCES = st.tuples(
 ).map(lambda parts: [*parts[0], *parts[1]])
 
 
-def laid_out(cache: Tensor, layout: str) -> Tensor:
-    """The same values at other strides."""
-    n, p, h, d = cache.shape
-    if layout == "heads inside":
-        return cache.contiguous()
-    if layout == "gaps":
-        wide = torch.full((n, p + 1, h + 1, d + 3), math.nan, dtype=cache.dtype)
-        wide[:, :p, :h, :d] = cache
-        return wide[:, :p, :h, :d]
-    return cache
+def laid_out(cache: LayerCache, layout: str) -> LayerCache:
+    """A copy with the same values at other strides."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        if layout == "heads inside":
+            return tensor.clone(memory_format=torch.contiguous_format)
+        if layout == "gaps":
+            steps = [1, 1, 3][: tensor.dim() - 1]
+            sizes = [n + step for n, step in zip(tensor.shape[1:], steps, strict=True)]
+            filling = math.nan if tensor.is_floating_point() else 99
+            wide = torch.full((len(tensor), *sizes), filling, dtype=tensor.dtype)
+            view = wide[tuple(map(slice, tensor.shape))]
+            view.copy_(tensor)
+            return view
+        return tensor.clone()
+
+    return type(cache)(*map(copy, cache))
+
+
+def assert_stored(actual: LayerCache, expected: LayerCache) -> None:
+    """Values are equal; keys may be rounded once less before they are stored."""
+    assert type(actual) is type(expected)
+    torch.testing.assert_close(actual.v, expected.v, rtol=0, atol=0, equal_nan=True)
+    if isinstance(actual, Int8Cache):
+        scales = (actual.v_scale, expected.v_scale)
+        torch.testing.assert_close(*scales, rtol=0, atol=0, equal_nan=True)
+        assert (actual.k.int() - expected.k.int()).abs().max() <= 1
+        assert (actual.k != expected.k).float().mean() <= 1e-3
+        scales = (actual.k_scale, expected.k_scale)
+        torch.testing.assert_close(*scales, rtol=1e-6, atol=0, equal_nan=True)
+    else:
+        eps = torch.finfo(actual.k.dtype).eps
+        torch.testing.assert_close(actual.k, expected.k, rtol=eps, atol=4e-6, equal_nan=True)
 
 
 @few(max_examples=60)
@@ -337,7 +370,7 @@ def laid_out(cache: Tensor, layout: str) -> Tensor:
     st.one_of(st.sampled_from([8, 20, 24, 40, 48, 64, 72, 80, 96, 128, 256]), st.integers(2, 130)),
     st.integers(1, 3),
     DTYPE,
-    DTYPE,
+    CACHE_DTYPE,
     st.sampled_from(["own", "heads inside", "gaps"]),
     st.sampled_from([1, 2, 4]),
     st.floats(0, 1),
@@ -358,23 +391,20 @@ def test_attention(
     batch = make_batch(lengths, block_size)
     wide = torch.cat([batch.block_tables, torch.full_like(batch.block_tables, 10**6)], 1)
     batch.block_tables = wide[:, : batch.block_tables.shape[1]]  # columns of a larger table
-    k_cache, v_cache = make_cache(cpu, batch, block_size, heads, head_dim, cache_dtype).layers[0]
-    k_cache, v_cache = laid_out(k_cache, layout), laid_out(v_cache, layout)
+    cache = make_cache(cpu, batch, block_size, heads, head_dim, cache_dtype).layers[0]
+    cache, stored = laid_out(cache, layout), laid_out(cache, "own")
     qkv = randn(sum(batch.q_lens_list), heads, 3, head_dim, dtype=dtype)
     angles = 7 * randn(1024, round(rotary_share * (head_dim // 2)), seed=1)
     tables = RotaryTables(angles.cos(), angles.sin())
-    expected_k, expected_v = k_cache.clone(), v_cache.clone()
     scale = 2 * head_dim**-0.5
-    cache = LayerCache(k_cache, v_cache)
     actual = cpu.begin(batch, [cache], tables, scale).attend(0, qkv)
 
     q, k = BASE.rotary(*qkv[:, :, :2].float().unbind(2), batch.positions, *tables)
-    v = qkv[:, :, 2].to(cache_dtype)
+    v = qkv[:, :, 2].float()
     plain_step = PagedStep(BASE, batch, [], tables, scale)
-    plain_step.store(LayerCache(expected_k, expected_v), k.to(cache_dtype), v)
-    torch.testing.assert_close(v_cache, expected_v, rtol=0, atol=0, equal_nan=True)
-    eps = torch.finfo(cache_dtype).eps  # a product may be rounded once less
-    torch.testing.assert_close(k_cache, expected_k, rtol=eps, atol=4e-6, equal_nan=True)
+    kept = torch.float32 if cache_dtype == torch.int8 else cache_dtype
+    plain_step.store(stored, k.to(kept), v.to(kept))
+    assert_stored(cache, stored)
     n = batch.num_decodes
     if n:
         expected = plain_step.decode(cache, q[:n])
@@ -383,7 +413,7 @@ def test_attention(
         q = rounded(scale * q[n:], cache_dtype, cpu).float()
         expected = PagedStep(BASE, batch, [], tables, 1.0).prefill(cache, q, k[n:], v[n:])
         if rounds(cache_dtype, cpu):
-            limit = 2**-7 * max(1.0, v.float().abs().max().item())
+            limit = 2**-7 * max(1.0, v.abs().max().item())
             assert (actual[n:].float() - expected).abs().max() <= limit
         else:
             assert_near(actual[n:], expected.to(dtype))
@@ -420,6 +450,7 @@ def test_prompts_in_bf16_are_no_worse_than_torch(
     st.integers(1, 3),
     st.tuples(st.integers(1, 3), st.sampled_from([8, 20, 64]), st.integers(1, 90)),
     DTYPE,
+    CACHE_DTYPE,
     st.sampled_from([1, 2, 4, 16]),
 )
 def test_all_layers_in_one_call(
@@ -428,6 +459,7 @@ def test_all_layers_in_one_call(
     num_layers: int,
     sizes: tuple[int, int, int],
     dtype: torch.dtype,
+    cache_dtype: torch.dtype,
     num_threads: int,
 ) -> None:
     """The specification's loop over the same kernels, bit for bit, caches included."""
@@ -441,9 +473,9 @@ def test_all_layers_in_one_call(
     ]
     ours, theirs = ([], [])
     for _ in layers:
-        pair = make_cache(cpu, batch, 16, heads, head_dim, dtype).layers[0]
-        ours.append(pair)
-        theirs.append(LayerCache(*(laid_out(cache, "heads inside").clone() for cache in pair)))
+        cache = make_cache(cpu, batch, 16, heads, head_dim, cache_dtype).layers[0]
+        ours.append(cache)
+        theirs.append(laid_out(cache, "heads inside"))
     angles = randn(1024, head_dim // 4, seed=1)
     tables = RotaryTables(angles.cos(), angles.sin())
     x = randn(sum(batch.q_lens_list), c)
@@ -451,9 +483,9 @@ def test_all_layers_in_one_call(
     actual = cpu.begin(batch, ours, tables, 0.3).run(x, layers)
     assert actual is x  # no second copy of the residual stream
     assert torch.equal(actual, expected)
-    for pair, other in zip(ours, theirs, strict=True):
-        for cache, same in zip(pair, other, strict=True):
-            torch.testing.assert_close(cache, same, rtol=0, atol=0, equal_nan=True)
+    for cache, other in zip(ours, theirs, strict=True):
+        for tensor, same in zip(cache, other, strict=True):
+            torch.testing.assert_close(tensor, same, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 4])
@@ -488,7 +520,7 @@ def test_layers_that_do_not_fit_are_refused(cpu: CompiledCpuOperators) -> None:
     cache = make_cache(cpu, batch, 16, 2, 8, torch.float32).layers[0]
     narrow = make_cache(cpu, batch, 16, 1, 8, torch.float32).layers[0]
     for rows, caches, message in (
-        (6, [cache, cache], "1 layers have 4 caches"),
+        (6, [cache, cache], "1 layers have 2 caches"),
         (6, [narrow], "layer 0 makes 48 columns of qkv; 3 x 1 x 8"),
         (5, [cache], r"x has shape \[5, 16\]; \[6, C\]"),
     ):
@@ -502,7 +534,7 @@ def test_layers_that_do_not_fit_are_refused(cpu: CompiledCpuOperators) -> None:
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 4])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
 def test_a_long_context_is_shared_by_threads(
     dtype: torch.dtype, num_threads: int, cpu: CompiledCpuOperators
 ) -> None:
@@ -511,7 +543,8 @@ def test_a_long_context_is_shared_by_threads(
     results = []
     for ops in (BASE, cpu):
         cache = make_cache(ops, batch, 16, 1, 40, dtype)
-        qkv = 2 * randn(3, 1, 3, 40, dtype=dtype)
+        kept = torch.float32 if dtype == torch.int8 else dtype
+        qkv = 2 * randn(3, 1, 3, 40, dtype=kept)
         tables = RotaryTables(torch.ones(3000, 1), torch.zeros(3000, 1))
         results.append(cache.begin(batch, tables).attend(0, qkv))
     assert_near(results[1], results[0])
@@ -533,28 +566,25 @@ def test_hidden_first_positions(
         min(int(n * share), cached) for (n, share), (cached, _) in zip(rows, lengths, strict=True)
     ]
     batch = make_batch(lengths, 16, shares=False)
-    cache = make_cache(cpu, batch, 16, 2, 24, torch.float32)
-    k_cache, v_cache = cache.layers[0]
+    k_cache, v_cache = cache = make_cache(cpu, batch, 16, 2, 24, torch.float32).layers[0]
     own = [t.tolist() for t in batch.block_tables]
     for table, start in zip(own, starts, strict=True):
         for p in range(start):
             k_cache[table[p // 16], p % 16] = v_cache[table[p // 16], p % 16] = math.nan
     qkv = randn(sum(batch.q_lens_list), 2, 3, 24)
     batch.starts = torch.tensor(starts, dtype=torch.int32)
-    actual = attend(cpu, qkv, LayerCache(k_cache, v_cache), batch)
+    actual = attend(cpu, qkv, cache, batch)
     row = 0
     for b, ((cached, new), start) in enumerate(zip(lengths, starts, strict=True)):
-        k, v = (
-            cache[batch.block_tables[b].long()].flatten(0, 1)[start : cached + new]
-            for cache in (k_cache, v_cache)
-        )
+        blocks = batch.block_tables[b].long()
+        k, v = (x.flatten(0, 1)[start : cached + new] for x in cache.read(blocks))
         q = qkv[row : row + new, :, 0]
         assert_near(actual[row : row + new], BASE.causal_attention(q, k, v, 0.3))
         row += new
 
 
 @pytest.mark.parametrize("padding", ["none", "in front", "behind", "in the middle"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
 def test_a_padded_batch_step_by_step(
     padding: str, dtype: torch.dtype, cpu: CompiledCpuOperators
 ) -> None:
@@ -567,7 +597,8 @@ def test_a_padded_batch_step_by_step(
         mask[1, 5:7] = False
     elif padding == "in the middle":
         mask[0, 2:4] = mask[2, 8] = False
-    caches = [ContiguousKVCache(b, 1, 2, 20, FloatKV(dtype), 99) for b in (BASE, cpu)]
+    caches = [ContiguousKVCache(b, 1, 2, 20, format_of(dtype), 99) for b in (BASE, cpu)]
+    kept = torch.float32 if dtype == torch.int8 else dtype
     angles = randn(99, 3, seed=5)
     tables = RotaryTables(angles.cos(), angles.sin())
     end = 0
@@ -575,7 +606,7 @@ def test_a_padded_batch_step_by_step(
         end += new
         seen = mask[:, :end]
         positions = (seen.long().cumsum(1) - 1).clamp(min=0)[:, end - new :]
-        qkv = randn(3 * new, 2, 3, 20, seed=seed, dtype=dtype)
+        qkv = randn(3 * new, 2, 3, 20, seed=seed, dtype=kept)
         results = []
         for cache in caches:
             key_mask = None if padding == "none" else seen
@@ -583,7 +614,11 @@ def test_a_padded_batch_step_by_step(
             results.append(step.attend(0, qkv))
             cache.advance(new)
         real = seen[:, end - new :].flatten()
-        assert_near(results[1][real], results[0][real])
+        if dtype == torch.int8 and new > 1 and rounds(dtype, cpu):
+            difference = (results[1][real] - results[0][real]).abs().max()
+            assert difference <= 2**-7 * max(1.0, qkv[:, :, 2].abs().max().item())
+        else:
+            assert_near(results[1][real], results[0][real])
         assert torch.isfinite(results[1]).all()
         if seed == 2:
             rows = torch.tensor([2, 2, 0])
@@ -600,14 +635,15 @@ def attend(
     return cpu.begin(batch, [cache], tables, 0.3).attend(0, qkv)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
 def test_a_wrong_score_is_not_hidden(dtype: torch.dtype, cpu: CompiledCpuOperators) -> None:
     """NaN in what a query sees reaches its row, so that the engine can tell; no other row."""
     batch = make_batch([(40, 1), (40, 1), (10, 30), (0, 30)], 16, shares=False)
-    caches = make_cache(cpu, batch, 16, 1, 32, dtype).layers[0]
-    caches[0][batch.block_tables[0, 0], 3] = math.nan
-    caches[0][batch.block_tables[2, 0], 3] = math.nan
-    out = attend(cpu, randn(62, 1, 3, 32), caches, batch)
+    cache = make_cache(cpu, batch, 16, 1, 32, dtype).layers[0]
+    nan = torch.full((1, 32), math.nan)
+    for sequence in (0, 2):
+        cache.write((batch.block_tables[sequence, 0].long(), 3), nan, torch.zeros(1, 32))
+    out = attend(cpu, randn(62, 1, 3, 32), cache, batch)
     bad = out.isnan().any(-1).any(-1)
     assert bad.tolist() == [True, False] + [True] * 30 + [False] * 30
 

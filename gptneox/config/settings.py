@@ -118,6 +118,14 @@ class EngineSection(Section):
     name = group = "engine"
 
     block_size: int = setting(128, "KV-cache tokens per block.", minimum=16, maximum=512)
+    kv_cache_dtype: str = setting(
+        "auto",
+        "Number format of cached keys and values; int8 holds almost twice as many tokens.",
+        "auto: as they are computed, or int8 where quantization_config of config.json has "
+        "kv_quant_type C8.",
+        choices=("auto", "int8"),
+        env="GPTNEOX_KV_CACHE_DTYPE",
+    )
     num_blocks: int = setting(
         0,
         "KV-cache blocks; 0: for one more request of full length than run at once, or what fits "

@@ -147,7 +147,7 @@ def checkpoint(settings: Settings, device: Device, ranks: Ranks) -> list[Finding
             check_blocks(num_blocks, engine, block_bytes, free - weights)
             blocks = BlockManager(num_blocks, engine.block_size, False)
             room = affordable_blocks(engine, block_bytes, free - weights) * engine.block_size
-            text += f"; room for a KV cache of {max(room, 0)} tokens"
+            text += f"; room for a KV cache of {max(room, 0)} tokens in {model.size.kv_format.name}"
         findings.append(Finding(True, "memory", text))
         findings += prompts(settings, opened, model.num_positions, blocks)
     except RuntimeError as error:
@@ -178,8 +178,7 @@ def _open(
             trust_remote_code=settings.args.trust_remote_code,
             prefer_parts=prefer_parts,
         )
-        positions = settings.engine.max_position_embeddings
-        checked.append((opened, check_loading(opened, device, group, positions)))
+        checked.append((opened, check_loading(opened, device, group, settings.engine)))
     return checked[-1]
 
 

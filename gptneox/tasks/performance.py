@@ -314,6 +314,8 @@ def make_notes(settings: Settings, stopwatch: Stopwatch) -> list[str]:
     notes = []
     if config.dtype != dtype:
         notes.append(f"{config.dtype} weights were computed in {dtype}")
+    if stopwatch.size.kv_format.name != dtype:
+        notes.append(f"keys and values were cached in {stopwatch.size.kv_format.name}")
     weights = stopwatch.size.decode_weight_bytes
     if fits_cache(stopwatch.engine.model):
         notes.append(

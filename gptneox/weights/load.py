@@ -16,7 +16,6 @@ from tqdm import tqdm
 from gptneox.config.errors import ConfigError
 from gptneox.config.files import read_json
 from gptneox.config.model import ModelConfig
-from gptneox.devices.cache import FloatKV
 from gptneox.devices.device import Device
 from gptneox.devices.operators import LinearWeight
 from gptneox.files import is_unused
@@ -42,7 +41,14 @@ from gptneox.weights.formats import (
     rank_slice,
     split_name,
 )
-from gptneox.weights.size import EMBEDDING_NAME, HEAD_NAME, PREFIX, ModelSize, stored_shapes
+from gptneox.weights.size import (
+    EMBEDDING_NAME,
+    HEAD_NAME,
+    PREFIX,
+    ModelSize,
+    find_kv_format,
+    stored_shapes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -406,7 +412,12 @@ def _describe_missing(missing: list[str], checkpoint: Checkpoint, names: dict[st
 
 
 def load_model(
-    model: GPTNeoX, model_path: Path, dtype: torch.dtype, *, show_progress: bool = False
+    model: GPTNeoX,
+    model_path: Path,
+    dtype: torch.dtype,
+    *,
+    kv_cache_dtype: str = "auto",
+    show_progress: bool = False,
 ) -> None:
     """Fill `model` with this rank's part of the checkpoint, tensor by tensor.
 
@@ -416,14 +427,16 @@ def load_model(
         model: built on the meta device.
         model_path: checkpoint directory (weights may be symlinks).
         dtype: the dtype to compute in.
+        kv_cache_dtype: see `find_kv_format`.
         show_progress: draw a progress bar on stderr when it is a terminal.
 
     Raises:
         OSError, CheckpointError: see `check_weights`.
+        ConfigError: see `find_kv_format` and `Operators.check_kv_format`.
         RuntimeError: not enough memory; the message has both numbers.
     """
     checkpoint, layout = _open(model_path, model.config, model.group.world_size)
-    model.size = size_of(model, layout.formats, dtype)
+    model.size = size_of(model, layout.formats, dtype, kv_cache_dtype)
     check_memory(model.size, model.device)
     _warn_of_untied(checkpoint, layout, model.config)
     reader = _Reader(checkpoint, layout, model, dtype)
@@ -485,9 +498,17 @@ def _warn_of_untied(checkpoint: Checkpoint, layout: Layout, config: ModelConfig)
         )
 
 
-def size_of(model: GPTNeoX, formats: Formats, dtype: torch.dtype) -> ModelSize:
-    """The size of a model that computes in `dtype`, as `load_model` gives it to the model."""
-    return ModelSize(model.config, dtype, FloatKV(dtype), model.group.world_size, formats)
+def size_of(
+    model: GPTNeoX, formats: Formats, dtype: torch.dtype, kv_cache_dtype: str = "auto"
+) -> ModelSize:
+    """The size of a model that computes in `dtype`, as `load_model` gives it to the model.
+
+    Raises:
+        ConfigError: see `find_kv_format` and `Operators.check_kv_format`.
+    """
+    kv_format = find_kv_format(kv_cache_dtype, model.config, dtype)
+    model.ops.check_kv_format(kv_format, model.config.head_dim)
+    return ModelSize(model.config, dtype, kv_format, model.group.world_size, formats)
 
 
 def check_memory(size: ModelSize, device: Device) -> None:

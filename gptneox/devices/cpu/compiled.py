@@ -56,14 +56,13 @@ class CompiledStep(PagedStep):
 
     def attend(self, layer_id: int, qkv: Tensor) -> Tensor:
         """One call."""
-        out = self._step.attend(qkv, *self.caches[layer_id])
+        out = self._step.attend(qkv, self.caches[layer_id])
         assert isinstance(out, Tensor)
         return out
 
     def run(self, x: Tensor, layers: Sequence[PackedLayer]) -> Tensor:
         """One call for all layers; x is overwritten."""
-        tensors = [tensor for cache in self.caches for tensor in cache]
-        self._step.run(x, [layer.front for layer in layers], tensors)
+        self._step.run(x, [layer.front for layer in layers], self.caches)
         return x
 
 
@@ -195,9 +194,3 @@ class CompiledCpuOperators(CpuOperators):
             return tensor.transpose(1, 2)
 
         return kv_format.allocate(shape, empty)
-
-    def dense_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
-    ) -> Tensor:
-        """In the cache's dtype, which fp32 activations are rounded to."""
-        return super().dense_attention(q.to(k.dtype), k, v, key_mask, scale).to(q.dtype)

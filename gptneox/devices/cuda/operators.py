@@ -204,7 +204,7 @@ class CudaOperators(Operators):
         results = []
         for splits in (0, 1, 2):
             k_cache, v_cache = (cache.clone() for cache in pair)
-            caches = [LayerCache(k_cache, v_cache)]
+            caches = [FloatCache(k_cache, v_cache)]
             arguments = (self, batch, caches, rotary, head_dim**-0.5)
             step = TritonStep(*arguments) if splits else PagedStep(*arguments)
             if isinstance(step, TritonStep):

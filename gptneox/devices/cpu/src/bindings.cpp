@@ -55,9 +55,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           py::kw_only(), py::arg("cache"), py::arg("positions"), py::arg("cos"), py::arg("sin"),
           py::arg("slots"), py::arg("block_tables"), py::arg("cu_seqlens"), py::arg("context_lens"),
           py::arg("num_decodes"), py::arg("scale"), py::arg("starts"))
-      .def(
-          "attend", &StepAttention::attend, Release(), py::arg("qkv"), py::arg("k_cache"),
-          py::arg("v_cache"))
+      .def("attend", &StepAttention::attend, Release(), py::arg("qkv"), py::arg("cache"))
       .def("run", &run_layers, Release(), py::arg("x"), py::arg("layers"), py::arg("caches"));
   m.def("pack", &pack, Release(), py::arg("weight"));
   m.def(

@@ -57,6 +57,22 @@ inline Vec load(const c10::BFloat16* p) {
   return out;
 }
 
+inline Vec load(const int8_t* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#else
+  float wide[kVec];
+  for (int i = 0; i < kVec; ++i) {
+    wide[i] = p[i];
+  }
+  return Vec::loadu(wide);
+#endif
+}
+
 // 2 kVec values rounded to bf16. The processor's instruction makes denormal numbers zero.
 inline void store_bf16(const Vec& a, const Vec& b, c10::BFloat16* out) {
 #if GPTNEOX_BF16_DOT
