@@ -136,8 +136,10 @@ class Operators:
     def prepare(self, head_dim: int, rotary_dim: int) -> None:
         """Choose operators for a model's shapes before its weights are loaded."""
 
-    def describe_operators(self, head_dim: int, rotary_dim: int, block_size: int) -> list[Finding]:
-        """What was chosen for a model's shapes, where there is a choice."""
+    def describe_operators(
+        self, head_dim: int, rotary_dim: int, block_size: int, kv_format: KVFormat
+    ) -> list[Finding]:
+        """What was chosen for a model's shapes and its cache, where there is a choice."""
         return []
 
     def check_kv_format(self, kv_format: KVFormat, head_dim: int) -> None:

@@ -153,7 +153,7 @@ def checkpoint(settings: Settings, device: Device, ranks: Ranks) -> list[Finding
     except RuntimeError as error:
         findings.append(_failure("memory", RuntimeError(f"{text}; {error}")))
     return findings + device.operators(engine.graphs).describe_operators(
-        config.head_dim, config.rotary_dim, engine.block_size
+        config.head_dim, config.rotary_dim, engine.block_size, model.size.kv_format
     )
 
 

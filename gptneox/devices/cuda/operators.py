@@ -8,12 +8,13 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gptneox.devices.cache import CacheShape, FloatKV, KVFormat, LayerCache
+from gptneox.devices.cache import CacheShape, KVFormat, LayerCache
 from gptneox.devices.device import Finding
 from gptneox.devices.graphs import DecodeGraphs
 from gptneox.devices.operators import (
@@ -45,15 +46,15 @@ class TritonStep(PagedStep):
         """See `Step`."""
         kernels, batch, layer = load_kernels(), self.batch, self.caches[layer_id]
         rotary = (self.positions, *self.tables)
-        q = kernels.rotate_and_store(qkv, rotary, *layer, batch.slot_mapping)
+        q = kernels.rotate_and_store(qkv, rotary, layer, batch.slot_mapping)
         out = torch.empty_like(q)
         if batch.num_decodes:
             splits = self.num_splits or kernels.num_splits(
                 batch.num_decodes, qkv.shape[1], self.ops.device.num_cores
             )
-            kernels.decode(q, *layer, batch, out, self.scale, splits)
+            kernels.decode(q, layer, batch, out, self.scale, splits)
         if batch.num_decodes < len(batch.q_lens_list):
-            kernels.prefill(q, *layer, batch, out, self.scale)
+            kernels.prefill(q, layer, batch, out, self.scale)
         assert isinstance(out, Tensor)
         return out
 
@@ -74,10 +75,10 @@ class CudaOperators(Operators):
     # -- which operators -------------------------------------------------------------------------
 
     def operator_table(
-        self, num_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+        self, num_heads: int, head_dim: int, block_size: int, kv_format: KVFormat
     ) -> list[ChosenOperator]:
         """Every operator that there is a choice of, with the reason; tries the kernels out."""
-        self._choose_step(num_heads, head_dim, block_size, dtype)
+        self._choose_step(num_heads, head_dim, block_size, kv_format)
         has_kernels, has_graphs = self.paged_step is TritonStep, not self._why_no_graphs
         return [
             ChosenOperator(
@@ -96,9 +97,12 @@ class CudaOperators(Operators):
             ),
         ]
 
-    def describe_operators(self, head_dim: int, rotary_dim: int, block_size: int) -> list[Finding]:
+    def describe_operators(
+        self, head_dim: int, rotary_dim: int, block_size: int, kv_format: KVFormat
+    ) -> list[Finding]:
         """The operator table of a model, in half precision."""
-        table = self.operator_table(2, head_dim, block_size, torch.float16)
+        kv_format = replace(kv_format, dtype=torch.float16)
+        table = self.operator_table(2, head_dim, block_size, kv_format)
         slow = ("torch, fp32", "eager")
         return [
             Finding(None if c.operator in slow else True, c.part, f"{c.operator} ({c.reason})")
@@ -106,10 +110,10 @@ class CudaOperators(Operators):
         ]
 
     def _choose_step(
-        self, num_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+        self, num_heads: int, head_dim: int, block_size: int, kv_format: KVFormat
     ) -> None:
         """Decide once for the shapes of a cache, before its first request."""
-        shapes = (num_heads, head_dim, block_size, dtype)
+        shapes = (num_heads, head_dim, block_size, kv_format)
         if self._chosen_for == (*shapes, self.graphs):
             return
         self._chosen_for, self.paged_step = (*shapes, self.graphs), PagedStep
@@ -127,7 +131,7 @@ class CudaOperators(Operators):
             logger.warning("decode steps run without graphs: %s", self._why_no_graphs)
 
     def _find_fault_in_kernels(
-        self, num_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+        self, num_heads: int, head_dim: int, block_size: int, kv_format: KVFormat
     ) -> str:
         """Empty when the kernels work here, else what is wrong and what to do."""
         if importlib.util.find_spec("triton") is None:
@@ -138,7 +142,7 @@ class CudaOperators(Operators):
             return f"the kernels need compute capability 8.0, {name} has {major}.{minor}"
         try:
             load_kernels()
-            difference, limit = self._try_kernels(num_heads, head_dim, block_size, dtype)
+            difference, limit = self._try_kernels(num_heads, head_dim, block_size, kv_format)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001  whatever a compiler raises
@@ -155,13 +159,13 @@ class CudaOperators(Operators):
         return ""
 
     def _try_kernels(
-        self, num_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+        self, num_heads: int, head_dim: int, block_size: int, kv_format: KVFormat
     ) -> tuple[float, float]:
         """The largest difference from the base class over a small mixed step, and its limit.
 
         Two sequences decode, one behind a full block; a prompt follows a cached prefix.
         """
-        heads = min(num_heads, 4)
+        heads, dtype = min(num_heads, 4), kv_format.dtype
         generator = torch.Generator().manual_seed(0)
         cached, new = [block_size + 3, 0, 5], [1, 1, 70]
         lengths = [c + n for c, n in zip(cached, new, strict=True)]
@@ -200,17 +204,18 @@ class CudaOperators(Operators):
             return torch.randn(shape, generator=generator).to(self.torch_device, dtype)
 
         qkv = random(len(slots), heads, 3, head_dim)
-        pair = [random(sum(counts), block_size, heads, head_dim) for _ in "kv"]
+        shape = CacheShape(sum(counts), block_size, heads, head_dim)
+        pair = [random(*shape) for _ in "kv"]
         results = []
         for splits in (0, 1, 2):
-            k_cache, v_cache = (cache.clone() for cache in pair)
-            caches = [FloatCache(k_cache, v_cache)]
-            arguments = (self, batch, caches, rotary, head_dim**-0.5)
+            layer = Operators.allocate_kv_cache(self, shape, kv_format)
+            layer.write(..., *pair)
+            arguments = (self, batch, [layer], rotary, head_dim**-0.5)
             step = TritonStep(*arguments) if splits else PagedStep(*arguments)
             if isinstance(step, TritonStep):
                 step.num_splits = splits
             out = step.attend(0, qkv)
-            results.append([x.float() for x in (out, k_cache, v_cache)])
+            results.append([x.float() for x in (out, *layer.read(...))])
         worst = torch.stack([
             (ours - theirs).abs().max()
             for other in results[1:]
@@ -265,11 +270,10 @@ class CudaOperators(Operators):
         Raises:
             RuntimeError: not enough memory.
         """
-        assert isinstance(kv_format, FloatKV), "the kernels read floating-point keys and values"
         before, self._num_blocks = self._chosen_for, shape.num_blocks
         try:
             table = self.operator_table(
-                shape.num_heads, shape.head_dim, shape.block_size, kv_format.dtype
+                shape.num_heads, shape.head_dim, shape.block_size, kv_format
             )
             if before != self._chosen_for:
                 for row in table:
@@ -284,8 +288,8 @@ class CudaOperators(Operators):
     def dense_attention(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
     ) -> Tensor:
-        """Torch's fused kernels: scores and sums in fp32 for every dtype."""
-        return fused_attention(q, k, v, key_mask, scale)
+        """Torch's fused kernels: scores and sums in fp32 for every dtype, that of q."""
+        return fused_attention(q, k.to(q.dtype), v.to(q.dtype), key_mask, scale)
 
     # -- graphs ----------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptneox.config.errors import ConfigError
-from gptneox.devices.cache import CacheShape, FloatKV, KVFormat, LayerCache
+from gptneox.devices.cache import CacheShape, FloatKV, Int8KV, KVFormat, LayerCache
 from gptneox.devices.device import Finding
 from gptneox.devices.graphs import MAX_PADDING, DecodeGraphs
 from gptneox.devices.npu.attention import (
@@ -22,7 +22,9 @@ from gptneox.devices.npu.attention import (
     MAX_HEAD_DIM,
     A2Attention,
     PlainAttention,
+    check_int8,
     choose_attention,
+    choose_int8_attention,
 )
 from gptneox.devices.npu.steps import NpuPaddedStep, NpuPagedStep
 from gptneox.devices.operators import (
@@ -69,13 +71,11 @@ class NpuOperators(Operators):
         self._head_dim, self._rotary_dim = head_dim, rotary_dim
 
     def operator_table(
-        self, head_dim: int, rotary_dim: int, block_size: int = 128
+        self, head_dim: int, rotary_dim: int, block_size: int, kv_format: KVFormat
     ) -> list[ChosenOperator]:
         """Every operator of a layer that this chip gives a choice of, with the reason."""
-        paged, paged_reason = choose_attention(
-            self.device.is_310p, self.device.has_atb, head_dim, block_size
-        )
-        dense, dense_reason = self._choose_dense(head_dim)
+        paged, paged_reason = self._choose_paged(head_dim, block_size, kv_format)
+        dense, dense_reason = self._choose_dense(head_dim, kv_format)
         rotary = ChosenOperator(
             "rotary", "npu_rotary_mul", f"{rotary_dim} of {head_dim} dimensions are rotated"
         )
@@ -103,16 +103,28 @@ class NpuOperators(Operators):
             weights,
         ]
 
-    def _choose_dense(self, head_dim: int) -> tuple[type[PlainAttention], str]:
-        """For the flash path, which has no blocks: with a block size that sets no limit."""
-        return choose_attention(
-            self.device.is_310p, self.device.has_atb, head_dim, 16 if self.device.is_310p else 128
-        )
+    def _choose_paged(
+        self, head_dim: int, block_size: int, kv_format: KVFormat
+    ) -> tuple[type[PlainAttention], str]:
+        if isinstance(kv_format, Int8KV):
+            return choose_int8_attention(self.device.is_310p, head_dim, block_size)
+        return choose_attention(self.device.is_310p, self.device.has_atb, head_dim, block_size)
 
-    def describe_operators(self, head_dim: int, rotary_dim: int, block_size: int) -> list[Finding]:
+    def _choose_dense(self, head_dim: int, kv_format: KVFormat) -> tuple[type[PlainAttention], str]:
+        """For the flash path, which has no blocks: with a block size that sets no limit."""
+        return self._choose_paged(head_dim, 16 if self.device.is_310p else 128, kv_format)
+
+    def check_kv_format(self, kv_format: KVFormat, head_dim: int) -> None:
+        """See `Operators`."""
+        if isinstance(kv_format, Int8KV):
+            check_int8(self.device.is_310p, head_dim)
+
+    def describe_operators(
+        self, head_dim: int, rotary_dim: int, block_size: int, kv_format: KVFormat
+    ) -> list[Finding]:
         """The operator table of a model."""
         try:
-            table = self.operator_table(head_dim, rotary_dim, block_size)
+            table = self.operator_table(head_dim, rotary_dim, block_size, kv_format)
         except ConfigError as error:
             return [Finding(False, "operators", str(error))]
         return [Finding(True, c.part, f"{c.operator} ({c.reason})") for c in table]
@@ -217,25 +229,30 @@ class NpuOperators(Operators):
             ConfigError: no operator takes the block size.
             RuntimeError: not enough memory.
         """
-        assert isinstance(kv_format, FloatKV), "the operators read floating-point keys and values"
         self._use(
-            "paged attention",
-            *choose_attention(
-                self.device.is_310p, self.device.has_atb, shape.head_dim, shape.block_size
-            ),
+            "paged attention", *self._choose_paged(shape.head_dim, shape.block_size, kv_format)
         )
         self._cache_shape = shape
         if not self._why_no_graphs():
             num_padding = -(-MAX_PADDING // shape.block_size)
             shape = shape._replace(num_blocks=shape.num_blocks + num_padding)
         try:
-            return self.attention_for(shape.head_dim).allocate(shape, kv_format.dtype)
+            assert self._attention is not None
+            return self._attention.allocate(shape, kv_format)
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
                 f"not enough NPU memory for the KV cache: {kv_format.layer_gib(shape):.2f} GiB per "
                 f"layer asked, {self.device.memory().free / 2**30:.2f} GiB free; lower "
                 "--num_blocks or --memory_fraction"
             ) from error
+
+    def allocate_rows(self, shape: CacheShape, kv_format: KVFormat) -> LayerCache:
+        """For the flash path: ND, with the scales of an int8 cache as its operators want them."""
+        self._use("flash attention", *self._choose_dense(shape.head_dim, kv_format))
+        if isinstance(kv_format, Int8KV):
+            assert self._attention is not None
+            return self._attention.allocate(shape, kv_format)
+        return super().allocate_rows(shape, kv_format)
 
     def _use(self, what: str, kind: type[PlainAttention], reason: str) -> None:
         """Attention by operators of `kind`, which is said once."""
@@ -248,7 +265,8 @@ class NpuOperators(Operators):
     def attention_for(self, head_dim: int) -> PlainAttention:
         """The operators that the cache was allocated for; on the flash path those of the heads."""
         if self._attention is None:
-            self._use("flash attention", *self._choose_dense(head_dim))
+            kv_format = FloatKV(torch.float16)
+            self._use("flash attention", *self._choose_dense(head_dim, kv_format))
         assert self._attention is not None
         return self._attention
 
