@@ -142,13 +142,6 @@ class Operators:
         """What was chosen for a model's shapes and its cache, where there is a choice."""
         return []
 
-    def check_kv_format(self, kv_format: KVFormat, head_dim: int) -> None:
-        """Refuse a cache that this device's operators cannot read.
-
-        Raises:
-            ConfigError: with the reason.
-        """
-
     # -- dense operators -------------------------------------------------------------------------
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:

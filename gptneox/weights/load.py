@@ -432,7 +432,7 @@ def load_model(
 
     Raises:
         OSError, CheckpointError: see `check_weights`.
-        ConfigError: see `find_kv_format` and `Operators.check_kv_format`.
+        ConfigError: see `find_kv_format` and `Device.check_kv_format`.
         RuntimeError: not enough memory; the message has both numbers.
     """
     checkpoint, layout = _open(model_path, model.config, model.group.world_size)
@@ -504,10 +504,10 @@ def size_of(
     """The size of a model that computes in `dtype`, as `load_model` gives it to the model.
 
     Raises:
-        ConfigError: see `find_kv_format` and `Operators.check_kv_format`.
+        ConfigError: see `find_kv_format` and `Device.check_kv_format`.
     """
     kv_format = find_kv_format(kv_cache_dtype, model.config, dtype)
-    model.ops.check_kv_format(kv_format, model.config.head_dim)
+    model.device.check_kv_format(kv_format, model.config.head_dim)
     return ModelSize(model.config, dtype, kv_format, model.group.world_size, formats)
 
 

@@ -259,8 +259,10 @@ class Session:
             with self._or_without(contestant):
                 run = self._run(contestant, case, rows)
                 dtype = contestant.about["dtype"]
+                cache = contestant.about.get("kv_cache_dtype", "auto")
+                size = figures.size_of(self.model.config, dtype, cache)
                 limits = {"bandwidth": bandwidth, "matmul": self.matmul_peak(dtype)}
-                run |= figures.shares(run, case, self.model.config, dtype, limits)
+                run |= figures.shares(run, case, size, limits)
                 runs[contestant.name] = run
         return {"bandwidth": bandwidth, "runs": runs}
 

@@ -22,7 +22,6 @@ from gptneox.devices.npu.attention import (
     MAX_HEAD_DIM,
     A2Attention,
     PlainAttention,
-    check_int8,
     choose_attention,
     choose_int8_attention,
 )
@@ -113,11 +112,6 @@ class NpuOperators(Operators):
     def _choose_dense(self, head_dim: int, kv_format: KVFormat) -> tuple[type[PlainAttention], str]:
         """For the flash path, which has no blocks: with a block size that sets no limit."""
         return self._choose_paged(head_dim, 16 if self.device.is_310p else 128, kv_format)
-
-    def check_kv_format(self, kv_format: KVFormat, head_dim: int) -> None:
-        """See `Operators`."""
-        if isinstance(kv_format, Int8KV):
-            check_int8(self.device.is_310p, head_dim)
 
     def describe_operators(
         self, head_dim: int, rotary_dim: int, block_size: int, kv_format: KVFormat

@@ -191,7 +191,7 @@ def test_int8_caches_are_served_or_refused(npu, chip, head_dim):
     if chip != "A2" or head_dim % 32:
         word = f"head_dim is {head_dim}" if chip == "A2" else "300I DUO take scales"
         for call in (
-            lambda: ops.check_kv_format(kv_format, head_dim),
+            lambda: npu.check_kv_format(kv_format, head_dim),
             lambda: ops.allocate_kv_cache(CacheShape(2, 128, 2, head_dim), kv_format),
             lambda: ops.allocate_rows(CacheShape(2, 40, 2, head_dim), kv_format),
         ):
@@ -200,7 +200,7 @@ def test_int8_caches_are_served_or_refused(npu, chip, head_dim):
         (finding,) = ops.describe_operators(head_dim, 8, 128, kv_format)
         assert finding.ok is False
         return
-    ops.check_kv_format(kv_format, head_dim)
+    npu.check_kv_format(kv_format, head_dim)
     assert "int8" in ops.operator_table(head_dim, 8, 128, kv_format)[0].operator
     layer = ops.allocate_kv_cache(CacheShape(3, 64, 2, head_dim), kv_format)
     assert [tuple(t.shape) for t in layer[1:3]] == [(3, 64, 2, head_dim), (3, 64, 2)]
