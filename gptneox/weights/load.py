@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +24,10 @@ from gptneox.layers import Linear, as_parameter
 from gptneox.model import GPTNeoX
 from gptneox.parallel import TensorParallelGroup
 from gptneox.weights.files import (
+    IGNORED_SUFFIXES,
     CheckpointError,
     SafetensorsFile,
     WeightFile,
-    find_quantization,
     find_weight_files,
     listed,
 )
@@ -39,8 +40,12 @@ from gptneox.weights.formats import (
     pad_to,
     part_shape,
     rank_slice,
+    scheme_of,
     split_name,
 )
+from gptneox.weights.readers import check_quantization
+from gptneox.weights.readers.stored import Stored
+from gptneox.weights.results import MANIFEST_NAME
 from gptneox.weights.size import (
     EMBEDDING_NAME,
     HEAD_NAME,
@@ -52,12 +57,9 @@ from gptneox.weights.size import (
 
 logger = logging.getLogger(__name__)
 
-# Buffers that old checkpoints hold and the model recomputes.
-IGNORED_SUFFIXES = (".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
 HEAD_NAMES = (HEAD_NAME, "lm_head.weight")
 # A linear layer of which every rank's part differs from the whole in shape.
 CUT_LINEAR = "gpt_neox.layers.0.attention.query_key_value"
-MANIFEST_NAME = "manifest.json"
 PART_FILE = "model.safetensors"
 
 
@@ -170,6 +172,7 @@ class Manifest:
     `source` maps file names to {"size", "mtime_ns", "sha256"}; `tensors` maps names to
     {"shape", "dtype"} of the uncut checkpoint; `config` is its config.json. `files` are all that
     were written besides the manifest, as "0/config.json"; cuts of older versions do not list them.
+    `quantization` is the scheme of the weights, "" for float ones.
     """
 
     cut_id: str
@@ -179,6 +182,7 @@ class Manifest:
     tensors: dict[str, dict[str, Any]]
     config: dict[str, Any]
     files: list[str] = field(default_factory=list)
+    quantization: str = ""
 
 
 def read_manifest(part_model: Path) -> Manifest:
@@ -327,16 +331,14 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
     """Which stored tensor fills which parameter, after checking that everything fits.
 
     Raises:
-        CheckpointError: the weights are quantized, or tensors are missing (all are listed) or of
-            a wrong type or shape.
+        CheckpointError: the weights are quantized in a way that is not served or not described,
+            or tensors are missing (all are listed), of a wrong type or shape, or not understood.
     """
     path = checkpoint.model_path
-    if method := config.quantize or find_quantization(path, checkpoint.shapes):
-        raise CheckpointError(
-            f"{path} is quantized ({method}), which is not built yet; use the float checkpoint"
-        )
     names = _find_names(checkpoint, config)
     formats = find_formats(names)
+    raw = read_json(path / "config.json")
+    check_quantization(Stored(path, raw, names, checkpoint.dtypes, formats), config.quantize)
     expected = stored_shapes(config, formats)
     names = {name: names[name] for name in expected if name in names}
     if missing := [name for name in expected if name not in names]:
@@ -361,8 +363,29 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
     if wrong:
         raise CheckpointError(f"{path} does not fit its config.json: {listed(wrong, 5)}")
     if unknown := _unknown(checkpoint, names):
+        _refuse_unread(checkpoint, unknown, quantized=bool(scheme_of(formats)))
         logger.warning("%s: ignored unknown %s", path, listed(unknown, 5))
     return Layout(names, formats, num_parts)
+
+
+def _refuse_unread(checkpoint: Checkpoint, unknown: list[str], *, quantized: bool) -> None:
+    """Raise CheckpointError for tensors that may be part of a weight which nothing puts together.
+
+    Among float weights those are integers; a single one is a counter. Beside quantized weights it
+    is any tensor.
+    """
+    refused = [
+        name
+        for name in unknown
+        if quantized
+        or (checkpoint.dtypes[name] not in FLOATS and math.prod(checkpoint.shapes[name]) > 1)
+    ]
+    if refused:
+        kinds = {str(checkpoint.dtypes[name]).removeprefix("torch.") for name in refused}
+        raise CheckpointError(
+            f"{checkpoint.model_path} holds {listed(refused, 5)} ({', '.join(sorted(kinds))}), of "
+            "which no weight format makes anything; remove what does not belong to the model"
+        )
 
 
 def _dtypes(name: str, formats: Formats) -> tuple[torch.dtype, ...]:
@@ -472,7 +495,11 @@ class _Reader:
         """The weight of a linear layer, in the format it is stored in."""
         weight_format = self.layout.formats[linear]
         stored = {t.suffix: self._read_part(f"{linear}.{t.suffix}") for t in weight_format.tensors}
-        return weight_format.load(stored, self.model.device.torch_device, self.dtype)
+        try:
+            return weight_format.load(stored, self.model.device.torch_device, self.dtype)
+        except ValueError as error:
+            path = self.checkpoint.model_path
+            raise CheckpointError(f"{path}: {linear}: {error}") from error
 
     def _read_part(self, name: str) -> Tensor:
         """In the file's dtype."""
