@@ -150,15 +150,14 @@ class Int8Rows(WeightFormat):
     """
 
     scheme = "w8a16"
-    tensors = (
+    tensors: ClassVar[tuple[StoredTensor, ...]] = (
         StoredTensor("weight", (0, 1), (torch.int8,)),
         StoredTensor("weight_scale", (0, None), FLOATS),
     )
 
     def shapes(self, num_outputs: int, num_inputs: int) -> dict[str, tuple[int, ...]]:
         """[F, K], and [F, 1] for the scales."""
-        rows = (num_outputs, 1)
-        shapes = {t.suffix: rows for t in self.tensors}
+        shapes: dict[str, tuple[int, ...]] = {t.suffix: (num_outputs, 1) for t in self.tensors}
         return shapes | {"weight": (num_outputs, num_inputs)}
 
     def num_bytes(self, num_outputs: int, num_inputs: int, dtype: torch.dtype) -> int:

@@ -12,7 +12,14 @@ import torch
 from gptneox.config.errors import one_of
 from gptneox.config.model import ModelConfig
 from gptneox.devices.cache import KV_FORMATS, KVFormat
-from gptneox.weights.formats import FLOAT, Formats, cut_dimension, part_shape, split_name
+from gptneox.weights.formats import (
+    FLOAT,
+    Formats,
+    cut_dimension,
+    part_shape,
+    scheme_of,
+    split_name,
+)
 
 PREFIX = "gpt_neox."
 EMBEDDING_NAME = "gpt_neox.embed_in.weight"
@@ -77,6 +84,11 @@ class ModelSize:
     kv_format: KVFormat
     world_size: int = 1
     formats: Formats = field(default_factory=dict)
+
+    @property
+    def scheme(self) -> str:
+        """How the weights are quantized, such as "w8a16"; "" for float ones."""
+        return scheme_of(self.formats)
 
     @property
     def weight_bytes(self) -> int:

@@ -151,7 +151,7 @@ def _write_weights(target: Path, config: ModelConfig, dtype_name: str) -> None:
     """
     import torch
 
-    from gptneox.weights.cut import SafetensorsWriter
+    from gptneox.weights.results import SafetensorsWriter
     from gptneox.weights.size import full_shapes
 
     dtype = getattr(torch, dtype_name)
