@@ -21,7 +21,10 @@ from gptneox.devices.cuda import kernels as cuda_kernels
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 MAX_SHARED_BYTES = 99 << 10  # compute capability 8.6 and 8.9 have the least
-INTEGERS = ("qkv_stride", "table_stride", "num_splits", "first_sequence")
+INTEGERS = (
+    *("qkv_stride", "table_stride", "num_splits", "first_sequence"),
+    *("x_stride", "num_rows"),
+)
 HEADS, BLOCK = 64, 128
 
 
@@ -30,11 +33,11 @@ def pointer(name, dtype, *, split, scaled):
         return "*i64"
     if name in ("tables", "context_lens", "cu_seqlens"):
         return "*i32"
-    if scaled and name in ("k_cache", "v_cache"):
+    if name == "weight" or (scaled and name in ("k_cache", "v_cache")):
         return "*i8"
     if scaled and name in ("k_scale", "v_scale"):
         return "*fp32"
-    if name in ("cos", "sin", "stats", "parts") or (name == "out" and split):
+    if name in ("cos", "sin", "stats", "parts", "scales") or (name == "out" and split):
         return "*fp32"
     return "*" + NAMES[dtype]
 
@@ -103,5 +106,17 @@ def test_compiles(capability, dtype, head_dim, tmp_path):
     ]
     for kernel, constants, extra in [*scaled, (cuda_kernels._join_splits, join, {})]:
         result = compiled(kernel, dtype, constants, capability, **extra)
+        assert result.metadata.shared <= MAX_SHARED_BYTES
+        assert (stack_bytes(result.asm["cubin"], tmp_path) or 0) <= 64
+
+
+@pytest.mark.parametrize(("capability", "dtype", "head_dim"), ROWS)
+def test_products_of_int8_weights_compile(capability, dtype, head_dim, tmp_path):
+    shape = {"F": 3 * HEADS * head_dim, "K": HEADS * head_dim, "PRECISION": "ieee"}
+    for rows, has_bias in ((1, True), (512, False)):
+        tile = cuda_kernels.int8_tile(rows, dtype)
+        options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
+        constants = shape | tile | {"HAS_BIAS": has_bias}
+        result = compiled(cuda_kernels._linear_int8, dtype, constants, capability, **options)
         assert result.metadata.shared <= MAX_SHARED_BYTES
         assert (stack_bytes(result.asm["cubin"], tmp_path) or 0) <= 64

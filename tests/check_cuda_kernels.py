@@ -218,6 +218,47 @@ def test_rows_of_padding_touch_nothing(splits, cache_dtype):
         assert torch.equal(ours.nan_to_num(), old.nan_to_num())
 
 
+# -- products of int8 weights -------------------------------------------------------------------
+
+
+@given(
+    rows=st.sampled_from((1, 16, 17, 65)),
+    features=st.sampled_from((1, 32, 70)),
+    depth=st.sampled_from((1, 64, 130)),
+    has_bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=12, deadline=None, derandomize=True,
+          suppress_health_check=list(HealthCheck))  # fmt: skip
+def test_int8_products(rows, features, depth, has_bias, dtype, seed):
+    """Against fp64: one rounding of the result, and fp32 sums."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-128, 128, (features, depth), generator=generator, dtype=torch.int8)
+    scale = torch.rand(features, generator=generator) / 64
+    scale[0] = 0
+    bias = randn(features, seed=seed, dtype=dtype) if has_bias else None
+    x = randn(rows, depth + 3, seed=seed, dtype=dtype)[:, :depth]  # rows apart
+    ops = EmulatedCuda().operators()
+    packed = ops.pack_int8(values, scale, bias, dtype)
+    assert not ops._int8_fault
+    exact = x.double() @ (values.double() * scale.double()[:, None]).T
+    exact = exact if bias is None else exact + bias.double()
+    assert_near(packed.multiply(ops, x), exact.to(dtype))
+    assert packed.multiply(ops, x[:0]).shape == (0, features)
+
+
+def test_an_int8_kernel_that_is_wrong_is_not_used(monkeypatch, caplog):
+    right = cuda_kernels.linear_int8
+    monkeypatch.setattr(cuda_kernels, "linear_int8", lambda *a: right(*a) + 0.5)
+    ops = EmulatedCuda().operators()
+    values, x = torch.full((4, 8), 2, dtype=torch.int8), torch.ones(3, 8)
+    packed = ops.pack_int8(values, torch.full((4,), 0.5), None, torch.float32)
+    assert "differ from torch by 5.0e-01" in ops._int8_fault
+    assert "W8A16 products: torch" in caplog.text
+    assert torch.equal(packed.multiply(ops, x), torch.full((3, 4), 8.0))
+
+
 # -- a whole engine -------------------------------------------------------------------------------
 
 

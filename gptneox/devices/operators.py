@@ -106,9 +106,13 @@ class LayerWeights:
         bias, other = self.dense_4h_to_h[1].float(), self.dense[1]
         return bias if other is None else bias + other.float()
 
+    def linears(self) -> tuple[tuple[LinearWeight, Tensor | None], ...]:
+        """The four of them, in the order above."""
+        return self.query_key_value, self.dense_h_to_4h, self.dense, self.dense_4h_to_h
+
     def folded(self) -> list[Tensor] | None:
         """The four matrices as floats, in the order above; None where one cannot be folded."""
-        linears = (self.query_key_value, self.dense_h_to_4h, self.dense, self.dense_4h_to_h)
+        linears = self.linears()
         weights = [w for w, _ in linears if isinstance(w, FoldableWeight)]
         return [w.floats() for w in weights] if len(weights) == len(linears) else None
 
@@ -291,7 +295,7 @@ class Operators:
         """
         front = packed.front
         if isinstance(front, FourProducts):
-            normed = [F.layer_norm(x, x.shape[-1:], *norm, packed.eps) for norm in front.norms]
+            normed = [self.layer_norm(x, *norm, packed.eps) for norm in front.norms]
             qkv, up = front.qkv.multiply(self, normed[0]), front.up.multiply(self, normed[1])
             return qkv, packed.activation(up)
         x = F.layer_norm(x, x.shape[-1:], packed.scale, packed.shift, packed.eps)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paged attention as Triton kernels: rotate and store, decode, prefill.
+"""Paged attention as Triton kernels: rotate and store, decode, prefill; products of int8 weights.
 
 Shapes as in `base`: T tokens, B sequences, H heads, D head_dim, R rotary dims, N blocks,
 P block_size. Tiles are powers of two; what lies beyond D, H or a context is masked, never read.
@@ -269,6 +269,43 @@ def _prefill(
     tl.store(out + q_at, result.to(out.dtype.element_ty), mask=q_inside)
 
 
+@triton.jit
+def _linear_int8(
+    x: tl.tensor,  # [T, K], rows `x_stride` apart
+    weight: tl.tensor,  # [F, K] int8
+    scales: tl.tensor,  # [F] fp32
+    bias: tl.tensor,  # [F]
+    out: tl.tensor,  # [T, F]
+    num_rows: tl.tensor,  # T
+    x_stride: tl.tensor,
+    F: tl.constexpr,
+    K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """Integers of eight bits are exact in every float type; the scale is applied to the sum."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    x_row = x + m.to(tl.int64)[:, None] * x_stride
+    weight_row = weight + n.to(tl.int64)[:, None] * K
+    for start in range(0, K, BLOCK_K):
+        at = (start + k)[None, :]
+        a = tl.load(x_row + at, mask=(m < num_rows)[:, None] & (at < K), other=0.0)
+        w = tl.load(weight_row + at, mask=(n < F)[:, None] & (at < K), other=0)
+        acc += tl.dot(a, tl.trans(w.to(tl.float32).to(a.dtype)), input_precision=PRECISION)
+    y = acc * tl.load(scales + n, mask=n < F, other=0.0)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias + n, mask=n < F, other=0.0).to(tl.float32)[None, :]
+    inside = (m < num_rows)[:, None] & (n < F)[None, :]
+    at = m.to(tl.int64)[:, None] * F + n[None, :]
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+
+
 def _pointers(layer: LayerCache) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """K, V and their scales; without scales K and V again, which the kernels do not touch."""
     if isinstance(layer, Int8Cache):
@@ -398,3 +435,41 @@ def prefill(
         SCALED=isinstance(layer, Int8Cache),
         **tile,
     )
+
+
+def int8_tile(num_rows: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile of `_linear_int8`: few rows read much of K at once, many rows share what was read."""
+    if num_rows <= 16:
+        sizes, stages = (16, 32, 128), 4
+    elif dtype == torch.float32:
+        sizes, stages = (32, 32, 32), 2
+    else:
+        sizes, stages = (64, 64, 64), 3
+    tile = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), sizes, strict=True))
+    return tile | {"num_warps": 4, "num_stages": stages}
+
+
+def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, K] times the weight scales[f] * weight[f, k], int8 [F, K]; returns [T, F].
+
+    Args:
+        x: any distance between rows.
+        weight: contiguous.
+        scales: fp32 [F].
+        bias: [F].
+    """
+    (num_rows, depth), num_features = x.shape, weight.shape[0]
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    out = torch.empty((num_rows, num_features), dtype=x.dtype, device=x.device)
+    tile = int8_tile(num_rows, x.dtype)
+    grid = (triton.cdiv(num_features, tile["BLOCK_N"]), triton.cdiv(num_rows, tile["BLOCK_M"]))
+    _linear_int8[grid](
+        *(x, weight, scales, scales if bias is None else bias, out, num_rows, x.stride(0)),
+        F=num_features,
+        K=depth,
+        HAS_BIAS=bias is not None,
+        PRECISION="ieee",
+        **tile,
+    )
+    return out

@@ -21,6 +21,7 @@ from gptneox.devices.operators import (
     ChosenOperator,
     LayerWeights,
     Operators,
+    PackedInt8,
     PackedLayer,
     PackedLinear,
     fused_attention,
@@ -71,6 +72,7 @@ class CudaOperators(Operators):
         self._reason = ""  # for it
         self._why_no_graphs = ""  # or empty
         self._num_blocks = 0
+        self._int8_fault: str | None = None  # in the kernel of int8 products; None: not tried
 
     # -- which operators -------------------------------------------------------------------------
 
@@ -80,6 +82,11 @@ class CudaOperators(Operators):
         """Every operator that there is a choice of, with the reason; tries the kernels out."""
         self._choose_step(num_heads, head_dim, block_size, kv_format)
         has_kernels, has_graphs = self.paged_step is TritonStep, not self._why_no_graphs
+        rows = []
+        if self._int8_fault is not None:
+            operator = "torch, widened" if self._int8_fault else "Triton"
+            reason = self._int8_fault or "agrees with torch on this device"
+            rows = [ChosenOperator("W8A16 products", operator, reason)]
         return [
             ChosenOperator(
                 "paged attention", "Triton" if has_kernels else "torch, fp32", self._reason
@@ -93,8 +100,11 @@ class CudaOperators(Operators):
                 "flash attention", "scaled_dot_product_attention", "the cache is contiguous"
             ),
             ChosenOperator(
-                "layer", "two products", "with a parallel residual; four with a serial one"
+                "layer",
+                "two products",
+                "with a parallel residual and float weights; four with others",
             ),
+            *rows,
         ]
 
     def describe_operators(
@@ -133,7 +143,13 @@ class CudaOperators(Operators):
     def _find_fault_in_kernels(
         self, num_heads: int, head_dim: int, block_size: int, kv_format: KVFormat
     ) -> str:
-        """Empty when the kernels work here, else what is wrong and what to do."""
+        """Empty when attention works here, else what is wrong and what to do."""
+        return self._find_fault(
+            lambda: self._try_kernels(num_heads, head_dim, block_size, kv_format)
+        )
+
+    def _find_fault(self, trial: Callable[[], tuple[float, float]]) -> str:
+        """Empty when the difference that `trial` finds is within its limit."""
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed; it comes with torch's CUDA builds: pip install triton"
         if self.device.capability < MIN_CAPABILITY:
@@ -142,7 +158,7 @@ class CudaOperators(Operators):
             return f"the kernels need compute capability 8.0, {name} has {major}.{minor}"
         try:
             load_kernels()
-            difference, limit = self._try_kernels(num_heads, head_dim, block_size, kv_format)
+            difference, limit = trial()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001  whatever a compiler raises
@@ -250,6 +266,51 @@ class CudaOperators(Operators):
             return PackedLinear(weight.contiguous(), bias, weight.shape[1], weight.shape[0])
         except torch.OutOfMemoryError as error:
             raise self.device.out_of_memory("the weights", "a smaller --dtype") from error
+
+    def pack_int8(
+        self, values: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> PackedLinear:
+        """The weight is on the device already. The first one decides about the kernel.
+
+        Raises:
+            RuntimeError: not enough memory.
+        """
+        if self._int8_fault is None:
+            self._int8_fault = self._find_fault(lambda: self._try_int8(dtype))
+            if self._int8_fault:
+                logger.warning(
+                    "W8A16 products: torch, which widens the weights each time and is slow (%s)",
+                    self._int8_fault,
+                )
+        try:
+            sizes = values.shape[1], values.shape[0]
+            return PackedInt8(values.contiguous(), bias, *sizes, scale=scale.contiguous())
+        except torch.OutOfMemoryError as error:
+            raise self.device.out_of_memory("the weights", "quantize the head, too") from error
+
+    def linear_int8(self, x: Tensor, packed: PackedInt8) -> Tensor:
+        """By the Triton kernel where it works."""
+        if self._int8_fault or not len(x):
+            return super().linear_int8(x, packed)
+        out = load_kernels().linear_int8(x, packed.weight, packed.scale, packed.bias)
+        assert isinstance(out, Tensor)
+        return out
+
+    def _try_int8(self, dtype: torch.dtype) -> tuple[float, float]:
+        """As `_try_kernels`, for few rows and for many, and sizes that no tile divides."""
+        generator = torch.Generator().manual_seed(0)
+        values = torch.randint(-128, 128, (70, 150), generator=generator, dtype=torch.int8)
+        scale = torch.rand(70, generator=generator) / 128
+        x = torch.randn(40, 150, generator=generator).to(dtype)
+        bias = torch.randn(70, generator=generator).to(dtype)
+        exact = x.double() @ (values * scale.double()[:, None]).T + bias.double()
+        moved = [t.to(self.torch_device) for t in (values, scale, bias)]
+        worst = 0.0
+        for rows in (1, 40):
+            ours = load_kernels().linear_int8(x[:rows].to(self.torch_device), *moved)
+            worst = max(worst, (ours.cpu().double() - exact[:rows]).abs().max().item())
+        unit = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+        return worst, unit * max(1.0, exact.abs().max().item())
 
     def pack_layer(self, weights: LayerWeights) -> PackedLayer:
         """As the base class.

@@ -28,8 +28,10 @@ from gptneox.devices.npu.attention import (
 from gptneox.devices.npu.steps import NpuPaddedStep, NpuPagedStep
 from gptneox.devices.operators import (
     ChosenOperator,
+    FourProducts,
     LayerWeights,
     Operators,
+    PackedInt8,
     PackedLayer,
     PackedLinear,
 )
@@ -41,6 +43,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_GRAPH_ROWS = 128  # of a captured step
+# npu_weight_quant_batchmatmul takes at most this many inputs and outputs.
+MAX_QUANT_SIZE = 65535
+
+
+@dataclass
+class NpuInt8(PackedInt8):
+    """int8 [F, K], passed transposed, and scales [F] in the dtype of x.
+
+    `factor` [F] lifts the outputs of rows whose scale the dtype cannot hold to full accuracy; None
+    where there are none. The bias is then added behind it.
+    """
+
+    factor: Tensor | None = None
 
 
 @dataclass
@@ -90,7 +105,14 @@ class NpuOperators(Operators):
             rotary,
             ChosenOperator("gelu", "npu_gelu", "F.gelu is the tanh form whatever it is asked for"),
             ChosenOperator(
-                "layer", "two products", "with a parallel residual; four with a serial one"
+                "layer",
+                "two products",
+                "with a parallel residual and float weights; four with others",
+            ),
+            ChosenOperator(
+                "W8A16 weights",
+                "npu_weight_quant_batchmatmul",
+                "int8 [F, K] in ND; the scales are in the dtype of the activations",
             ),
             ChosenOperator(
                 "decode steps",
@@ -139,6 +161,47 @@ class NpuOperators(Operators):
             return super().linear(x, packed)
         return F.linear(x, packed.weight).add_(packed.bias)
 
+    def pack_int8(
+        self, values: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> PackedLinear:
+        """int8 [F, K] as it is: the operator's NZ form is for graphs of another kind.
+
+        Scales that are subnormal in `dtype` would lose accuracy, or be flushed to zero: the
+        operator gets the smallest normal number instead, and the rest is a factor of the output.
+
+        Raises:
+            ConfigError: the operator does not take a matrix of this size.
+        """
+        out_features, in_features = values.shape
+        if max(out_features, in_features) > MAX_QUANT_SIZE:
+            raise ConfigError(
+                f"npu_weight_quant_batchmatmul takes at most {MAX_QUANT_SIZE} inputs and outputs; "
+                f"a weight is [{out_features}, {in_features}]: quantize again with this layer in "
+                "--disable_names, or use more ranks"
+            )
+        factor, lifted = None, scale.clamp_min(torch.finfo(dtype).tiny)
+        if ((scale != lifted) & (scale != 0)).any():
+            factor, scale = (scale / lifted).to(dtype), lifted
+        # The operator adds a bias of fp32 to bf16 products.
+        if bias is not None and factor is None and dtype == torch.bfloat16:
+            bias = bias.float()
+        return NpuInt8(
+            values.contiguous(), bias, in_features, out_features, scale.to(dtype), factor
+        )
+
+    def linear_int8(self, x: Tensor, packed: PackedInt8) -> Tensor:
+        """By npu_weight_quant_batchmatmul, which adds its offset: symmetric weights have none.
+
+        Source: op-plugin, npu_weight_quant_batchmatmul, per channel with a transposed weight.
+        """
+        assert isinstance(packed, NpuInt8)
+        weight, bias = packed.weight.t(), packed.bias
+        product = functools.partial(self.torch_npu.npu_weight_quant_batchmatmul, x, weight)
+        if packed.factor is None:
+            return product(packed.scale, bias=bias)
+        y = product(packed.scale).mul_(packed.factor)
+        return y if bias is None else y.add_(bias)
+
     def activation(self, name: str) -> Callable[[Tensor], Tensor]:
         """F.gelu is always the tanh form on an NPU."""
         forms = {"gelu_erf": "none", "gelu_tanh": "tanh"}
@@ -163,11 +226,16 @@ class NpuOperators(Operators):
     def layer_front(self, x: Tensor, packed: PackedLayer) -> tuple[Tensor, Tensor]:
         """Qkv as [T, H, 3, D]; the blocks of q, k and v are not copied here."""
         assert isinstance(packed, NpuLayer)
+        if isinstance(packed.front, FourProducts):
+            qkv, mlp = super().layer_front(x, packed)
+            return self._split_heads(qkv, packed), mlp
         x = F.layer_norm(x, x.shape[-1:], packed.scale, packed.shift, packed.eps)
         y = self.linear(x, packed.front)
         n = packed.qkv_width
-        qkv = y[:, :n].view(len(y), 3, -1, packed.head_dim).transpose(1, 2)
-        return qkv, packed.activation(y[:, n:])
+        return self._split_heads(y[:, :n], packed), packed.activation(y[:, n:])
+
+    def _split_heads(self, qkv: Tensor, packed: NpuLayer) -> Tensor:
+        return qkv.view(len(qkv), 3, -1, packed.head_dim).transpose(1, 2)
 
     def _rotates_whole_heads(self, head_dim: int) -> bool:
         """Whether q and k of fused layers lie in `head_order`: npu_rotary_mul then takes them as

@@ -559,6 +559,40 @@ def dynamic_quant(given: Given, input: Tensor) -> tuple[Tensor, Tensor]:  # noqa
     return values.to(torch.int8), scale
 
 
+@reference("npu::npu_weight_quant_batchmatmul")
+def weight_quant_batchmatmul(
+    given: Given,
+    x: Tensor,
+    weight: Tensor,
+    antiquant_scale: Tensor,
+    antiquant_offset: Tensor | None = None,
+    quant_scale: Tensor | None = None,
+    quant_offset: Tensor | None = None,
+    bias: Tensor | None = None,
+    antiquant_group_size: int = 0,
+    inner_precise: int = 0,
+    weight_dtype: int | None = None,
+) -> Tensor:
+    """Of weights of eight bits, one scale for each column of `weight` [K, N]."""
+    check_floats(given, "x", "antiquant_scale")
+    need(weight.dtype == torch.int8, "weight: int8")
+    k, n = weight.shape
+    need(max(k, n) <= 65535, "K and N are at most 65535")
+    need(given["weight"].t().is_contiguous(), "weight: the transposed view of a contiguous [N, K]")
+    need(storage_format(given["weight"]) == 2, "weight: ND; NZ is for graph mode")
+    need(x.shape == (x.shape[0], k) and antiquant_scale.shape == (n,), "x [M, K], scale [N]")
+    need(antiquant_offset is None and quant_scale is None, "emulated: symmetric, float output")
+    need(antiquant_group_size == 0 and inner_precise == 0, "emulated: one scale for each column")
+    normal = antiquant_scale == 0
+    normal |= antiquant_scale >= torch.finfo(antiquant_scale.dtype).tiny
+    need(bool(normal.all()), "subnormal scales may be flushed to zero")
+    if bias is not None:
+        wide = torch.float32 if x.dtype == torch.bfloat16 else torch.float16
+        need(bias.dtype == wide and bias.shape == (n,), f"bias: {wide} [N]")
+    out = x.float() @ (weight.float() * antiquant_scale.float())
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
 @reference("npu::npu_gelu")
 def npu_gelu(given: Given, input: Tensor, *, approximate: str = "none") -> Tensor:  # noqa: A002
     return F.gelu(input, approximate=approximate)

@@ -24,9 +24,9 @@ void with_type(at::ScalarType type, Body&& body) {
   }
 }
 
-// As `with_type` for the dtype of a cache, which may also be int8_t. Raises TypeError.
+// As `with_type` for the dtype of a cache or of a weight, which may also be int8_t. Raises TypeError.
 template <typename Body>
-void with_cache_type(at::ScalarType type, Body&& body) {
+void with_stored_type(at::ScalarType type, Body&& body) {
   if (type == at::kChar) {
     return body(int8_t{});
   }

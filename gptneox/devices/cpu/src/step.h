@@ -138,7 +138,7 @@ class StepAttention {
       const NewTokens<X> new_tokens{
           qkv.const_data_ptr<X>(), positions_.const_data_ptr<int64_t>(),
           cos_.const_data_ptr<float>(), sin_.const_data_ptr<float>(), cos_.size(1), scale_};
-      with_cache_type(cache[0].scalar_type(), [&](auto c_zero) {
+      with_stored_type(cache[0].scalar_type(), [&](auto c_zero) {
         using C = decltype(c_zero);
         const Cache<C> keys(cache[0], cache[kScaled<C> ? 2 : 0]);
         const Cache<C> values(cache[1], cache[kScaled<C> ? 3 : 1]);

@@ -16,6 +16,7 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <type_traits>
 
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
 #define GPTNEOX_BF16_DOT 1
@@ -133,9 +134,14 @@ struct Format<c10::BFloat16> {
 };
 #endif
 
-// Half-precision weights that no dot-product instruction takes: they are widened to fp32.
+// Weights that no dot-product instruction takes, in half precision or of eight bits: they are
+// widened to fp32.
 template <typename F>
-constexpr bool kWidened = F::kPerLane == 1 && sizeof(typename F::Weight) == 2;
+constexpr bool kWidened = F::kPerLane == 1 && sizeof(typename F::Weight) < 4;
+
+// Weights of eight bits: each row of the matrix has a scale, which its sums are multiplied by.
+template <typename F>
+constexpr bool kRowScaled = std::is_same_v<typename F::Weight, int8_t>;
 
 // One tile: c [R][kCols] (+)= a * panel over `k_steps` K steps, a multiple of kChains. Rows of c
 // are `ldc` apart. a is transposed, [k_steps][R], or row-major with kRowStride where that is not 0.
@@ -153,7 +159,8 @@ inline void tile(
   constexpr int64_t kStride = kCols * F::kPerLane;
   // Prefetch distance in bytes, and whether to prefetch every cache line or one per K step: both
   // were measured for each number of rows.
-  constexpr int64_t kAhead = !kStreamed ? 2048 : R > 4 ? 8192 : R == 1 && kWidened<F> ? 256 : 2048;
+  constexpr bool kAlone = R == 1 && kWidened<F> && !kRowScaled<F>;
+  constexpr int64_t kAhead = !kStreamed ? 2048 : R > 4 ? 8192 : kAlone ? 256 : 2048;
   constexpr bool kEveryLine = kStreamed && (R <= 2 || R > 4);
   constexpr int64_t kFetched = kEveryLine ? kStride * sizeof(typename F::Weight) : 64;
   Lanes sum[kChains][R][2];
