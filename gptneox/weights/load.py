@@ -57,7 +57,7 @@ from gptneox.weights.size import (
 
 logger = logging.getLogger(__name__)
 
-HEAD_NAMES = (HEAD_NAME, "lm_head.weight")
+HEAD_OWNERS = ("embed_out", "lm_head")
 # A linear layer of which every rank's part differs from the whole in shape.
 CUT_LINEAR = "gpt_neox.layers.0.attention.query_key_value"
 PART_FILE = "model.safetensors"
@@ -127,8 +127,9 @@ def parameter_name(stored: str) -> str:
     `embed_out` to `lm_head` for GPT-NeoX.
     """
     bare = stored.removeprefix(PREFIX)
-    if stored in HEAD_NAMES or bare == HEAD_NAMES[1]:
-        return HEAD_NAME
+    owner, part = split_name(bare)
+    if owner in HEAD_OWNERS and (bare == stored or owner == HEAD_OWNERS[1]):
+        return f"{HEAD_OWNERS[0]}.{part}"
     return bare if bare.startswith(PREFIX) else PREFIX + bare
 
 
