@@ -55,6 +55,7 @@ def write_settings(ignored: Iterable[str]) -> dict[str, Any]:
                 },
                 "input_activations": None,
                 "output_activations": None,
+                "format": FORMATS[0],  # else the library takes bytes for packed words
             }
         },
         "ignore": [_OTHER_NAMES.get(name, name) for name in ignored],
