@@ -17,6 +17,7 @@ from benchmark.arguments import Case
 from gptneox.config.model import ModelConfig
 from gptneox.evaluation.report import percentile
 from gptneox.evaluation.timing import prefill_flops
+from gptneox.weights.formats import Formats
 from gptneox.weights.size import ModelSize, find_kv_format
 
 # Metrics of a run, of which summary and ratios are made.
@@ -55,10 +56,16 @@ def intervals_ms(times: Sequence[Sequence[float]]) -> list[float]:
     return [round((b - a) * 1e3, _MS_DIGITS) for row in sorted(rows) for a, b in pairwise(row)]
 
 
-def size_of(config: ModelConfig, dtype: str, kv_cache_dtype: str = "auto") -> ModelSize:
-    """Bytes of a model whose weights are in `dtype`, as its cache is unless told otherwise."""
+def size_of(
+    config: ModelConfig,
+    dtype: str,
+    kv_cache_dtype: str = "auto",
+    formats: Formats | None = None,
+) -> ModelSize:
+    """Bytes of a model whose weights are in `dtype`, as its cache is, unless told otherwise."""
     torch_dtype = getattr(torch, dtype)
-    return ModelSize(config, torch_dtype, find_kv_format(kv_cache_dtype, config, torch_dtype))
+    kv_format = find_kv_format(kv_cache_dtype, config, torch_dtype)
+    return ModelSize(config, torch_dtype, kv_format, formats=formats or {})
 
 
 def shares(

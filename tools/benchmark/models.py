@@ -7,13 +7,16 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmark import seal
 from benchmark.errors import UsageError
 from gptneox.config.model import ModelConfig
+
+if TYPE_CHECKING:
+    from gptneox.weights.formats import Formats
 
 SEED = 0
 # Of vectors and of the embedding. Matrices have 1 / sqrt(inputs): activations keep their size
@@ -82,6 +85,7 @@ class Model:
     path: Path
     config: ModelConfig
     identity: dict[str, Any]  # a converted copy is out of date when this changes
+    formats: Formats = field(default_factory=dict)  # of its linear layers; none: float
 
     @property
     def key(self) -> str:
@@ -113,7 +117,10 @@ def open_model(name: str, dtype: str, cache: Path, say: Callable[[str], None]) -
         for file in sorted(path.iterdir())
         if file.suffix in (".safetensors", ".bin", ".json")
     }
-    return Model(path.name, path, config, {"path": str(path), "files": files})
+    from gptneox.weights.load import check_weights
+
+    formats = check_weights(path, config)
+    return Model(path.name, path, config, {"path": str(path), "files": files}, formats)
 
 
 def _recipe(shape: Shape, dtype: str) -> dict[str, Any]:
