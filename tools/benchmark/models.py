@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,13 @@ class Model:
     path: Path
     config: ModelConfig
     identity: dict[str, Any]  # a converted copy is out of date when this changes
-    formats: Formats = field(default_factory=dict)  # of its linear layers; none: float
+
+    @functools.cached_property
+    def formats(self) -> Formats:
+        """Of its linear layers, float or quantized."""
+        from gptneox.weights.load import check_weights
+
+        return check_weights(self.path, self.config)
 
     @property
     def key(self) -> str:
@@ -117,10 +124,7 @@ def open_model(name: str, dtype: str, cache: Path, say: Callable[[str], None]) -
         for file in sorted(path.iterdir())
         if file.suffix in (".safetensors", ".bin", ".json")
     }
-    from gptneox.weights.load import check_weights
-
-    formats = check_weights(path, config)
-    return Model(path.name, path, config, {"path": str(path), "files": files}, formats)
+    return Model(path.name, path, config, {"path": str(path), "files": files})
 
 
 def _recipe(shape: Shape, dtype: str) -> dict[str, Any]:
