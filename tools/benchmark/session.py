@@ -206,7 +206,7 @@ class Session:
 
     def _check_memory(self, num_engines: int, cases: Sequence[Case]) -> None:
         """Refuse what cannot fit, before the machine runs out."""
-        size = figures.size_of(self.model.config, self.options.dtype, self.model.formats)
+        size = figures.size_of(self.model.config, self.options.dtype, formats=self.model.formats)
         rows = max(case.batch * (case.prompt + case.output) for case in cases)
         one = size.weight_bytes + rows * size.token_bytes
         free = self.limits["free_bytes"]
