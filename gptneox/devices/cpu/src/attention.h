@@ -309,7 +309,8 @@ Kernels<C> kernels_for(int64_t dim) {
 // One part of a running softmax: raise `largest` to the maximum of x, then x = exp(x - largest) in
 // place. Returns the sum, per vector lane. `count` is a multiple of kVec. Masked entries are -inf;
 // this or an earlier part holds a finite one. kRounded: the caller rounds the results to bf16, so a
-// faster exp is exact enough.
+// faster exp is exact enough. On NEON it is right to two units in the last place, and ATen's other
+// exp calls the C library for every element.
 template <bool kRounded = false>
 inline Vec softmax_part(float* x, int64_t count, float& largest) {
   Vec top(largest);
@@ -322,7 +323,7 @@ inline Vec softmax_part(float* x, int64_t count, float& largest) {
   Vec sum(0.f);
   for (int64_t i = 0; i < count; i += kVec) {
     const Vec offset = Vec::loadu(x + i) - shift;
-    const Vec e = kRounded ? offset.exp_u20() : offset.exp();
+    const Vec e = kRounded || GPTNEOX_NEON ? offset.exp_u20() : offset.exp();
     e.store(x + i);
     sum = sum + e;
   }
@@ -659,8 +660,8 @@ class PrefillTask {
     }
   }
 
-#if GPTNEOX_BF16_DOT
   // Put the values of two tokens into one lane each, as the dot-product instruction reads them.
+#if GPTNEOX_BF16_DOT
   static void interleave(const c10::BFloat16* even, const c10::BFloat16* odd, c10::BFloat16* to) {
     for (int64_t j = 0; j < kCols; j += kVec) {
       const auto widened = [j](const c10::BFloat16* p) {
@@ -670,6 +671,14 @@ class PrefillTask {
           to + 2 * j, _mm512_or_si512(widened(even), _mm512_slli_epi32(widened(odd), 16)));
     }
   }
+#elif GPTNEOX_NEON_DOT
+  static void interleave(const c10::BFloat16* even, const c10::BFloat16* odd, c10::BFloat16* to) {
+    static_assert(kCols == 8);
+    const auto bits = [](const c10::BFloat16* p) {
+      return vld1q_u16(reinterpret_cast<const uint16_t*>(p));
+    };
+    vst2q_u16(reinterpret_cast<uint16_t*>(to), {{bits(even), bits(odd)}});
+  }
 #endif
 
   // Add the tile at `position` to the running softmax of row block `b`.
@@ -677,7 +686,9 @@ class PrefillTask {
     const int rows = q_.rows_of(b);
     float* s = s_.data();
     // The last row of the row block attends to this many keys of the tile, the others to fewer.
-    const int64_t num_keys = std::min(kKeys, round_up(visible + rows - 1 - position, kCols));
+    // They are the K of the second product, so they are rounded up to what `tile` unrolls.
+    constexpr int64_t kStep = std::max<int64_t>(kCols, kDepth / 2 * kPerLane);
+    const int64_t num_keys = std::min(kKeys, round_up(visible + rows - 1 - position, kStep));
     if constexpr (kBlocked) {
       block_product<F>(
           rows, q_.block(b), q_.stride(), k_.data(), kKeys, num_keys, q_.k_steps, s, kKeys, false);

@@ -55,7 +55,7 @@ struct BlockedFrom {
 inline BlockedFrom blocked_from;
 
 // Whether brgemm can read the panels of this format. It multiplies half precision as pairs of bf16,
-// a layout that exists only with bf16 dot products.
+// a layout that exists only with bf16 dot products, and only on x86.
 template <typename F>
 constexpr bool kCanBlock = std::is_same_v<typename F::Weight, float> || GPTNEOX_BF16_DOT;
 

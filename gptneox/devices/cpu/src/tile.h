@@ -18,10 +18,24 @@
 #include <string>
 #include <type_traits>
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#define GPTNEOX_NEON 1
+#else
+#define GPTNEOX_NEON 0
+#endif
+
+// bf16 dot products of AVX-512, and of NEON. Where there is either, Format<BFloat16> has two values
+// of K per lane.
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
 #define GPTNEOX_BF16_DOT 1
 #else
 #define GPTNEOX_BF16_DOT 0
+#endif
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define GPTNEOX_NEON_DOT 1
+#else
+#define GPTNEOX_NEON_DOT 0
 #endif
 
 namespace gptneox {
@@ -46,6 +60,15 @@ inline Vec load(const float* p) {
   return Vec::loadu(p);
 }
 
+#if GPTNEOX_NEON // ATen would widen one value at a time
+inline Vec load(const c10::Half* p) {
+  return vcvt_f32_f16(vld1_f16(reinterpret_cast<const float16_t*>(p)));
+}
+
+inline Vec load(const c10::BFloat16* p) {
+  return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16));
+}
+#else
 inline Vec load(const c10::Half* p) {
   Vec out;
   at::vec::load_fp32_from_fp16(p, out);
@@ -57,6 +80,7 @@ inline Vec load(const c10::BFloat16* p) {
   at::vec::load_fp32_from_bf16(p, out);
   return out;
 }
+#endif
 
 inline Vec load(const int8_t* p) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -65,6 +89,11 @@ inline Vec load(const int8_t* p) {
 #elif defined(CPU_CAPABILITY_AVX2)
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#elif GPTNEOX_NEON
+  uint32_t bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  const int16x8_t pairs = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(bytes)));
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(pairs)));
 #else
   float wide[kVec];
   for (int i = 0; i < kVec; ++i) {
@@ -116,13 +145,14 @@ struct Format {
   }
 };
 
-#if GPTNEOX_BF16_DOT
+#if GPTNEOX_BF16_DOT || GPTNEOX_NEON_DOT
 // bf16 dot products: two values of K per lane; activations are rounded to bf16.
 template <>
 struct Format<c10::BFloat16> {
   using Weight = c10::BFloat16;
   using Scalar = uint32_t;
   static constexpr int kPerLane = 2;
+#if GPTNEOX_BF16_DOT
   using Operand = __m512bh;
   static Operand operand(const Weight* p) {
     return (__m512bh)_mm512_loadu_si512(p);
@@ -131,6 +161,15 @@ struct Format<c10::BFloat16> {
     return (Lanes)_mm512_dpbf16_ps(
         (__m512)c, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), b);
   }
+#else
+  using Operand = bfloat16x8_t;
+  static Operand operand(const Weight* p) {
+    return vld1q_bf16(reinterpret_cast<const bfloat16_t*>(p));
+  }
+  static Lanes multiply_add(Scalar a, Operand b, Lanes c) {
+    return (Lanes)vbfdotq_f32((float32x4_t)c, vreinterpretq_bf16_u32(vdupq_n_u32(a)), b);
+  }
+#endif
 };
 #endif
 
@@ -244,7 +283,7 @@ inline void run_tile(
 // The vectors and instructions that the library was compiled for.
 inline std::string describe() {
   std::string text = "vectors of " + std::to_string(kVec) + " floats";
-  return GPTNEOX_BF16_DOT ? text + ", bf16 dot products" : text;
+  return GPTNEOX_BF16_DOT || GPTNEOX_NEON_DOT ? text + ", bf16 dot products" : text;
 }
 
 } // namespace gptneox
