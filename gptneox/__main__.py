@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `gptneox TASK …` of an installed package, `python main.py --task TASK …`.
 
-TASK is inference, serve, precision, performance, compare, doctor, modeltest or cut.
+TASK is inference, serve, precision, performance, compare, doctor, modeltest, quantize or cut.
 
 Exit status: 0 done, 1 failed, 2 wrong usage or settings, 130 interrupted.
 """
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 
 from gptneox import interpreter
-from gptneox.cli import Settings, read_settings, refuse_unbuilt, setup_logging
+from gptneox.cli import Settings, read_settings, setup_logging
 from gptneox.config.environment import disable_device_autoload
 from gptneox.config.places import shipped
 from gptneox.files import prepare_streams
@@ -36,7 +36,6 @@ def run(settings: Settings) -> int:
 
         run_compare(settings)
         return 0
-    refuse_unbuilt(settings)
     if task == "serve":
         from gptneox.tasks import serve
 

@@ -125,6 +125,7 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         device_map: str | None = None,
         generation_config: GenerationConfig | None = None,
         max_position_embeddings: int = 0,
+        kv_cache_dtype: str = "auto",
         **kwargs: Any,
     ) -> _Adapter:
         """Load a checkpoint directory, or this rank's part of one.
@@ -139,6 +140,7 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             device_map: "auto" or a device name; each process uses one device.
             generation_config: by default read from the directory.
             max_position_embeddings: positions of prompt and answer; 0 for config.json's value.
+            kv_cache_dtype: "int8" for a cache of keys and values in int8.
             kwargs: Hugging Face's hub options are ignored; others are refused.
 
         Raises:
@@ -167,7 +169,7 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             from transformers.utils import logging
 
             logging.get_logger(__name__).warning(notice)
-        load_model(model, path, compute_dtype, show_progress=True)
+        load_model(model, path, compute_dtype, kv_cache_dtype=kv_cache_dtype, show_progress=True)
         adapter.generation_config = generation_config
         return adapter.eval()  # type: ignore[no-untyped-call]
 

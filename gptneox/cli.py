@@ -27,6 +27,7 @@ from gptneox.config.settings import (
     ModelSection,
     PerformanceSection,
     PrecisionSection,
+    QuantizeOptions,
     ServerSection,
     merge_section,
     read_ini,
@@ -52,6 +53,7 @@ class Settings:
     precision: PrecisionSection
     performance: PerformanceSection
     sampling: SamplingParams
+    quantize: QuantizeOptions
     argv: tuple[str, ...]  # the command line
     given: dict[str, Any]  # the flags on the command line and their values
     sources: dict[str, dict[str, str]]
@@ -124,7 +126,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gptneox-ascend {__version__}")
     flags = [(each, True) for cls in SECTIONS.values() for each in settings_of(cls) if each.flag]
-    flags += [(each, False) for cls in (Arguments, Generation) for each in settings_of(cls)]
+    only_flags = (Arguments, QuantizeOptions, Generation)
+    flags += [(each, False) for cls in only_flags for each in settings_of(cls)]
     for name in GROUPS:
         group: Any = parser if name == "options" else parser.add_argument_group(name)
         for each, in_file in flags:
@@ -174,6 +177,7 @@ def read_settings(argv: Seq[str], default_config: Path) -> Settings:
     model, model_sources, ini = read_model_section(args, default_config)
     given = {name: value for name, value in vars(args).items() if value is not None}
     arguments, chosen = from_flags(Arguments, given), from_flags(Generation, given)
+    quantize = from_flags(QuantizeOptions, given)
     engine, engine_sources = merge_section(EngineSection, given, ini)
     if arguments.task == "serve":
         engine = engine.for_service(engine_sources)
@@ -204,18 +208,11 @@ def read_settings(argv: Seq[str], default_config: Path) -> Settings:
         precision=precision,
         performance=performance,
         sampling=sampling,
+        quantize=quantize,
         argv=tuple(argv),
         given=given,
         sources={"model": model_sources, "engine": engine_sources, "server": server_sources},
     )
-
-
-def refuse_unbuilt(settings: Settings) -> None:
-    """Raise ConfigError where the environment asks for a feature that is not built yet."""
-    if settings.environment.is_quant:
-        raise ConfigError(
-            "IS_QUANT=1, but quantization is not built yet; unset IS_QUANT or set it to 0"
-        )
 
 
 def setup_logging(settings: Settings) -> None:

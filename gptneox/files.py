@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # Marks a folder that is still being written; removed at the end.
 UNFINISHED = ".gptneox-unfinished"
+# In it, while files are moved to their place: the names of the old ones and of the new ones.
+FILES_NAME = "files.json"
 # The folder or mount does not allow replacing a file; write into the file itself instead.
 _NOT_REPLACEABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)
 

@@ -16,6 +16,8 @@ from gptneox.engine.api import Engine
 from gptneox.engine.generate import GenerateEngine
 from gptneox.engine.paged import PagedEngine
 from gptneox.parallel import TensorParallelGroup, init_group
+from gptneox.weights.formats import Formats, scheme_of
+from gptneox.weights.load import check_weights, find_part
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,21 @@ def refuse_paged_only(settings: Settings) -> None:
             raise ConfigError(f"{name} is not served by the flash path; use --attention paged")
 
 
+def refuse_float(settings: Settings, formats: Formats) -> None:
+    """Raise ConfigError where IS_QUANT=1 asks for quantized weights and these are float.
+
+    Args:
+        settings: of the run.
+        formats: of the checkpoint's linear layers.
+    """
+    if settings.environment.is_quant and not scheme_of(formats):
+        raise ConfigError(
+            f"IS_QUANT=1, but the weights in {settings.model_path} are not quantized; quantize "
+            "them (python main.py --task quantize --model_path DIR --save_directory NEW) and give "
+            "that folder, or unset IS_QUANT"
+        )
+
+
 def load_engine(
     settings: Settings,
     device: Device,
@@ -71,6 +88,9 @@ def load_engine(
     """
     start_s = time.perf_counter()
     kind: type[Engine] = PagedEngine if settings.attention == "paged" else GenerateEngine
+    if settings.environment.is_quant:
+        path, config = find_part(settings.model_path, group, prefer_parts=kind.prefers_parts)
+        refuse_float(settings, check_weights(path, config, group.world_size))
     engine = kind.from_pretrained(
         settings.model_path,
         section or settings.engine,
@@ -82,10 +102,11 @@ def load_engine(
         show_progress=True,
     )
     logger.info(
-        "loaded %s in %.1f s: %s on %s%s",
+        "loaded %s in %.1f s: %s%s on %s%s",
         settings.model_path,
         time.perf_counter() - start_s,
         str(engine.dtype).removeprefix("torch."),
+        engine.model.size.scheme and f" with {engine.model.size.scheme} weights",
         device.describe(),
         engine.describe_cache(),
     )

@@ -21,16 +21,23 @@ from gptneox.devices.cuda import kernels as cuda_kernels
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 MAX_SHARED_BYTES = 99 << 10  # compute capability 8.6 and 8.9 have the least
-INTEGERS = ("qkv_stride", "table_stride", "num_splits", "first_sequence")
+INTEGERS = (
+    *("qkv_stride", "table_stride", "num_splits", "first_sequence"),
+    *("x_stride", "num_rows"),
+)
 HEADS, BLOCK = 64, 128
 
 
-def pointer(name, dtype, *, split):
+def pointer(name, dtype, *, split, scaled):
     if name in ("positions", "slots"):
         return "*i64"
     if name in ("tables", "context_lens", "cu_seqlens"):
         return "*i32"
-    if name in ("cos", "sin", "stats", "parts") or (name == "out" and split):
+    if name == "weight" or (scaled and name in ("k_cache", "v_cache")):
+        return "*i8"
+    if scaled and name in ("k_scale", "v_scale"):
+        return "*fp32"
+    if name in ("cos", "sin", "stats", "parts", "scales") or (name == "out" and split):
         return "*fp32"
     return "*" + NAMES[dtype]
 
@@ -45,7 +52,8 @@ def compiled(kernel, dtype, constants, capability, **options):
         elif name == "scale":
             signature[name] = "fp32"
         else:
-            signature[name] = pointer(name, dtype, split=constants.get("SPLIT", False))
+            split, scaled = (constants.get(key, False) for key in ("SPLIT", "SCALED"))
+            signature[name] = pointer(name, dtype, split=split, scaled=scaled)
     aligned = [["tt.divisibility", 16]]
     attributes = {(i,): aligned for i, t in enumerate(signature.values()) if t.startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -85,13 +93,30 @@ def test_compiles(capability, dtype, head_dim, tmp_path):
     options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
     rotate = shape | {"HALF": head_dim // 8, "BLOCK_H": 4, "BLOCK_D": block_d}
     join = {"D": head_dim, "BLOCK_S": cuda_kernels.MAX_SPLITS, "BLOCK_D": block_d}
-    for kernel, constants, extra in (
-        (cuda_kernels._rotate_and_store, rotate, {}),
-        (cuda_kernels._decode, decode | {"SPLIT": False}, {}),
-        (cuda_kernels._decode, decode | {"SPLIT": True}, {}),
-        (cuda_kernels._join_splits, join, {}),
-        (cuda_kernels._prefill, shape | {"P": BLOCK, "PRECISION": "ieee"} | tile, options),
-    ):
+    prefill = shape | {"P": BLOCK, "PRECISION": "ieee"} | tile
+    scaled = [
+        (kernel, constants | {"SCALED": is_scaled}, extra)
+        for is_scaled in (False, True)
+        for kernel, constants, extra in (
+            (cuda_kernels._rotate_and_store, rotate, {}),
+            (cuda_kernels._decode, decode | {"SPLIT": False}, {}),
+            (cuda_kernels._decode, decode | {"SPLIT": True}, {}),
+            (cuda_kernels._prefill, prefill, options),
+        )
+    ]
+    for kernel, constants, extra in [*scaled, (cuda_kernels._join_splits, join, {})]:
         result = compiled(kernel, dtype, constants, capability, **extra)
+        assert result.metadata.shared <= MAX_SHARED_BYTES
+        assert (stack_bytes(result.asm["cubin"], tmp_path) or 0) <= 64
+
+
+@pytest.mark.parametrize(("capability", "dtype", "head_dim"), ROWS)
+def test_products_of_int8_weights_compile(capability, dtype, head_dim, tmp_path):
+    shape = {"F": 3 * HEADS * head_dim, "K": HEADS * head_dim, "PRECISION": "ieee"}
+    for rows, has_bias in ((1, True), (512, False)):
+        tile = cuda_kernels.int8_tile(rows, dtype)
+        options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
+        constants = shape | tile | {"HAS_BIAS": has_bias}
+        result = compiled(cuda_kernels._linear_int8, dtype, constants, capability, **options)
         assert result.metadata.shared <= MAX_SHARED_BYTES
         assert (stack_bytes(result.asm["cubin"], tmp_path) or 0) <= 64

@@ -356,9 +356,12 @@ def test_shares_count_the_bytes_and_operations_of_the_model():
     config = ModelConfig.from_dict(models.SHAPES["pythia-160m"].config("bfloat16"))
     run = {"decode_tokens_per_s": 80.0, "prefill_s": 0.5}
     limits = {"bandwidth": 40e9, "matmul": 800e9}
-    shares = figures.shares(run, Case(8, 256, 64), config, "bfloat16", limits)
-    num_bytes = figures.size_of(config, "bfloat16").decode_bytes(8, 288)
+    size = figures.size_of(config, "bfloat16")
+    shares = figures.shares(run, Case(8, 256, 64), size, limits)
+    num_bytes = size.decode_bytes(8, 288)
     assert num_bytes == 2 * config.num_decode_parameters + 8 * 288 * 2 * 12 * 768 * 2
+    smaller = figures.size_of(config, "bfloat16", "int8").decode_bytes(8, 288)
+    assert num_bytes - smaller == 8 * 288 * 2 * 12 * (768 - 12 * 4)
     assert shares["share_of_bandwidth"] == pytest.approx(num_bytes / 0.1 / 40e9)
     assert shares["share_of_matmul"] == pytest.approx(prefill_flops(config, 8, 256) / 0.5 / 800e9)
 

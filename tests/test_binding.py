@@ -186,6 +186,7 @@ def test_more_devices_than_cores(tmp_path):
 def test_a_missing_tool_answers_nothing():
     assert binding.run_tool("no-such-program-here") == ""
     assert binding.run_tool("false") == ""
+    assert binding.run_tool("sh", "-c", "echo $LC_ALL") == "C\n"  # what is printed is parsed
 
 
 def test_binding_keeps_to_the_cores_one_may_use(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support.cache_oracle import CacheOracle
+from support.cache_oracle import CacheOracle, StoredTokens
 
 from gptneox.engine.block_manager import BlockManager, NoFreeBlocks
 from gptneox.engine.sequence import SamplingParams, Sequence
@@ -28,10 +28,16 @@ class Books(RuleBasedStateMachine):
         self.holding: list[Sequence] = []
         self.num_made = 0
 
-    @initialize(num_blocks=st.integers(1, 6), block_size=st.integers(1, 3), caching=st.booleans())
-    def open(self, num_blocks: int, block_size: int, caching: bool) -> None:
+    @initialize(
+        num_blocks=st.integers(1, 6),
+        block_size=st.integers(1, 3),
+        caching=st.booleans(),
+        stores=st.booleans(),
+    )
+    def open(self, num_blocks: int, block_size: int, caching: bool, stores: bool) -> None:
         self.manager = BlockManager(num_blocks, block_size, caching)
-        self.oracle = CacheOracle(self.manager)
+        stored = StoredTokens(num_blocks, block_size) if stores else None
+        self.oracle = CacheOracle(self.manager, stored)
 
     def snapshot(self) -> tuple[object, ...]:
         m = self.manager

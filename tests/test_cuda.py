@@ -28,7 +28,7 @@ from support.processes import REPO, clean_environ
 from support.ranks import free_port
 
 from gptneox.devices import create, select
-from gptneox.devices.cache import CacheShape, FloatKV
+from gptneox.devices.cache import CacheShape, FloatKV, Int8KV
 from gptneox.devices.cuda import operators as cuda_operators
 from gptneox.devices.device import Memory
 from gptneox.devices.graphs import SIZES, DecodeGraphs
@@ -314,11 +314,12 @@ def test_without_kernels_torch_serves(gpus, capability, has_triton, words, monke
     module = "json" if has_triton else "no_such_thing"
     monkeypatch.setattr(cuda_operators.importlib.util, "find_spec", lambda _: find(module))
     ops = create("cuda").operators()
-    paged, steps, *_ = ops.operator_table(2, 96, 128, torch.float16)
+    paged, steps, *_ = ops.operator_table(2, 96, 128, FloatKV(torch.float16))
     assert (paged.operator, steps.operator) == ("torch, fp32", "eager")
     assert words in paged.reason
     assert words in caplog.text
-    assert [f.ok for f in ops.describe_operators(96, 24, 128)] == [None, None, True, True]
+    found = ops.describe_operators(96, 24, 128, FloatKV(torch.bfloat16))
+    assert [f.ok for f in found] == [None, None, True, True]
     step = object()
     assert ops.capture(step) is step
 
@@ -356,9 +357,11 @@ def card():
 def test_the_card_takes_its_own_kernels(card) -> None:
     """Otherwise the tests below would compare torch with torch."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        paged, steps, *_ = card.operators().operator_table(4, 96, 128, dtype)
+        paged, steps, *_ = card.operators().operator_table(4, 96, 128, FloatKV(dtype))
         assert paged.operator == "Triton", paged.reason
         assert steps.operator == "CUDA graphs", steps.reason
+        [paged, *_] = card.operators().operator_table(4, 96, 128, Int8KV(dtype))
+        assert paged.operator == "Triton", paged.reason
 
 
 @pytest.mark.cuda

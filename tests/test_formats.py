@@ -22,7 +22,7 @@ from torch import Tensor
 from gptneox.config.model import ModelConfig
 from gptneox.devices.cache import FloatKV
 from gptneox.devices.device import Device, Memory
-from gptneox.devices.operators import LinearWeight, Operators, PackedLinear
+from gptneox.devices.operators import FoldableWeight, Operators, PackedLinear
 from gptneox.layers import Linear
 from gptneox.model import GPTNeoX
 from gptneox.parallel import TensorParallelGroup
@@ -37,7 +37,7 @@ WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
-class ByteWeight(LinearWeight):
+class ByteWeight(FoldableWeight):
     """Values [F, K] of eight bits, times a scale [F, 1]."""
 
     values: Tensor

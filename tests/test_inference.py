@@ -876,14 +876,14 @@ def test_a_bias_is_a_pair(value: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert "no list of ID:VALUE" in capsys.readouterr().err
 
 
-# -- what is not built ---------------------------------------------------------------------------
+# -- what is asked for and not there -------------------------------------------------------------
 
 
-def test_quantization_is_not_built(
+def test_float_weights_are_not_quantized_on_the_way(
     cli: Callable[..., Result], short: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("IS_QUANT", "1")
-    cli(*paged(short)).assert_failed(1, "IS_QUANT", "not built yet")
+    cli(*paged(short)).assert_failed(1, "IS_QUANT", "are not quantized")
 
 
 def test_the_helper_tokenizer_leaves_padding_rows(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.operators import (
     BASE,
+    CACHE_DTYPES,
     DTYPES,
     assert_near,
     batch_on,
@@ -20,7 +21,7 @@ from support.operators import (
 from gptneox.config.model import ACTIVATIONS
 from gptneox.config.settings import DEVICES
 from gptneox.devices import select
-from gptneox.devices.cache import CacheShape, FloatKV, LayerCache
+from gptneox.devices.cache import CacheShape, FloatCache, FloatKV
 from gptneox.devices.device import Device
 from gptneox.devices.operators import Operators, check_shape
 from gptneox.devices.step import (
@@ -57,10 +58,13 @@ def begin(cache: PagedKVCache, batch: ForwardBatch, tables: RotaryTables | None 
 # -- attention and cache -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES, ids=str)
 @pytest.mark.parametrize("block_size", [16, 128])
 @pytest.mark.parametrize("name", BATCHES)
-def test_paged_attention(name: str, block_size: int, dtype: torch.dtype, ops: Operators) -> None:
+def test_paged_attention(
+    name: str, block_size: int, cache_dtype: torch.dtype, ops: Operators
+) -> None:
+    dtype = torch.bfloat16 if cache_dtype == torch.int8 else cache_dtype
     batch = make_batch(BATCHES[name], block_size)
     num_tokens = sum(batch.q_lens_list)
     for head_dim in HEAD_DIMS:
@@ -69,7 +73,7 @@ def test_paged_attention(name: str, block_size: int, dtype: torch.dtype, ops: Op
         q = 2 * q  # scores with a standard deviation of 2: some keys matter more than others
         results = []
         for which in (BASE, ops):
-            cache = make_cache(which, batch, block_size, heads, head_dim, dtype)
+            cache = make_cache(which, batch, block_size, heads, head_dim, cache_dtype)
             # As the model passes them: parts of one fused projection, not contiguous.
             fused = torch.stack([q, k, v], dim=2).to(which.torch_device)
             results.append((begin(cache, batch).attend(0, fused), *cache.layers[0]))
@@ -136,10 +140,10 @@ def test_dense_attention(
         ids = torch.zeros(3 * num_queries, dtype=torch.int64, device=ops.torch_device)
         padded = PaddedBatch(ids, ids, 3, num_queries, num_keys, moved[3])
         tables = RotaryTables(torch.ones(1, 1), torch.zeros(1, 1))
-        step = ops.begin_padded(padded, [LayerCache(*stores)], tables, head_dim**-0.5)
+        step = ops.begin_padded(padded, [FloatCache(*stores)], tables, head_dim**-0.5)
         again = actual
         if isinstance(step, PaddedStep):  # else its own tests try it
-            again = step.attend_cached(LayerCache(*stores), moved[0])
+            again = step.attend_cached(FloatCache(*stores), moved[0])
         assert_near(again.cpu()[real], expected[real])
         for row, pad in enumerate(pads):  # a row equals the sequence alone, without its padding
             start = max(pad - (num_keys - num_queries), 0)
@@ -165,7 +169,7 @@ def test_store_kv_writes_its_slots_only(dtype: torch.dtype, ops: Operators) -> N
     batch.slot_mapping = slots
     cos = torch.ones(1, 1)
     step = PagedStep(ops, batch_on(batch, device), [], RotaryTables(cos, cos), 1.0)
-    step.store(LayerCache(k_cache, v_cache), k.to(device), v.to(device))
+    step.store(FloatCache(k_cache, v_cache), k.to(device), v.to(device))
     for cache, new, old in ((k_cache, k, 7), (v_cache, v, 8)):
         rows = cache.flatten(0, 1).cpu()
         assert torch.equal(rows[slots], new)

@@ -6,20 +6,40 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from gptneox.config.schema import setting
+from gptneox.config.schema import setting, settings_of
 
 DEFAULT_PROMPT = "What's deep learning?"
 
 COMPARISON = "comparison of two performance results (--task compare)"
 
-# The groups of flags, in the order of --help.
-GROUPS = ("options", "model", "input and output", COMPARISON, "generation", "engine", "server")
+QUANTIZATION = "quantization (--task quantize)"
 
-TASKS = ("inference", "serve", "precision", "performance", "compare", "modeltest", "doctor")
+# The groups of flags, in the order of --help.
+GROUPS = (
+    "options",
+    "model",
+    "input and output",
+    COMPARISON,
+    QUANTIZATION,
+    "generation",
+    "engine",
+    "server",
+)
+
+TASKS = (
+    "inference",
+    "serve",
+    "precision",
+    "performance",
+    "compare",
+    "modeltest",
+    "doctor",
+    "quantize",
+)
 
 
 def given(text: str) -> str:
@@ -202,9 +222,10 @@ class Generation:
     )
 
 
-FlagsOnly = TypeVar("FlagsOnly", Arguments, Generation)
+FlagsOnly = TypeVar("FlagsOnly")
 
 
 def from_flags(cls: type[FlagsOnly], flags: Mapping[str, Any]) -> FlagsOnly:
     """The flags of this class among those given; the others keep their defaults."""
-    return cls(**{f.name: flags[f.name] for f in fields(cls) if f.name in flags})
+    names = [each.name for each in settings_of(cls)]
+    return cls(**{name: flags[name] for name in names if name in flags})

@@ -14,7 +14,7 @@ from pathlib import Path
 from gptneox.config.arguments import GROUPS, Arguments, Generation
 from gptneox.config.environment import LAUNCHER_VARIABLES, Environment
 from gptneox.config.schema import Setting, settings_of
-from gptneox.config.settings import SECTIONS
+from gptneox.config.settings import SECTIONS, QuantizeOptions
 
 COMMAND = "python -m gptneox.config.documents"
 
@@ -69,7 +69,7 @@ def settings_page() -> str:
         parts += [f"### [{name}]\n\n{cls.__doc__}\n"]
         parts += [_table(("key", "flag", "environment", "default", "meaning"), settings_of(cls))]
     parts.append("## Flags without a key\n")
-    flags = [each for cls in (Arguments, Generation) for each in settings_of(cls)]
+    flags = [each for cls in (Arguments, QuantizeOptions, Generation) for each in settings_of(cls)]
     for group in GROUPS:
         if rows := [each for each in flags if each.group == group and not each.is_hidden]:
             parts += [f"### {group}\n", _table(("flag", "default", "meaning"), rows)]

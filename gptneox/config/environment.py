@@ -85,7 +85,7 @@ class Environment:
     )
     is_quant: bool = setting(
         False,
-        "1 asks for quantized weights, which this version does not have: an error.",
+        "1: the weights must be quantized, float ones are an error. Nothing is converted.",
         env="IS_QUANT",
     )
     benchmark_enabled: bool = setting(

@@ -15,6 +15,8 @@ from gptneox.config.files import read_json
 
 logger = logging.getLogger(__name__)
 
+KV_QUANT_TYPE = "kv_quant_type"  # key of quantization_config
+
 # Activations that GPT-NeoX checkpoints name (as in transformers' ACT2FN) -> operator.
 ACTIVATIONS = {
     "gelu": "gelu_erf",
@@ -61,6 +63,7 @@ class ModelConfig:
     dtype: str = "float32"
     eos_token_ids: tuple[int, ...] = ()
     quantize: str = ""  # quantization method of the weights; empty: none
+    kv_cache_dtype: str = "auto"  # as [engine] kv_cache_dtype, which goes before it
     part_world_size: int = 1  # above 1: the files are one rank's part of a cut checkpoint
 
     @property
@@ -149,6 +152,7 @@ class ModelConfig:
             dtype=_file_dtype(raw, origin),
             eos_token_ids=token_ids(raw.get("eos_token_id"), f"{origin}: eos_token_id"),
             quantize=_quantization(raw),
+            kv_cache_dtype=_kv_cache_dtype(raw, origin),
             part_world_size=keys.positive_int("world_size", 1),
             **rope,
         )
@@ -234,6 +238,21 @@ def _file_dtype(raw: Mapping[str, Any], origin: str) -> str:
     return name
 
 
+def _kv_cache_dtype(raw: Mapping[str, Any], origin: str) -> str:
+    """What config.json says about the KV cache: "auto", or "int8".
+
+    Source: MindIE, whose checkpoints with an int8 KV cache have `kv_quant_type` C8.
+    """
+    entry = raw.get("quantization_config")
+    value = entry.get(KV_QUANT_TYPE) if isinstance(entry, dict) else None
+    if value not in (None, "", "C8"):
+        raise ConfigError(
+            f"{origin}: {KV_QUANT_TYPE} is {value!r}, which is not built; C8 (int8) is, or leave "
+            "it out"
+        )
+    return "int8" if value else "auto"
+
+
 def _quantization(raw: Mapping[str, Any]) -> str:
     """The quantization method that config.json names; "" for none.
 
@@ -243,6 +262,8 @@ def _quantization(raw: Mapping[str, Any]) -> str:
     names = {"compression_config": "compressed-tensors", "quantization": "MLX"}
     for key in ("quantize", "quantization_config", *names):
         entry = raw.get(key)
+        if isinstance(entry, dict) and KV_QUANT_TYPE in entry:  # not about weights
+            entry = {k: v for k, v in entry.items() if k not in (KV_QUANT_TYPE, "group_size")}
         if isinstance(entry, dict) and entry:
             method = entry.get("quant_method") or entry.get("quant_algo") or names.get(key)
             if not method:  # bitsandbytes named none at first

@@ -14,11 +14,12 @@ import logging
 import math
 import re
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from gptneox.config.arguments import given
+from gptneox.config.arguments import QUANTIZATION, boolean, given, given_path
 from gptneox.config.environment import variables
 from gptneox.config.errors import ConfigError, one_of
 from gptneox.config.files import read_text
@@ -121,6 +122,14 @@ class EngineSection(Section):
     name = group = "engine"
 
     block_size: int = setting(128, "KV-cache tokens per block.", minimum=16, maximum=512)
+    kv_cache_dtype: str = setting(
+        "auto",
+        "Number format of cached keys and values; int8 holds almost twice as many tokens.",
+        "auto: as they are computed, or int8 where quantization_config of config.json has "
+        "kv_quant_type C8.",
+        choices=("auto", "int8"),
+        env="GPTNEOX_KV_CACHE_DTYPE",
+    )
     num_blocks: int = setting(
         0,
         "KV-cache blocks; 0: for one more request of full length than run at once, or what fits "
@@ -422,6 +431,64 @@ def parse_device_ids(text: str) -> list[int]:
 def resolve_model_path(text: str, ini: Path) -> str:
     """config.ini's model_path, which is relative to the file; empty stays empty."""
     return str(ini.resolve().parent / Path(text).expanduser()) if text else ""
+
+
+# Forms of quantized checkpoints that can be written.
+MSMODELSLIM, COMPRESSED_TENSORS = "ascend", "compressed-tensors"
+QUANT_TYPES = ("w8a16",)
+
+
+def part_size(text: str) -> float:
+    """A number of gigabytes above 0."""
+    value = float(text)
+    if not 0 < value < 1 << 20:
+        raise ValueError(f"{text} is not above 0")
+    return value
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Flags of the task quantize, called as those of msmodelslim."""
+
+    group: ClassVar[str] = QUANTIZATION
+
+    save_directory: Path | None = setting(
+        None,
+        "Folder to write; an earlier result of this task there is replaced, anything else is not.",
+        parse=given_path,
+        placeholder="DIR",
+    )
+    quant_type: str = setting(
+        "w8a16",
+        "Scheme: weights of eight bits with a scale for each output; no calibration.",
+        choices=QUANT_TYPES,
+    )
+    form: str = setting(
+        MSMODELSLIM,
+        "Files of msmodelslim, or those that transformers and vLLM read.",
+        flag_name="format",
+        choices=(MSMODELSLIM, COMPRESSED_TENSORS),
+    )
+    disable_names: Seq[str] = setting(
+        (),
+        "Linear layers that stay float, such as gpt_neox.layers.0.mlp.dense_4h_to_h; * stands for "
+        "any part of a name.",
+    )
+    disable_last_linear: bool = setting(True, "True: the output head stays float.", parse=boolean)
+    part_file_size: float | None = setting(
+        None,
+        "Most gigabytes of a weight file. Default: one file.",
+        parse=part_size,
+        placeholder="X",
+    )
+    dequantize: bool = setting(
+        False, "Write the float checkpoint that the quantized one at --model_path stands for."
+    )
+
+    @property
+    def part_bytes(self) -> int:
+        """Most bytes of a weight file; 0: no limit."""
+        return int((self.part_file_size or 0) * 10**9)
 
 
 def read_ini(path: Path) -> dict[str, dict[str, str]]:

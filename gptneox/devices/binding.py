@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from gptneox.config.environment import variables
 from gptneox.devices import cgroup
 
 logger = logging.getLogger(__name__)
@@ -25,9 +26,12 @@ Runner = Callable[..., str]
 
 
 def run_tool(*command: str) -> str:
-    """Output of a program; empty if it is missing, fails or times out."""
+    """Output of a program, in English; empty if it is missing, fails or times out."""
+    environment = {**variables(), "LC_ALL": "C"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=20, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout if done.returncode == 0 else ""

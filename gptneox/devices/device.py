@@ -16,6 +16,7 @@ import torch
 from gptneox.devices import binding
 
 if TYPE_CHECKING:
+    from gptneox.devices.cache import KVFormat
     from gptneox.devices.operators import Operators
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,13 @@ class Device:
         """The dtype to compute in, and a one-line notice when it is not what the file holds."""
         name = file_dtype if requested == "auto" else requested
         return getattr(torch, name), ""
+
+    def check_kv_format(self, kv_format: KVFormat, head_dim: int) -> None:
+        """Refuse a KV cache that no operator of this device reads.
+
+        Raises:
+            ConfigError: with the reason.
+        """
 
     def cache_bytes(self) -> int:
         """Size of the largest cache before the memory; 0: not known, or too small to matter."""

@@ -44,12 +44,19 @@ class LinearWeight(ABC):
         """Hand the tensors to the operators' method for this format; bias [F]."""
 
     @abstractmethod
-    def floats(self) -> Tensor:
-        """The weight [F, K] in the dtype to compute in, for operators that fold it with others."""
-
-    @abstractmethod
     def take_rows(self, order: Tensor) -> LinearWeight:
         """The rows `order` [F'] of the weight, in the same format."""
+
+
+class FoldableWeight(LinearWeight):
+    """A weight whose columns may be rescaled and joined with others.
+
+    Integers with a scale for each row are none: scaling a column would round them again.
+    """
+
+    @abstractmethod
+    def floats(self) -> Tensor:
+        """The weight [F, K] in the dtype to compute in."""
 
 
 @dataclass
@@ -60,6 +67,21 @@ class PackedLinear:
     bias: Tensor | None  # [F]
     in_features: int
     out_features: int
+
+    def multiply(self, ops: Operators, x: Tensor) -> Tensor:
+        """x [T, K]; returns [T, F], by the operators' product for this layout."""
+        return ops.linear(x, self)
+
+
+@dataclass
+class PackedInt8(PackedLinear):
+    """Weights of eight bits; `scale` belongs to each row."""
+
+    scale: Tensor  # [F], base: fp32
+
+    def multiply(self, ops: Operators, x: Tensor) -> Tensor:
+        """By `Operators.linear_int8`."""
+        return ops.linear_int8(x, self)
 
 
 @dataclass
@@ -84,6 +106,16 @@ class LayerWeights:
         bias, other = self.dense_4h_to_h[1].float(), self.dense[1]
         return bias if other is None else bias + other.float()
 
+    def linears(self) -> tuple[tuple[LinearWeight, Tensor | None], ...]:
+        """The four of them, in the order above."""
+        return self.query_key_value, self.dense_h_to_4h, self.dense, self.dense_4h_to_h
+
+    def folded(self) -> list[Tensor] | None:
+        """The four matrices as floats, in the order above; None where one cannot be folded."""
+        linears = self.linears()
+        weights = [w for w, _ in linears if isinstance(w, FoldableWeight)]
+        return [w.floats() for w in weights] if len(weights) == len(linears) else None
+
 
 @dataclass
 class PackedLayer:
@@ -96,6 +128,20 @@ class PackedLayer:
     qkv_width: int  # 3W
     scale: Tensor | None = None  # [C], of the one normalisation
     shift: Tensor | None = None  # [C], likewise
+
+
+@dataclass
+class FourProducts:
+    """A parallel-residual layer whose matrices stay apart: the `front` and `back` of a PackedLayer.
+
+    Each has its own normalisation and its own format.
+    """
+
+    norms: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # of qkv and up: scale, shift [C]
+    qkv: PackedLinear  # [3W, C]
+    up: PackedLinear  # [F, C]
+    dense: PackedLinear  # [C, W], without a bias
+    down: PackedLinear  # [C, F], with both biases
 
 
 class ChosenOperator(NamedTuple):
@@ -136,8 +182,10 @@ class Operators:
     def prepare(self, head_dim: int, rotary_dim: int) -> None:
         """Choose operators for a model's shapes before its weights are loaded."""
 
-    def describe_operators(self, head_dim: int, rotary_dim: int, block_size: int) -> list[Finding]:
-        """What was chosen for a model's shapes, where there is a choice."""
+    def describe_operators(
+        self, head_dim: int, rotary_dim: int, block_size: int, kv_format: KVFormat
+    ) -> list[Finding]:
+        """What was chosen for a model's shapes and its cache, where there is a choice."""
         return []
 
     # -- dense operators -------------------------------------------------------------------------
@@ -153,6 +201,28 @@ class Operators:
         """x [T, K]; returns x @ weight.T + bias, [T, F]."""
         return F.linear(x, packed.weight, packed.bias)
 
+    def pack_int8(
+        self, values: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> PackedLinear:
+        """Copy the weight scale[f] * values[f, k] into the layout of its product.
+
+        Args:
+            values: int8 [F, K], from -128 to 127; they may alias a mapped file.
+            scale: fp32 [F]; a row of zeros may have any, also 0.
+            bias: [F].
+            dtype: that the model computes in.
+        """
+        sizes = values.shape[1], values.shape[0]
+        return PackedInt8(values.clone(), bias, *sizes, scale=scale.clone())
+
+    def linear_int8(self, x: Tensor, packed: PackedInt8) -> Tensor:
+        """x [T, K]; returns [T, F]. The weight is widened to the dtype of x, then multiplied.
+
+        A device may apply the scale to the sum instead, which rounds less.
+        """
+        weight = (packed.weight.float() * packed.scale.unsqueeze(1)).to(x.dtype)
+        return F.linear(x, weight, packed.bias)
+
     def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
         """Rows `ids` [T] of weight [V, C]: the residual stream, in the dtype this device keeps."""
         return F.embedding(ids, weight)
@@ -166,8 +236,12 @@ class Operators:
         s and h are those before attention, so that query_key_value is not rounded again, which
         would cost accuracy. A channel takes the other scale where the first is smaller than 1/64
         of it, and no shift where the shift would exceed the other normalisation's values. Folding
-        is done in fp32.
+        is done in fp32. Where a weight cannot be folded, all four products stay apart.
         """
+        folded = weights.folded()
+        if folded is None:
+            return self._pack_four(weights)
+        query_key_value, dense_h_to_4h, dense, down = folded
         (first, shift), (second, other) = (
             (t[0].float(), t[1].float()) for t in (weights.norm_attention, weights.norm_mlp)
         )
@@ -177,18 +251,17 @@ class Operators:
         shift = torch.where(keeps & (scale == first), shift, 0.0)
 
         def fold(
-            norm: tuple[Tensor, Tensor], linear: tuple[LinearWeight, Tensor | None]
+            norm: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor | None
         ) -> tuple[Tensor, Tensor]:
-            weight, bias = linear[0].floats(), linear[1]
             wide, ratio = weight.float(), norm[0].float() / scale
             # no matrix product: some devices round its operands
             added = (wide * (norm[1].float() - shift * ratio)).sum(1)
             wide *= ratio
             return wide.to(weight.dtype), added if bias is None else added + bias.float()
 
-        qkv, qkv_bias = fold(weights.norm_attention, weights.query_key_value)
-        up, up_bias = fold(weights.norm_mlp, weights.dense_h_to_4h)
-        dense, down = weights.dense[0].floats(), weights.dense_4h_to_h[0].floats()
+        qkv_bias, up_bias = weights.query_key_value[1], weights.dense_h_to_4h[1]
+        qkv, qkv_bias = fold(weights.norm_attention, query_key_value, qkv_bias)
+        up, up_bias = fold(weights.norm_mlp, dense_h_to_4h, up_bias)
         out_bias = weights.back_bias()
         return PackedLayer(
             self.pack_linear(torch.cat((qkv, up)), torch.cat((qkv_bias, up_bias)).to(qkv.dtype)),
@@ -200,13 +273,33 @@ class Operators:
             shift.to(qkv.dtype),
         )
 
+    def _pack_four(self, weights: LayerWeights) -> PackedLayer:
+        """`pack_layer` without folding."""
+        qkv, qkv_bias = weights.query_key_value
+        up, up_bias = weights.dense_h_to_4h
+        bias = weights.back_bias().to(up_bias.dtype)
+        four = FourProducts(
+            (weights.norm_attention, weights.norm_mlp),
+            qkv.pack(self, qkv_bias),
+            up.pack(self, up_bias),
+            weights.dense[0].pack(self, None),
+            weights.dense_4h_to_h[0].pack(self, bias),
+        )
+        activation = self.activation(weights.activation)
+        return PackedLayer(four, four, weights.eps, activation, qkv.out_features)
+
     def layer_front(self, x: Tensor, packed: PackedLayer) -> tuple[Tensor, Tensor]:
         """Everything up to attention: x [T, C] to qkv [T, 3W] and the activated MLP [T, F].
 
         qkv may also come as a view [T, H, 3, D] of whatever layout suits the device.
         """
+        front = packed.front
+        if isinstance(front, FourProducts):
+            normed = [self.layer_norm(x, *norm, packed.eps) for norm in front.norms]
+            qkv, up = front.qkv.multiply(self, normed[0]), front.up.multiply(self, normed[1])
+            return qkv, packed.activation(up)
         x = F.layer_norm(x, x.shape[-1:], packed.scale, packed.shift, packed.eps)
-        y = self.linear(x, packed.front)
+        y = self.linear(x, front)
         n = packed.qkv_width
         return y[:, :n], packed.activation(y[:, n:])
 
@@ -217,7 +310,11 @@ class Operators:
 
         With `residual` [T, C] the sum with it, which may be written over it.
         """
-        partial = self.linear(torch.cat((attended, mlp), 1), packed.back)
+        back = packed.back
+        if isinstance(back, FourProducts):
+            partial = back.down.multiply(self, mlp) + back.dense.multiply(self, attended)
+        else:
+            partial = self.linear(torch.cat((attended, mlp), 1), back)
         return partial if residual is None else residual + partial
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -144,7 +144,12 @@ class Step:
 
 
 class PagedStep(Step):
-    """A step over blocks of P tokens, K and V [N, P, H, D]."""
+    """A step over blocks of P tokens, K and V [N, P, H, D].
+
+    Keys and values of the step itself are read from the cache, too: a query sees what later ones
+    will see, rounded if the format rounds, so that neither chunks nor a cached prefix change a
+    result.
+    """
 
     batch: ForwardBatch
 
@@ -166,9 +171,7 @@ class PagedStep(Step):
     def store(self, layer: LayerCache, k: Tensor, v: Tensor) -> None:
         """Write k, v [T, H, D] to the batch's slots [T]."""
         size, slots = layer.k.shape[1], self.batch.slot_mapping
-        where = (slots // size, slots % size)
-        layer.k[where] = k
-        layer.v[where] = v
+        layer.write((slots // size, slots % size), k, v)
 
     def decode(self, layer: LayerCache, q: Tensor) -> Tensor:
         """Attention of one new token per sequence, q [B_decode, H, D], over its cached tokens."""
@@ -198,12 +201,12 @@ class PagedStep(Step):
         return self.ops.causal_attention(q, k, v, self.scale)
 
     def gather(self, layer: LayerCache, sequence: int) -> tuple[Tensor, Tensor]:
-        """The cached keys and values of one sequence, each [context_len, H, D]."""
+        """The cached keys and values of one sequence, each [context_len, H, D]; see `read`."""
         assert self.batch.starts is None, "padding in front of a step that does not skip it"
         length = self.batch.context_lens_list[sequence]
         blocks = self.batch.block_tables[sequence, : -(-length // layer.k.shape[1])].long()
-        k, v = (cache[blocks].flatten(0, 1)[:length] for cache in (layer.k, layer.v))
-        return k, v
+        k, v = layer.read(blocks)
+        return k.flatten(0, 1)[:length], v.flatten(0, 1)[:length]
 
 
 class PaddedStep(Step):
@@ -217,11 +220,11 @@ class PaddedStep(Step):
         q, k = self.rotate(q, k)
         batch, layer = self.batch, self.caches[layer_id]
         shape = (batch.num_rows, batch.num_new, *q.shape[1:])
-        for store, new in ((layer.k, k), (layer.v, v)):
-            store[:, batch.end - batch.num_new : batch.end] = new.view(shape)
+        where = (slice(None), slice(batch.end - batch.num_new, batch.end))
+        layer.write(where, k.view(shape), v.view(shape))
         return self.attend_cached(layer, q.view(shape)).reshape(q.shape)
 
     def attend_cached(self, layer: LayerCache, q: Tensor) -> Tensor:
         """`Operators.dense_attention` of q [B, S, H, D] over the first L positions."""
-        k, v = (store[:, : self.batch.end] for store in (layer.k, layer.v))
+        k, v = layer.read((slice(None), slice(self.batch.end)))
         return self.ops.dense_attention(q, k, v, self.batch.key_mask, self.scale)

@@ -195,7 +195,13 @@ class Engine(ABC):
             logger.warning(notice)
         positions = settings.max_position_embeddings
         model = GPTNeoX(opened.config, device, group, positions, settings.graphs)
-        load_model(model, opened.path, opened.dtype, show_progress=show_progress)
+        load_model(
+            model,
+            opened.path,
+            opened.dtype,
+            kv_cache_dtype=settings.kv_cache_dtype,
+            show_progress=show_progress,
+        )
         return cls(model, settings, tokenizer=opened.tokenizer, rules=opened.rules)
 
     @property
@@ -282,8 +288,8 @@ class Engine(ABC):
             )
 
     def describe_cache(self) -> str:
-        """The KV-cache size for the log, starting with a comma; empty if it is not preallocated."""
-        return ""
+        """What the log says about the KV cache, starting with a comma."""
+        return f", KV cache in {self.model.size.kv_format.name}"
 
     def reset_stats(self, *, keep_steps: bool = False, measure: bool = False) -> None:
         """Reset all sums to zero.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gptneox.config.model import ModelConfig
+from gptneox.config.settings import EngineSection
 from gptneox.devices.device import Device
 from gptneox.engine.detokenizer import load_tokenizer
 from gptneox.engine.generation_config import (
@@ -72,7 +73,7 @@ def open_checkpoint(
 
 
 def check_loading(
-    opened: Opened, device: Device, group: TensorParallelGroup, num_positions: int
+    opened: Opened, device: Device, group: TensorParallelGroup, settings: EngineSection
 ) -> GPTNeoX:
     """Run the checks of `load_model` without reading the weights.
 
@@ -82,8 +83,8 @@ def check_loading(
     Raises:
         ValueError, OSError, RuntimeError: as `GPTNeoX` and `load_model`.
     """
-    model = GPTNeoX(opened.config, device, group, num_positions)
+    model = GPTNeoX(opened.config, device, group, settings.max_position_embeddings)
     formats = check_weights(opened.path, opened.config, group.world_size)
-    model.size = size_of(model, formats, opened.dtype)
+    model.size = size_of(model, formats, opened.dtype, settings.kv_cache_dtype)
     check_memory(model.size, device)
     return model

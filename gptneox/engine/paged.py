@@ -189,7 +189,10 @@ class PagedEngine(Engine):
     def describe_cache(self) -> str:
         """See `Engine`."""
         manager = self.block_manager
-        return f", {manager.num_blocks} KV-cache blocks of {manager.block_size} tokens"
+        return (
+            f", {manager.num_blocks} KV-cache blocks of {manager.block_size} tokens in "
+            f"{self.model.size.kv_format.name}"
+        )
 
     # -- inside a step ---------------------------------------------------------------------------
 

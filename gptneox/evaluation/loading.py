@@ -8,14 +8,13 @@ from dataclasses import replace
 
 from gptneox.cli import Settings
 from gptneox.config.settings import EngineSection
-from gptneox.devices.cache import FloatKV
 from gptneox.devices.device import Device
 from gptneox.engine.paged import affordable_blocks, blocks_needed
 from gptneox.evaluation.timing import Stopwatch
 from gptneox.parallel import TensorParallelGroup
 from gptneox.session import load_engine
-from gptneox.weights.load import find_part
-from gptneox.weights.size import ModelSize
+from gptneox.weights.load import check_weights, find_part
+from gptneox.weights.size import ModelSize, find_kv_format
 
 Case = tuple[int, int]  # input length, output length
 
@@ -58,9 +57,11 @@ def _engine_section(
         return section
     # Exactly the blocks that are needed, where they fit; else the engine sizes its cache itself.
     needed = max(blocks_needed([i] * batch_size, o, section.block_size) for i, o in cases)
-    _, config = find_part(settings.model_path, group)
+    path, config = find_part(settings.model_path, group)
     dtype, _ = device.resolve_dtype(config.dtype, settings.model.dtype)
-    size = ModelSize(config, dtype, FloatKV(dtype), group.world_size)
+    kv_format = find_kv_format(section.kv_cache_dtype, config, dtype)
+    formats = check_weights(path, config, group.world_size)
+    size = ModelSize(config, dtype, kv_format, group.world_size, formats)
     free = device.memory().free - size.weight_bytes
     fits = needed <= affordable_blocks(section, size.token_bytes * section.block_size, free)
     return replace(section, num_blocks=needed if group.broadcast_object(fits) else 0)

@@ -26,7 +26,8 @@ from gptneox.evaluation.report import counted, csv_text, say, table, versions
 from gptneox.evaluation.scoring import Result
 from gptneox.files import check_writable, write_file
 from gptneox.parallel import TensorParallelGroup
-from gptneox.weights.load import find_part
+from gptneox.weights.formats import scheme_of
+from gptneox.weights.load import check_weights, find_part
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,8 @@ class ResultFiles:
         """
         self.settings, self.plan, self.device, self.group = settings, plan, device, group
         is_flash = plan.attention == "flash"
-        _, self.config = find_part(settings.model_path, group, prefer_parts=is_flash)
+        path, self.config = find_part(settings.model_path, group, prefer_parts=is_flash)
+        self.scheme = scheme_of(check_weights(path, self.config, group.world_size))
         dtype, notice = device.resolve_dtype(self.config.dtype, settings.model.dtype)
         self.compute_dtype = str(dtype).removeprefix("torch.")
         self.notes = [notice] if notice else []
@@ -155,7 +157,7 @@ class ResultFiles:
         plan = self.plan
         test = "performance_test" if plan.mode.startswith("performance") else "precision_test"
         dtype = DTYPE_TOKENS[self.config.dtype]
-        dtype += f"_{self.config.quantize}" if self.config.quantize else ""
+        dtype += f"_{self.scheme}" if self.scheme else ""
         mode = "full" if plan.dataset else plan.mode
         return self.root / kind / self.device.hardware / test / mode / dtype / plan.model_name
 
@@ -191,6 +193,7 @@ class ResultFiles:
             "ranks": self.group.world_size,
             "path": self.plan.attention,
             "file dtype": self.config.dtype,
+            "weights": self.scheme or "float",
             "computed in": self.compute_dtype,
             "date": datetime.now().astimezone().isoformat(timespec="seconds"),
             **versions(),

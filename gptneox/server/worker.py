@@ -136,7 +136,11 @@ class RankZero:
                 refused += self._apply(message)
             if self._is_over:
                 break
-            computed = [self._output(number, c) for number, c in self.loop.round()]
+            computed = [
+                self._output(number, c)
+                for number, c in self.loop.round()
+                if number in self._front_numbers  # else the front has aborted it
+            ]
             outputs = [wire.pack_output(output) for output in refused + computed]
             self.link.send({"type": "step", "outputs": outputs, "stats": asdict(self._stats())})
         self.loop.stop()

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from gptneox import __version__
-from gptneox.cli import Settings, refuse_unbuilt
+from gptneox.cli import Settings
 from gptneox.config.environment import variables
 from gptneox.config.errors import ConfigError
 from gptneox.config.model import ModelConfig
@@ -35,7 +35,7 @@ from gptneox.prompts import (
     make_prompts,
     read_texts,
 )
-from gptneox.session import refuse_paged_only
+from gptneox.session import refuse_float, refuse_paged_only
 
 PACKAGES = {"torch": "2.7", "transformers": "5.0", "safetensors": ""}
 MARKS = {True: "ok  ", None: "note", False: "FAIL"}
@@ -121,17 +121,19 @@ def checkpoint(settings: Settings, device: Device, ranks: Ranks) -> list[Finding
     is_flash = settings.attention == "flash"
     findings = []
     try:
-        refuse_unbuilt(settings)
         refuse_paged_only(settings)
         check_results(settings)
     except (ValueError, OSError) as error:
         findings.append(_failure("settings", error))
     try:
         opened, model = _open(settings, device, ranks, prefer_parts=is_flash)
+        refuse_float(settings, model.size.formats)
     except RUN_ERRORS as error:
         return [*findings, _failure("checkpoint", error)]
     config, dtype = opened.config, opened.dtype
-    findings.append(Finding(True, "checkpoint", _describe(settings.model_path, config, str(dtype))))
+    text = _describe(settings.model_path, config, str(dtype))
+    text += model.size.scheme and f" with {model.size.scheme} weights"
+    findings.append(Finding(True, "checkpoint", text))
     findings += [Finding(None, "notice", notice) for notice in opened.notices]
     engine = settings.engine
     weights, free = model.size.weight_bytes, device.memory().free
@@ -147,13 +149,13 @@ def checkpoint(settings: Settings, device: Device, ranks: Ranks) -> list[Finding
             check_blocks(num_blocks, engine, block_bytes, free - weights)
             blocks = BlockManager(num_blocks, engine.block_size, False)
             room = affordable_blocks(engine, block_bytes, free - weights) * engine.block_size
-            text += f"; room for a KV cache of {max(room, 0)} tokens"
+            text += f"; room for a KV cache of {max(room, 0)} tokens in {model.size.kv_format.name}"
         findings.append(Finding(True, "memory", text))
         findings += prompts(settings, opened, model.num_positions, blocks)
     except RuntimeError as error:
         findings.append(_failure("memory", RuntimeError(f"{text}; {error}")))
     return findings + device.operators(engine.graphs).describe_operators(
-        config.head_dim, config.rotary_dim, engine.block_size
+        config.head_dim, config.rotary_dim, engine.block_size, model.size.kv_format
     )
 
 
@@ -178,8 +180,7 @@ def _open(
             trust_remote_code=settings.args.trust_remote_code,
             prefer_parts=prefer_parts,
         )
-        positions = settings.engine.max_position_embeddings
-        checked.append((opened, check_loading(opened, device, group, positions)))
+        checked.append((opened, check_loading(opened, device, group, settings.engine)))
     return checked[-1]
 
 

@@ -297,7 +297,7 @@ def make_result(
         world_size=stopwatch.group.world_size,
         threads=torch.get_num_threads() if device.torch_device.type == "cpu" else None,
         dtype=str(stopwatch.dtype).removeprefix("torch."),
-        file_dtype=config.dtype,
+        file_dtype=config.dtype + (stopwatch.size.scheme and f"_{stopwatch.size.scheme}"),
         num_parameters=config.num_parameters,
         measured_bandwidth_gb_per_s=limits.bandwidth / 1e9,
         measured_matmul_tflop_per_s=limits.matmul / 1e12,
@@ -314,6 +314,10 @@ def make_notes(settings: Settings, stopwatch: Stopwatch) -> list[str]:
     notes = []
     if config.dtype != dtype:
         notes.append(f"{config.dtype} weights were computed in {dtype}")
+    if stopwatch.size.kv_format.name != dtype:
+        notes.append(f"keys and values were cached in {stopwatch.size.kv_format.name}")
+    if stopwatch.size.scheme:
+        notes.append(f"the weights are {stopwatch.size.scheme}; GB/s counts their bytes")
     weights = stopwatch.size.decode_weight_bytes
     if fits_cache(stopwatch.engine.model):
         notes.append(

@@ -19,8 +19,9 @@ from gptneox.evaluation.datasets import SHIPPED_SETS, Dataset, read_boolq, read_
 from gptneox.evaluation.fingerprint import content_hash, model_files
 from gptneox.evaluation.precision_results import ResultFolder
 from gptneox.evaluation.scoring import QuestionFailed, Result, evaluate
-from gptneox.session import load_engine, start
-from gptneox.weights.load import find_part
+from gptneox.session import load_engine, refuse_float, start
+from gptneox.weights.formats import scheme_of
+from gptneox.weights.load import check_weights, find_part
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,10 @@ def run(settings: Settings) -> None:
     path, config = find_part(settings.model_path, group, prefer_parts=is_flash)
     limit = prompt_limit(dataset, config.positions(settings.engine.max_position_embeddings))
     dtype, _ = device.resolve_dtype(config.dtype, settings.model.dtype)
-    protocol = describe_protocol(settings, dataset, limit, str(dtype).removeprefix("torch."))
+    formats = check_weights(path, config, group.world_size)
+    refuse_float(settings, formats)
+    labels = [str(dtype).removeprefix("torch."), scheme_of(formats)]
+    protocol = describe_protocol(settings, dataset, limit, "_".join(filter(None, labels)))
     results: ResultFolder | None = None
     num_done = 0
     if group.rank == 0:

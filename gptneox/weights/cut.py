@@ -6,24 +6,20 @@
       0/ 1/ …                  each complete in itself: config.json, model.safetensors, tokenizer,
                                modeling_gpt_neox_ascend.py
 
-A cut is written into `part_model/.gptneox-unfinished` and moved up when it is complete. Only a
-result of this module is ever replaced, which a seal proves: the manifest of a cut, or the metadata
-of a joined checkpoint's model.safetensors. `formats.py` decides which tensor is cut along which
-dimension.
+`results.py` makes it whole or not at all; the manifest of a cut is its seal, that of a joined
+checkpoint is in the metadata of its weight file. `formats.py` decides which tensor is cut along
+which dimension.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
+import re
 import shutil
-import struct
 import sys
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,12 +31,10 @@ from tqdm import tqdm
 from gptneox.config.files import read_json
 from gptneox.config.model import ModelConfig
 from gptneox.config.places import shipped
-from gptneox.files import UNFINISHED, is_unused, lock
 from gptneox.parallel import check_divides
 from gptneox.weights.files import DTYPES, REMAP_BYTES, CheckpointError, SafetensorsFile
-from gptneox.weights.formats import Formats, cut_dimension, find_formats, part_shape
+from gptneox.weights.formats import Formats, cut_dimension, find_formats, part_shape, scheme_of
 from gptneox.weights.load import (
-    MANIFEST_NAME,
     PART_FILE,
     Checkpoint,
     Manifest,
@@ -51,6 +45,23 @@ from gptneox.weights.load import (
     read_manifest,
     read_part,
 )
+from gptneox.weights.results import (
+    DTYPE_NAMES,
+    MANIFEST_NAME,
+    SIDE_SUFFIXES,
+    Kind,
+    SafetensorsWriter,
+    check_free,
+    check_space,
+    contains,
+    copy_side_files,
+    filling,
+    find_target,
+    fingerprint,
+    names_below,
+    num_bytes,
+    write_json,
+)
 from gptneox.weights.size import EMBEDDING_NAME
 
 logger = logging.getLogger(__name__)
@@ -58,54 +69,25 @@ logger = logging.getLogger(__name__)
 MODELING_FILE = shipped("modeling_gpt_neox_ascend.py")
 AUTO_MAP = {"AutoModelForCausalLM": "modeling_gpt_neox_ascend.GPTNeoXForCausalLM"}
 
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+def _files_of_cut(seal: Path) -> set[str]:
+    """What the manifest lists; older ones do not, then what a cut consists of."""
+    manifest, folder = parse_manifest(seal), seal.parent
+    return set(manifest.files) or {
+        f"{rank}/{path.name}"
+        for rank in range(manifest.world_size)
+        for path in (folder / str(rank)).glob("*")
+        if path.name == PART_FILE or path.suffix in SIDE_SUFFIXES
+    }
 
 
-class SafetensorsWriter:
-    """Writes one safetensors file whose tensors come one by one, in the announced order.
-
-    The library's own writer takes all tensors at once; a large model's part may not fit in memory.
-    Source: the safetensors format (8 bytes header size, JSON header, contiguous data).
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-        metadata: dict[str, str],
-    ) -> None:
-        header: dict[str, Any] = {"__metadata__": metadata}
-        offset = 0
-        for name, (dtype, shape) in tensors.items():
-            size = _num_bytes(dtype, shape)
-            header[name] = {
-                "dtype": _DTYPE_NAMES[dtype],
-                "shape": list(shape),
-                "data_offsets": [offset, offset + size],
-            }
-            offset += size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._expected = iter(tensors.items())
-        self._file = path.open("wb")
-        self._file.write(struct.pack("<Q", len(text)) + text)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor."""
-        expected, (dtype, shape) = next(self._expected)
-        assert (expected, dtype, shape) == (name, tensor.dtype, tuple(tensor.shape)), name
-        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-
-    def close(self) -> None:
-        """End the file and flush it to the disk."""
-        assert next(self._expected, None) is None, "tensors are missing"
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+def _files_joined(seal: Path) -> set[str] | None:
+    metadata = SafetensorsFile(seal).metadata()
+    return set(json.loads(metadata["files"])) if "joined_from" in metadata else None
 
 
-def _num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel() * dtype.itemsize
+CUT = Kind("cut", MANIFEST_NAME, _files_of_cut, "--recut")
+JOINED = Kind("joined checkpoint", PART_FILE, _files_joined, "--recut")
 
 
 # -- cut -----------------------------------------------------------------------------------------
@@ -136,32 +118,33 @@ def cut_checkpoint(
     layout = find_layout(checkpoint, config)
     if layout.num_parts > 1:
         raise CheckpointError(f"{input_path} is itself a part; give the uncut checkpoint")
-    target = _target(output_path, input_path, [f.path for f in checkpoint.files])
-    _check_free(target, MANIFEST_NAME, recut=recut)
+    target = find_target(output_path, input_path, [f.path for f in checkpoint.files])
+    check_free(target, CUT, replace=recut)
     tensors = {n: (checkpoint.dtypes[n], s) for n, s in checkpoint.shapes.items()}
     checkpoint.close()
     dims = {n: cut_dimension(_rule(n, config), layout.formats) for n in tensors}
     parts = {n: (d, part_shape(dims[n], s, world_size)) for n, (d, s) in tensors.items()}
-    with _filling(target, MANIFEST_NAME, recut=recut) as folder:
-        _check_space(target, world_size * sum(_num_bytes(d, s) for d, s in parts.values()))
+    with filling(target, CUT, replace=recut) as folder:
+        check_space(target, world_size * sum(num_bytes(d, s) for d, s in parts.values()))
         manifest = Manifest(
             cut_id=uuid.uuid4().hex,
             world_size=world_size,
             source_path=str(input_path.resolve()),
-            source={f.path.name: _fingerprint(f.path) for f in checkpoint.files},
+            source={f.path.name: fingerprint(f.path) for f in checkpoint.files},
             tensors={
-                n: {"shape": list(s), "dtype": _DTYPE_NAMES[d]} for n, (d, s) in tensors.items()
+                n: {"shape": list(s), "dtype": DTYPE_NAMES[d]} for n, (d, s) in tensors.items()
             },
             config=read_json(input_path / "config.json"),
+            quantization=scheme_of(layout.formats),
         )
         _write_parts(checkpoint, parts, layout.formats, folder, manifest)
         for rank in range(world_size):
-            _copy_side_files(input_path, folder / str(rank))
+            copy_side_files(input_path, folder / str(rank))
             part_config = {**_own_config(manifest), "world_size": world_size, "auto_map": AUTO_MAP}
-            _write_json(folder / str(rank) / "config.json", part_config)
+            write_json(folder / str(rank) / "config.json", part_config)
             shutil.copyfile(MODELING_FILE, folder / str(rank) / MODELING_FILE.name)
-        manifest = replace(manifest, files=sorted(_names(folder)))
-        _write_json(folder / MANIFEST_NAME, asdict(manifest))
+        manifest = replace(manifest, files=sorted(names_below(folder)))
+        write_json(folder / MANIFEST_NAME, asdict(manifest))
     return manifest
 
 
@@ -210,10 +193,11 @@ def merge_checkpoint(part_model: Path, output_path: Path, *, recut: bool = False
             anything else.
     """
     manifest = read_manifest(part_model)
-    target = _target(output_path, part_model, [part_model / name for name in manifest.files])
-    if _contains(part_model, target):
+    target = find_target(output_path, part_model, [part_model / name for name in manifest.files])
+    if contains(part_model, target):
         raise ValueError(f"{output_path} lies in {part_model}, which is read; name another folder")
-    _check_free(target, PART_FILE, recut=recut)
+    kind = replace(JOINED, seal=_joined_file(manifest))
+    check_free(target, kind, replace=recut)
     config = ModelConfig.from_dict(manifest.config)
     parts = [Checkpoint(part_model / str(rank)) for rank in range(manifest.world_size)]
     tensors = {
@@ -221,26 +205,35 @@ def merge_checkpoint(part_model: Path, output_path: Path, *, recut: bool = False
         for name, entry in manifest.tensors.items()
     }
     formats = find_formats(parameter_name(name) for name in tensors)
-    with _filling(target, PART_FILE, recut=recut) as folder:
-        _check_space(target, sum(_num_bytes(d, s) for d, s in tensors.values()))
-        _copy_side_files(part_model / "0", folder)
+    with filling(target, kind, replace=recut) as folder:
+        check_space(target, sum(num_bytes(d, s) for d, s in tensors.values()))
+        copy_side_files(part_model / "0", folder)
         (folder / MODELING_FILE.name).unlink(missing_ok=True)
-        _write_json(folder / "config.json", _own_config(manifest))
-        names = json.dumps(sorted([*_names(folder), PART_FILE]))
+        write_json(folder / "config.json", _own_config(manifest))
+        names = json.dumps(sorted([*names_below(folder), kind.seal]))
         metadata = {"format": "pt", "joined_from": manifest.cut_id, "files": names}
-        writer = SafetensorsWriter(folder / PART_FILE, tensors, metadata)
+        writer = SafetensorsWriter(folder / kind.seal, tensors, metadata)
         num_mapped = 0
         for name, (_, shape) in tqdm(
             tensors.items(), desc="joining", unit="tensor", disable=not sys.stderr.isatty()
         ):
             dim = cut_dimension(_rule(name, config), formats)
             writer.write(name, _join(parts, name, shape, dim))
-            num_mapped += _num_bytes(*tensors[name])
+            num_mapped += num_bytes(*tensors[name])
             if num_mapped > REMAP_BYTES:  # of all parts together
                 for part in parts:
                     part.close()
                 num_mapped = 0
         writer.close()
+
+
+def _joined_file(manifest: Manifest) -> str:
+    """The weight file's name: that of the source where it was quantized under a name of its own.
+
+    Programs that know nothing of the scheme would take model.safetensors for floats.
+    """
+    own = [name for name in manifest.source if name.startswith("quant_model_weight")]
+    return re.sub(r"-\d+-of-\d+", "", own[0]) if own else PART_FILE
 
 
 def _join(parts: list[Checkpoint], name: str, shape: tuple[int, ...], dim: int | None) -> Tensor:
@@ -273,18 +266,9 @@ def describe_mismatch(part_model: Path, input_path: Path, world_size: int) -> st
     for name, entry in manifest.source.items():
         stat = files[name].stat()
         same = (stat.st_size, stat.st_mtime_ns) == (entry["size"], entry["mtime_ns"])
-        if not same and _fingerprint(files[name])["sha256"] != entry["sha256"]:
+        if not same and fingerprint(files[name])["sha256"] != entry["sha256"]:
             return f"{part_model} was cut from another {name} than the one in {input_path}"
     return ""
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(8 << 20):
-            digest.update(block)
-    stat = path.stat()
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest.hexdigest()}
 
 
 # -- where the result goes -----------------------------------------------------------------------
@@ -293,198 +277,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 def why_not_replaceable(output_path: Path) -> str:
     """Why no cut may be written to `output_path`, not even with --recut; empty when one may."""
     try:
-        _check_free(Path(os.path.realpath(output_path)), MANIFEST_NAME, recut=True)
+        check_free(output_path.resolve(), CUT, replace=True)
     except OSError as error:
         return str(error)
     return ""
-
-
-def _target(output_path: Path, input_path: Path, input_files: Iterable[Path]) -> Path:
-    """The folder that `output_path` names, links followed.
-
-    Raises:
-        ValueError: it is what is read, or contains it.
-    """
-    target = Path(os.path.realpath(output_path))
-    for path in (input_path, *input_files):
-        if _contains(target, path):
-            raise ValueError(
-                f"{output_path} is or contains {path}, which is read; name another folder"
-            )
-    return target
-
-
-def _contains(folder: Path, path: Path) -> bool:
-    """Whether `path`, links followed, is `folder` or lies in it."""
-    path = Path(os.path.realpath(path))
-    return folder.exists() and any(
-        parent.exists() and parent.samefile(folder) for parent in (path, *path.parents)
-    )
-
-
-def _check_free(target: Path, seal: str, *, recut: bool) -> None:
-    """Make sure that nothing is lost when `target` is filled.
-
-    Raises:
-        FileExistsError: there is a result like ours and `recut` is not set, or anything else.
-    """
-    if is_unused(target):
-        return
-    if not target.is_dir():
-        raise FileExistsError(f"{target} is a file; name a folder")
-    own = _own_files(target, seal)
-    unfinished = _interrupted_files(target)
-    if own is None and unfinished is None:
-        what = "cut" if seal == MANIFEST_NAME else "joined checkpoint"
-        raise FileExistsError(
-            f"{target} is not empty, and it is not a {what} that this toolkit wrote ({seal} would "
-            "prove it), so it is never replaced; name another folder, or move it away"
-        )
-    if others := sorted(_others(target, (own or set()) | (unfinished or set()))):
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        raise FileExistsError(
-            f"{target} also holds {', '.join(others[:3])}{more}, which this toolkit did not "
-            "write, so it is not replaced; move that away, or name another folder"
-        )
-    if own is not None and not recut:
-        raise FileExistsError(f"{target} exists; --recut replaces it")
-
-
-def _own_files(folder: Path, seal: str) -> set[str] | None:
-    """The files of the result in `folder`, as its seal lists them; None where no seal proves it."""
-    path = folder / seal
-    try:
-        if seal == MANIFEST_NAME:
-            manifest = parse_manifest(path)
-            files = manifest.files or _files_by_rule(folder, manifest.world_size)
-            return {MANIFEST_NAME, *files}
-        metadata = SafetensorsFile(path).metadata()
-        return set(json.loads(metadata["files"])) if "joined_from" in metadata else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _files_by_rule(folder: Path, world_size: int) -> set[str]:
-    """The files of a cut whose manifest does not list them yet."""
-    return {
-        f"{rank}/{path.name}"
-        for rank in range(world_size)
-        for path in (folder / str(rank)).glob("*")
-        if path.name == PART_FILE or path.suffix in _SIDE_SUFFIXES
-    }
-
-
-def _interrupted_files(folder: Path) -> set[str] | None:
-    """What a run listed before it began to move files, and could not finish; else None."""
-    try:
-        return set(json.loads((folder / UNFINISHED / "files.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return None
-
-
-def _names(folder: Path) -> set[str]:
-    """All files below `folder`."""
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-
-
-def _others(folder: Path, own: set[str]) -> Iterator[str]:
-    """What lies in `folder` besides the files `own` and the folders that hold them."""
-    own_folders = {parent.as_posix() for name in own for parent in Path(name).parents}
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        is_folder = path.is_dir() and not path.is_symlink()
-        known = name in own_folders if is_folder else name in own
-        if not known and Path(name).parts[0] != UNFINISHED:
-            yield name
-
-
-@contextmanager
-def _filling(target: Path, seal: str, *, recut: bool) -> Iterator[Path]:
-    """A fresh folder on the disk of `target`, whose content is moved there at the end.
-
-    What an interrupted run left there is removed; a lock tells it from one that is still running.
-    A failure leaves `target` as it was.
-    """
-    is_new = not target.exists()
-    work = target / UNFINISHED
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise type(error)(
-            f"{target} cannot be written: {error.strerror}; name another folder"
-        ) from error
-    lock_path = work / "lock"
-    with lock_path.open("a") as file:
-        # If another process has removed the file meanwhile, its lock protects nothing.
-        if not (lock(file) and os.fstat(file.fileno()).st_nlink):
-            raise RuntimeError(f"another process is writing {target}; wait for it")
-        try:
-            _check_free(target, seal, recut=recut)  # again: another process may have finished
-            old = _own_files(target, seal) or _interrupted_files(target) or set()
-            new = _fresh(work / "new")
-            _fresh(work / "old")
-            yield new
-        except BaseException:
-            if _interrupted_files(target) is None:
-                shutil.rmtree(work, ignore_errors=True)
-                if is_new:
-                    with suppress(OSError):
-                        target.rmdir()
-            raise
-        _move_up(target, seal, old)
-        shutil.rmtree(work)
-
-
-def _fresh(folder: Path) -> Path:
-    """An empty folder of our own."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir()
-    return folder
-
-
-def _move_up(target: Path, seal: str, old: set[str]) -> None:
-    """Put the new files in the place of the old ones: the old seal goes first, the new comes last.
-
-    Killed in the middle it leaves the list of both, by which the next run knows them.
-    """
-    work = target / UNFINISHED
-    new = work / "new"
-    _write_json(work / "files.json", sorted(old | _names(new)))
-    for source, goal, names in ((target, work / "old", old), (new, target, _names(new))):
-        tops = {Path(name).parts[0] for name in names} - {seal}
-        order = [seal, *sorted(tops)] if source is target else [*sorted(tops), seal]
-        for name in order:
-            if os.path.lexists(source / name):
-                (source / name).rename(goal / name)
-
-
-# -- files ---------------------------------------------------------------------------------------
-
-_SIDE_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py")
-
-
-def _check_space(target: Path, needed: int) -> None:
-    free = shutil.disk_usage(target).free
-    if needed > free:
-        raise RuntimeError(
-            f"not enough room in {target}: {needed} bytes ({needed / 2**30:.2f} GiB) are "
-            f"needed, {free} ({free / 2**30:.2f} GiB) are free"
-        )
-
-
-def _copy_side_files(source: Path, target: Path) -> None:
-    """Everything a checkpoint has besides weights: tokenizer, generation config, notes."""
-    for path in sorted(source.iterdir()):
-        small = path.suffix in _SIDE_SUFFIXES
-        skipped = path.name.endswith(".index.json") or path.name in ("config.json", MANIFEST_NAME)
-        if small and not skipped and path.is_file():
-            shutil.copyfile(path, target / path.name)
-
-
-def _write_json(path: Path, value: Mapping[str, Any] | list[str]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())

@@ -21,11 +21,14 @@ from torch import Tensor
 
 from gptneox.config.files import read_json
 from gptneox.file_faults import explain, explain_place, is_there
+from gptneox.files import FILES_NAME, UNFINISHED
 
 logger = logging.getLogger(__name__)
 
 # Pages read from a mapped file stay resident; it is remapped after this many bytes to free them.
 REMAP_BYTES = 64 << 20
+# Buffers that old checkpoints hold and the model recomputes.
+IGNORED_SUFFIXES = (".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
 # A longer header is a damaged one. Source: the safetensors format.
 MAX_HEADER_BYTES = 100 << 20
 
@@ -280,6 +283,8 @@ WEIGHT_NAMES = (
     "pytorch_model.bin.index.json",
 )
 _SHARD = re.compile(r"(model|pytorch_model)-(\d+)-of-(\d+)\.(safetensors|bin)")
+# Quantized weights of msmodelslim, whole or by an index.
+_QUANTIZED = re.compile(r"quant_model_weights?(_[a-z0-9_]+)?\.safetensors(\.index\.json)?")
 # Endings of files that may be meant as weights, named in the error where there are none.
 _WEIGHT_ENDINGS = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".npz"),
@@ -297,10 +302,16 @@ def find_weight_files(model_path: Path) -> tuple[list[WeightFile], dict[str, str
     Raises:
         FileNotFoundError: no weight file, or one that the index names is absent; what is there
             instead is said.
-        CheckpointError: an index is damaged, or absent where there are several sets of shards.
+        CheckpointError: an index is damaged, or absent where there are several sets of shards; or
+            a run of this toolkit was interrupted while it moved files here.
     """
+    if (model_path / UNFINISHED / FILES_NAME).exists():
+        raise CheckpointError(
+            f"{model_path} is not complete: what wrote it was interrupted; run that again"
+        )
     problems = []
-    names = _named_in_config(model_path) or WEIGHT_NAMES
+    named = _named_in_config(model_path)
+    names = named or (*WEIGHT_NAMES, *_quantized_names(model_path))
     for name in names:
         path = model_path / name
         if not path.is_file():
@@ -318,10 +329,10 @@ def find_weight_files(model_path: Path) -> tuple[list[WeightFile], dict[str, str
             if len(absent) < len(files):
                 raise FileNotFoundError(f"{model_path} {problem}")
             problems.append(f"it {problem}")
-    shards = _shards_without_index(model_path, problems) if names is WEIGHT_NAMES else []
+    shards = [] if named else _shards_without_index(model_path, problems)
     if shards:
         return _chosen(model_path, shards, "a set of shards without an index", (), problems), {}
-    raise FileNotFoundError(_describe_nothing(model_path, names, problems))
+    raise FileNotFoundError(_describe_nothing(model_path, named, problems))
 
 
 def _chosen(
@@ -397,12 +408,27 @@ def _shards_without_index(model_path: Path, problems: list[str]) -> list[Path]:
     return chosen[0] if chosen else []
 
 
-def _describe_nothing(model_path: Path, names: Iterable[str], problems: list[str]) -> str:
+def _quantized_names(model_path: Path) -> list[str]:
+    """Files of quantized weights; one set of them can be the model.
+
+    Raises:
+        CheckpointError: there are several.
+    """
+    found = sorted(p.name for p in model_path.iterdir() if _QUANTIZED.fullmatch(p.name))
+    if len({name.removesuffix(".index.json") for name in found}) > 1:
+        raise CheckpointError(
+            f"{model_path} has several sets of quantized weights: {listed(found)}; keep one"
+        )
+    return found
+
+
+def _describe_nothing(model_path: Path, named: tuple[str, ...], problems: list[str]) -> str:
+    """`named`: by config.json."""
     if problems:
         return f"no weights in {model_path}: {'; '.join(problems)}"
-    text = f"no weights in {model_path}: none of {', '.join(names)}"
+    text = f"no weights in {model_path}: none of {', '.join(named or WEIGHT_NAMES)}"
     found = sorted(p.name for p in model_path.iterdir() if p.suffix in _WEIGHT_ENDINGS)
-    if names is not WEIGHT_NAMES:
+    if named:
         return f"{text}, which config.json names as transformers_weights"
     if is_there(model_path / "adapter_config.json"):
         return f"{text}; it holds an adapter: merge it, or give the directory of its base model"

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gptneox.devices.operators import LinearWeight, Operators, PackedLinear
+from gptneox.devices.operators import FoldableWeight, LinearWeight, Operators, PackedLinear
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -50,6 +50,7 @@ class WeightFormat(ABC):
     """One way to store the weight of a linear layer."""
 
     tensors: ClassVar[tuple[StoredTensor, ...]]
+    scheme: ClassVar[str] = ""  # of quantization, as directories and messages name it
 
     @abstractmethod
     def shapes(self, num_outputs: int, num_inputs: int) -> dict[str, tuple[int, ...]]:
@@ -66,11 +67,14 @@ class WeightFormat(ABC):
         """One rank's part on its device, from the stored tensors by suffix.
 
         These may alias a mapped file. So may the result: packing copies it.
+
+        Raises:
+            ValueError: a value cannot be computed with; the message names the tensor's suffix.
         """
 
 
 @dataclass(frozen=True)
-class FloatWeight(LinearWeight):
+class FloatWeight(FoldableWeight):
     """A weight [F, K] of floating-point values."""
 
     values: Tensor
@@ -113,8 +117,95 @@ class FloatFormat(WeightFormat):
         return FloatWeight(stored["weight"].to(device=device, dtype=dtype))
 
 
+@dataclass(frozen=True)
+class Int8Weight(LinearWeight):
+    """A weight of eight bits: scale[f] * values[f, k], for a model that computes in `dtype`."""
+
+    values: Tensor  # int8 [F, K]
+    scale: Tensor  # fp32 [F]
+    dtype: torch.dtype
+
+    @property
+    def out_features(self) -> int:
+        """F."""
+        return self.values.shape[0]
+
+    def pack(self, ops: Operators, bias: Tensor | None) -> PackedLinear:
+        """By `Operators.pack_int8`."""
+        return ops.pack_int8(self.values, self.scale, bias, self.dtype)
+
+    def take_rows(self, order: Tensor) -> Int8Weight:
+        """The rows `order` [F'] with their scales."""
+        values = self.values.index_select(0, order)
+        return Int8Weight(values, self.scale.index_select(0, order), self.dtype)
+
+
+class Int8Rows(WeightFormat):
+    """Integers of eight bits with a scale for each output, symmetric: no zero point.
+
+    A row-parallel part has columns of the integers and the scales of the whole rows. Padded rows
+    of a vocabulary are zeros, and so are their scales. -128 is a value like any other.
+
+    Source: compressed-tensors, format int-quantized with the strategy channel.
+    """
+
+    scheme = "w8a16"
+    tensors: ClassVar[tuple[StoredTensor, ...]] = (
+        StoredTensor("weight", (0, 1), (torch.int8,)),
+        StoredTensor("weight_scale", (0, None), FLOATS),
+    )
+
+    def shapes(self, num_outputs: int, num_inputs: int) -> dict[str, tuple[int, ...]]:
+        """[F, K], and [F, 1] for the scales."""
+        shapes: dict[str, tuple[int, ...]] = {t.suffix: (num_outputs, 1) for t in self.tensors}
+        return shapes | {"weight": (num_outputs, num_inputs)}
+
+    def num_bytes(self, num_outputs: int, num_inputs: int, dtype: torch.dtype) -> int:
+        """A byte for each value, an fp32 scale for each row, whatever `dtype` is."""
+        return num_outputs * (num_inputs + 4)
+
+    def load(
+        self, stored: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+    ) -> Int8Weight:
+        """Scales become fp32.
+
+        Raises:
+            ValueError: a scale is not finite.
+        """
+        scale = stored["weight_scale"].view(-1).to(torch.float32)
+        if not torch.isfinite(scale).all():
+            raise ValueError("weight_scale holds values that are not finite")
+        return Int8Weight(stored["weight"].to(device), scale.to(device), dtype)
+
+
+class Int8RowsWithOffset(Int8Rows):
+    """`Int8Rows` with a third tensor of offsets, which are zero: (value - offset) * scale.
+
+    Source: msmodelslim, tag W8A16 of its ascendV1 files.
+    """
+
+    tensors = (*Int8Rows.tensors, StoredTensor("weight_offset", (0, None), FLOATS))
+
+    def load(
+        self, stored: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+    ) -> Int8Weight:
+        """As `Int8Rows`.
+
+        Raises:
+            ValueError: an offset is not zero, or a scale is not finite.
+        """
+        if stored["weight_offset"].any():
+            raise ValueError(
+                "weight_offset is not zero; asymmetric quantization is not served, quantize again "
+                "with symmetric weights (w_sym True)"
+            )
+        return super().load(stored, device, dtype)
+
+
 FLOAT = FloatFormat()
-FORMATS: tuple[WeightFormat, ...] = (FLOAT,)  # the first whose tensors are all stored is taken
+INT8_ROWS, INT8_ROWS_WITH_OFFSET = Int8Rows(), Int8RowsWithOffset()
+# The first whose tensors are all stored is taken.
+FORMATS: tuple[WeightFormat, ...] = (INT8_ROWS_WITH_OFFSET, INT8_ROWS, FLOAT)
 
 # Name of a linear layer -> its format.
 Formats = Mapping[str, WeightFormat]
@@ -135,6 +226,11 @@ def find_formats(names: Iterable[str]) -> dict[str, WeightFormat]:
         linear: next((f for f in FORMATS if {t.suffix for t in f.tensors} <= stored), FLOAT)
         for linear, stored in suffixes.items()
     }
+
+
+def scheme_of(formats: Formats) -> str:
+    """The quantization of a model, such as "w8a16"; "" where every linear layer is float."""
+    return "+".join(sorted({f.scheme for f in formats.values() if f.scheme}))
 
 
 def split_name(name: str) -> tuple[str, str]:

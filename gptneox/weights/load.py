@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,6 @@ from tqdm import tqdm
 from gptneox.config.errors import ConfigError
 from gptneox.config.files import read_json
 from gptneox.config.model import ModelConfig
-from gptneox.devices.cache import FloatKV
 from gptneox.devices.device import Device
 from gptneox.devices.operators import LinearWeight
 from gptneox.files import is_unused
@@ -24,10 +24,10 @@ from gptneox.layers import Linear, as_parameter
 from gptneox.model import GPTNeoX
 from gptneox.parallel import TensorParallelGroup
 from gptneox.weights.files import (
+    IGNORED_SUFFIXES,
     CheckpointError,
     SafetensorsFile,
     WeightFile,
-    find_quantization,
     find_weight_files,
     listed,
 )
@@ -40,18 +40,26 @@ from gptneox.weights.formats import (
     pad_to,
     part_shape,
     rank_slice,
+    scheme_of,
     split_name,
 )
-from gptneox.weights.size import EMBEDDING_NAME, HEAD_NAME, PREFIX, ModelSize, stored_shapes
+from gptneox.weights.readers import check_quantization
+from gptneox.weights.readers.stored import Stored
+from gptneox.weights.results import MANIFEST_NAME
+from gptneox.weights.size import (
+    EMBEDDING_NAME,
+    HEAD_NAME,
+    PREFIX,
+    ModelSize,
+    find_kv_format,
+    stored_shapes,
+)
 
 logger = logging.getLogger(__name__)
 
-# Buffers that old checkpoints hold and the model recomputes.
-IGNORED_SUFFIXES = (".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
-HEAD_NAMES = (HEAD_NAME, "lm_head.weight")
+HEAD_OWNERS = ("embed_out", "lm_head")
 # A linear layer of which every rank's part differs from the whole in shape.
 CUT_LINEAR = "gpt_neox.layers.0.attention.query_key_value"
-MANIFEST_NAME = "manifest.json"
 PART_FILE = "model.safetensors"
 
 
@@ -119,8 +127,9 @@ def parameter_name(stored: str) -> str:
     `embed_out` to `lm_head` for GPT-NeoX.
     """
     bare = stored.removeprefix(PREFIX)
-    if stored in HEAD_NAMES or bare == HEAD_NAMES[1]:
-        return HEAD_NAME
+    owner, part = split_name(bare)
+    if owner in HEAD_OWNERS and (bare == stored or owner == HEAD_OWNERS[1]):
+        return f"{HEAD_OWNERS[0]}.{part}"
     return bare if bare.startswith(PREFIX) else PREFIX + bare
 
 
@@ -164,6 +173,7 @@ class Manifest:
     `source` maps file names to {"size", "mtime_ns", "sha256"}; `tensors` maps names to
     {"shape", "dtype"} of the uncut checkpoint; `config` is its config.json. `files` are all that
     were written besides the manifest, as "0/config.json"; cuts of older versions do not list them.
+    `quantization` is the scheme of the weights, "" for float ones.
     """
 
     cut_id: str
@@ -173,6 +183,7 @@ class Manifest:
     tensors: dict[str, dict[str, Any]]
     config: dict[str, Any]
     files: list[str] = field(default_factory=list)
+    quantization: str = ""
 
 
 def read_manifest(part_model: Path) -> Manifest:
@@ -321,16 +332,14 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
     """Which stored tensor fills which parameter, after checking that everything fits.
 
     Raises:
-        CheckpointError: the weights are quantized, or tensors are missing (all are listed) or of
-            a wrong type or shape.
+        CheckpointError: the weights are quantized in a way that is not served or not described,
+            or tensors are missing (all are listed), of a wrong type or shape, or not understood.
     """
     path = checkpoint.model_path
-    if method := config.quantize or find_quantization(path, checkpoint.shapes):
-        raise CheckpointError(
-            f"{path} is quantized ({method}), which is not built yet; use the float checkpoint"
-        )
     names = _find_names(checkpoint, config)
     formats = find_formats(names)
+    raw = read_json(path / "config.json")
+    check_quantization(Stored(path, raw, names, checkpoint.dtypes, formats), config.quantize)
     expected = stored_shapes(config, formats)
     names = {name: names[name] for name in expected if name in names}
     if missing := [name for name in expected if name not in names]:
@@ -355,8 +364,29 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
     if wrong:
         raise CheckpointError(f"{path} does not fit its config.json: {listed(wrong, 5)}")
     if unknown := _unknown(checkpoint, names):
+        _refuse_unread(checkpoint, unknown, quantized=bool(scheme_of(formats)))
         logger.warning("%s: ignored unknown %s", path, listed(unknown, 5))
     return Layout(names, formats, num_parts)
+
+
+def _refuse_unread(checkpoint: Checkpoint, unknown: list[str], *, quantized: bool) -> None:
+    """Raise CheckpointError for tensors that may be part of a weight which nothing puts together.
+
+    Among float weights those are integers; a single one is a counter. Beside quantized weights it
+    is any tensor.
+    """
+    refused = [
+        name
+        for name in unknown
+        if quantized
+        or (checkpoint.dtypes[name] not in FLOATS and math.prod(checkpoint.shapes[name]) > 1)
+    ]
+    if refused:
+        kinds = {str(checkpoint.dtypes[name]).removeprefix("torch.") for name in refused}
+        raise CheckpointError(
+            f"{checkpoint.model_path} holds {listed(refused, 5)} ({', '.join(sorted(kinds))}), of "
+            "which no weight format makes anything; remove what does not belong to the model"
+        )
 
 
 def _dtypes(name: str, formats: Formats) -> tuple[torch.dtype, ...]:
@@ -406,7 +436,12 @@ def _describe_missing(missing: list[str], checkpoint: Checkpoint, names: dict[st
 
 
 def load_model(
-    model: GPTNeoX, model_path: Path, dtype: torch.dtype, *, show_progress: bool = False
+    model: GPTNeoX,
+    model_path: Path,
+    dtype: torch.dtype,
+    *,
+    kv_cache_dtype: str = "auto",
+    show_progress: bool = False,
 ) -> None:
     """Fill `model` with this rank's part of the checkpoint, tensor by tensor.
 
@@ -416,14 +451,16 @@ def load_model(
         model: built on the meta device.
         model_path: checkpoint directory (weights may be symlinks).
         dtype: the dtype to compute in.
+        kv_cache_dtype: see `find_kv_format`.
         show_progress: draw a progress bar on stderr when it is a terminal.
 
     Raises:
         OSError, CheckpointError: see `check_weights`.
+        ConfigError: see `find_kv_format` and `Device.check_kv_format`.
         RuntimeError: not enough memory; the message has both numbers.
     """
     checkpoint, layout = _open(model_path, model.config, model.group.world_size)
-    model.size = size_of(model, layout.formats, dtype)
+    model.size = size_of(model, layout.formats, dtype, kv_cache_dtype)
     check_memory(model.size, model.device)
     _warn_of_untied(checkpoint, layout, model.config)
     reader = _Reader(checkpoint, layout, model, dtype)
@@ -459,7 +496,11 @@ class _Reader:
         """The weight of a linear layer, in the format it is stored in."""
         weight_format = self.layout.formats[linear]
         stored = {t.suffix: self._read_part(f"{linear}.{t.suffix}") for t in weight_format.tensors}
-        return weight_format.load(stored, self.model.device.torch_device, self.dtype)
+        try:
+            return weight_format.load(stored, self.model.device.torch_device, self.dtype)
+        except ValueError as error:
+            path = self.checkpoint.model_path
+            raise CheckpointError(f"{path}: {linear}: {error}") from error
 
     def _read_part(self, name: str) -> Tensor:
         """In the file's dtype."""
@@ -485,9 +526,17 @@ def _warn_of_untied(checkpoint: Checkpoint, layout: Layout, config: ModelConfig)
         )
 
 
-def size_of(model: GPTNeoX, formats: Formats, dtype: torch.dtype) -> ModelSize:
-    """The size of a model that computes in `dtype`, as `load_model` gives it to the model."""
-    return ModelSize(model.config, dtype, FloatKV(dtype), model.group.world_size, formats)
+def size_of(
+    model: GPTNeoX, formats: Formats, dtype: torch.dtype, kv_cache_dtype: str = "auto"
+) -> ModelSize:
+    """The size of a model that computes in `dtype`, as `load_model` gives it to the model.
+
+    Raises:
+        ConfigError: see `find_kv_format` and `Device.check_kv_format`.
+    """
+    kv_format = find_kv_format(kv_cache_dtype, model.config, dtype)
+    model.device.check_kv_format(kv_format, model.config.head_dim)
+    return ModelSize(model.config, dtype, kv_format, model.group.world_size, formats)
 
 
 def check_memory(size: ModelSize, device: Device) -> None:

@@ -9,9 +9,17 @@ from dataclasses import dataclass, field
 
 import torch
 
+from gptneox.config.errors import one_of
 from gptneox.config.model import ModelConfig
-from gptneox.devices.cache import KVFormat
-from gptneox.weights.formats import FLOAT, Formats, cut_dimension, part_shape, split_name
+from gptneox.devices.cache import KV_FORMATS, KVFormat
+from gptneox.weights.formats import (
+    FLOAT,
+    Formats,
+    cut_dimension,
+    part_shape,
+    scheme_of,
+    split_name,
+)
 
 PREFIX = "gpt_neox."
 EMBEDDING_NAME = "gpt_neox.embed_in.weight"
@@ -53,6 +61,17 @@ def stored_shapes(config: ModelConfig, formats: Formats) -> dict[str, tuple[int,
     return shapes
 
 
+def find_kv_format(requested: str, config: ModelConfig, dtype: torch.dtype) -> KVFormat:
+    """The format of [engine] kv_cache_dtype for a model that computes in `dtype`.
+
+    Raises:
+        ConfigError: there is no such format.
+    """
+    one_of("engine", "kv_cache_dtype", requested, tuple(KV_FORMATS))
+    name = config.kv_cache_dtype if requested == "auto" else requested
+    return KV_FORMATS[name](dtype)
+
+
 @dataclass(frozen=True)
 class ModelSize:
     """Bytes of a model: of its weights, of a cached token, of what a decode step reads.
@@ -65,6 +84,11 @@ class ModelSize:
     kv_format: KVFormat
     world_size: int = 1
     formats: Formats = field(default_factory=dict)
+
+    @property
+    def scheme(self) -> str:
+        """How the weights are quantized, such as "w8a16"; "" for float ones."""
+        return scheme_of(self.formats)
 
     @property
     def weight_bytes(self) -> int:
@@ -82,7 +106,7 @@ class ModelSize:
 
     @property
     def token_bytes(self) -> int:
-        """K and V of one token on one rank, over all layers."""
+        """What the cache holds of one token on one rank, over all layers."""
         num_heads = self.config.num_heads // self.world_size
         per_layer = self.kv_format.bytes_per_token(num_heads, self.config.head_dim)
         return self.config.num_layers * per_layer

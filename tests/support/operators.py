@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from gptneox.devices.cache import FloatKV
+from gptneox.devices.cache import FloatKV, Int8Cache, Int8KV, KVFormat
 from gptneox.devices.device import Device
 from gptneox.devices.operators import Operators
 from gptneox.devices.step import ForwardBatch
@@ -22,6 +22,7 @@ from gptneox.kv_cache import PagedKVCache
 
 BASE = Operators(Device())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CACHE_DTYPES = [*DTYPES, torch.int8]
 
 
 def assert_near(actual: Tensor, expected: Tensor) -> None:
@@ -84,12 +85,17 @@ def batch_on(batch: ForwardBatch, device: torch.device) -> ForwardBatch:
     return ForwardBatch(**moved)
 
 
+def format_of(dtype: torch.dtype) -> KVFormat:
+    """The format of a cache whose K and V have `dtype`."""
+    return Int8KV(torch.float32) if dtype == torch.int8 else FloatKV(dtype)
+
+
 def make_cache(
     ops: Operators, batch: ForwardBatch, block_size: int, heads: int, d: int, dtype: torch.dtype
 ) -> PagedKVCache:
     """A cache of one layer: random K and V at the cached positions of `batch`, NaN elsewhere."""
     num_blocks = int(batch.block_tables.max()) + 1
-    cache = PagedKVCache(ops, 1, num_blocks, block_size, heads, d, FloatKV(dtype))
+    cache = PagedKVCache(ops, 1, num_blocks, block_size, heads, d, format_of(dtype))
     written = torch.zeros(num_blocks * block_size, dtype=torch.bool)
     cached_lens = [
         n - new for n, new in zip(batch.context_lens_list, batch.q_lens_list, strict=True)
@@ -97,8 +103,12 @@ def make_cache(
     for table, cached_len in zip(batch.block_tables.tolist(), cached_lens, strict=True):
         for p in range(cached_len):
             written[table[p // block_size] * block_size + p % block_size] = True
-    for i, tensor in enumerate(cache.layers[0]):
-        content = randn(num_blocks * block_size, heads, d, seed=10 + i, dtype=dtype)
-        content[~written] = math.nan
-        tensor.copy_(content.view(num_blocks, block_size, heads, d))
+    layer, contents = cache.layers[0], []
+    for i in range(2):
+        content = randn(num_blocks * block_size, heads, d, seed=10 + i)
+        content[~written] = math.nan  # in int8: the scale
+        contents.append(content.view(num_blocks, block_size, heads, d).to(layer.k.device))
+    if not isinstance(layer, Int8Cache):
+        contents = [content.to(dtype) for content in contents]
+    layer.write(..., *contents)
     return cache

@@ -15,10 +15,10 @@ import torch
 
 from benchmark.arguments import Case
 from gptneox.config.model import ModelConfig
-from gptneox.devices.cache import FloatKV
 from gptneox.evaluation.report import percentile
 from gptneox.evaluation.timing import prefill_flops
-from gptneox.weights.size import ModelSize
+from gptneox.weights.formats import Formats
+from gptneox.weights.size import ModelSize, find_kv_format
 
 # Metrics of a run, of which summary and ratios are made.
 RATES = ("prefill_tokens_per_s", "decode_tokens_per_s")
@@ -56,28 +56,33 @@ def intervals_ms(times: Sequence[Sequence[float]]) -> list[float]:
     return [round((b - a) * 1e3, _MS_DIGITS) for row in sorted(rows) for a, b in pairwise(row)]
 
 
-def size_of(config: ModelConfig, dtype: str) -> ModelSize:
-    """Bytes of a model whose weights and cache are in `dtype`."""
+def size_of(
+    config: ModelConfig,
+    dtype: str,
+    kv_cache_dtype: str = "auto",
+    formats: Formats | None = None,
+) -> ModelSize:
+    """Bytes of a model whose weights are in `dtype`, as its cache is, unless told otherwise."""
     torch_dtype = getattr(torch, dtype)
-    return ModelSize(config, torch_dtype, FloatKV(torch_dtype))
+    kv_format = find_kv_format(kv_cache_dtype, config, torch_dtype)
+    return ModelSize(config, torch_dtype, kv_format, formats=formats or {})
 
 
 def shares(
-    run: Mapping[str, Any], case: Case, config: ModelConfig, dtype: str, limits: Mapping[str, float]
+    run: Mapping[str, Any], case: Case, size: ModelSize, limits: Mapping[str, float]
 ) -> Numbers:
     """Decode's share of the memory bandwidth, and prefill's share of the matmul peak.
 
     Args:
         run: its figures.
         case: its shape.
-        config: the model.
-        dtype: that weights and cache were read in.
+        size: the bytes that the engine reads.
         limits: "bandwidth" in bytes per second, "matmul" in FLOP per second.
     """
     context = case.prompt + case.output / 2
-    num_bytes = size_of(config, dtype).decode_bytes(case.batch, context)
+    num_bytes = size.decode_bytes(case.batch, context)
     step_s = case.batch / run["decode_tokens_per_s"]
-    flops = prefill_flops(config, case.batch, case.prompt)
+    flops = prefill_flops(size.config, case.batch, case.prompt)
     return {
         "share_of_bandwidth": num_bytes / step_s / limits["bandwidth"],
         "share_of_matmul": flops / run["prefill_s"] / limits["matmul"],

@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmark import seal
 from benchmark.errors import UsageError
 from gptneox.config.model import ModelConfig
+
+if TYPE_CHECKING:
+    from gptneox.weights.formats import Formats
 
 SEED = 0
 # Of vectors and of the embedding. Matrices have 1 / sqrt(inputs): activations keep their size
@@ -83,6 +87,13 @@ class Model:
     config: ModelConfig
     identity: dict[str, Any]  # a converted copy is out of date when this changes
 
+    @functools.cached_property
+    def formats(self) -> Formats:
+        """Of its linear layers, float or quantized."""
+        from gptneox.weights.load import check_weights
+
+        return check_weights(self.path, self.config)
+
     @property
     def key(self) -> str:
         """Names the folder of its conversions."""
@@ -151,7 +162,7 @@ def _write_weights(target: Path, config: ModelConfig, dtype_name: str) -> None:
     """
     import torch
 
-    from gptneox.weights.cut import SafetensorsWriter
+    from gptneox.weights.results import SafetensorsWriter
     from gptneox.weights.size import full_shapes
 
     dtype = getattr(torch, dtype_name)

@@ -206,7 +206,7 @@ class Session:
 
     def _check_memory(self, num_engines: int, cases: Sequence[Case]) -> None:
         """Refuse what cannot fit, before the machine runs out."""
-        size = figures.size_of(self.model.config, self.options.dtype)
+        size = figures.size_of(self.model.config, self.options.dtype, formats=self.model.formats)
         rows = max(case.batch * (case.prompt + case.output) for case in cases)
         one = size.weight_bytes + rows * size.token_bytes
         free = self.limits["free_bytes"]
@@ -259,8 +259,10 @@ class Session:
             with self._or_without(contestant):
                 run = self._run(contestant, case, rows)
                 dtype = contestant.about["dtype"]
+                cache = contestant.about.get("kv_cache_dtype", "auto")
+                size = figures.size_of(self.model.config, dtype, cache, self.model.formats)
                 limits = {"bandwidth": bandwidth, "matmul": self.matmul_peak(dtype)}
-                run |= figures.shares(run, case, self.model.config, dtype, limits)
+                run |= figures.shares(run, case, size, limits)
                 runs[contestant.name] = run
         return {"bandwidth": bandwidth, "runs": runs}
 

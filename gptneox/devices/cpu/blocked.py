@@ -19,7 +19,12 @@ import torch
 logger = logging.getLogger(__name__)
 
 NEVER = 2**62
-FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FORMATS = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "int8": torch.int8,
+}
 # A matrix that no second-level cache holds, so that a trial reads as a model does.
 _FEATURES, _DEPTH = 1536, 1024
 _ROWS = (64, 32, 16, 8, 4, 2)  # one row is read fastest by the register tile
@@ -58,8 +63,10 @@ def _read(path: Path) -> dict[str, int] | None:
 
 def _first_row(kernels: Any, name: str) -> int:
     """The smallest number of rows from which on the blocked kernels are faster; NEVER for none."""
-    weight = torch.full((_FEATURES, _DEPTH), 0.01, dtype=FORMATS[name])
-    packed = kernels.pack(weight)
+    dtype = FORMATS[name]
+    weight = torch.full((_FEATURES, _DEPTH), 0.01 if dtype.is_floating_point else 1, dtype=dtype)
+    scales = None if dtype.is_floating_point else torch.full((_FEATURES,), 0.01)
+    packed = kernels.pack(weight, scales)
     first = NEVER
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)

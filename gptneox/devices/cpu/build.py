@@ -62,7 +62,12 @@ setup(
 
 
 def compile_flags(capability: str, processor_flags: str) -> list[str]:
-    """Options for the instruction set that torch itself uses on this processor."""
+    """Options for the instruction set that torch itself uses on this processor.
+
+    On aarch64 that is NEON, with dot products of bf16 where the processor has them. SVE stays off:
+    the kernels' vectors are NEON's, and GCC 12 compiles plain loops to wrong code with SVE (its bug
+    117001).
+    """
     flags = [
         "-O3",
         "-std=c++20",
@@ -83,8 +88,11 @@ def compile_flags(capability: str, processor_flags: str) -> list[str]:
         elif capability == "AVX2":
             chosen = "AVX2"
             flags += ["-mavx2", "-mfma", "-mf16c"]
-    else:
-        flags.append("-mcpu=native")
+    elif platform.machine() in ("aarch64", "arm64"):
+        names = processor_flags.split()
+        atomics = "+lse" if "atomics" in names else ""
+        architecture = "armv8.2-a+bf16" if "bf16" in names else f"armv8-a{atomics}"
+        flags += [f"-march={architecture}", "-mtune=native"]
     return [*flags, f"-DCPU_CAPABILITY={chosen}", f"-DCPU_CAPABILITY_{chosen}"]
 
 

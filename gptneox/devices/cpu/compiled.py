@@ -19,7 +19,7 @@ from gptneox.devices.cpu import blocked
 from gptneox.devices.cpu.device import CpuDevice
 from gptneox.devices.cpu.operators import CpuOperators
 from gptneox.devices.device import Device, Finding
-from gptneox.devices.operators import LayerWeights, PackedLayer, PackedLinear
+from gptneox.devices.operators import FourProducts, LayerWeights, PackedLayer, PackedLinear
 from gptneox.devices.step import ForwardBatch, PaddedBatch, PagedStep, RotaryTables, Step
 
 # The numbers that the kernels know activations by.
@@ -56,14 +56,15 @@ class CompiledStep(PagedStep):
 
     def attend(self, layer_id: int, qkv: Tensor) -> Tensor:
         """One call."""
-        out = self._step.attend(qkv, *self.caches[layer_id])
+        out = self._step.attend(qkv, self.caches[layer_id])
         assert isinstance(out, Tensor)
         return out
 
     def run(self, x: Tensor, layers: Sequence[PackedLayer]) -> Tensor:
-        """One call for all layers; x is overwritten."""
-        tensors = [tensor for cache in self.caches for tensor in cache]
-        self._step.run(x, [layer.front for layer in layers], tensors)
+        """One call for all layers, where each has its kernels; x is overwritten."""
+        if any(isinstance(layer.front, FourProducts) for layer in layers):
+            return super().run(x, layers)
+        self._step.run(x, [layer.front for layer in layers], self.caches)
         return x
 
 
@@ -113,18 +114,26 @@ class CompiledCpuOperators(CpuOperators):
         wide = None if bias is None else bias.float().contiguous()
         return PackedLinear(self.kernels.pack(weight), wide, weight.shape[1], weight.shape[0])
 
+    def pack_int8(
+        self, values: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> PackedLinear:
+        """In panels of bytes, with the scales; `linear` multiplies by them."""
+        wide = None if bias is None else bias.float().contiguous()
+        packed = self.kernels.pack(values, scale)
+        return PackedLinear(packed, wide, values.shape[1], values.shape[0])
+
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         """x [T, K]; returns [T, F]."""
         return self.kernels.linear(x, packed.weight, packed.bias, 0).to(x.dtype)
 
     def pack_layer(self, weights: LayerWeights) -> PackedLayer:
-        """Weights stay as they are: a second normalisation costs nothing here."""
-        linears = (
-            weights.query_key_value,
-            weights.dense_h_to_4h,
-            weights.dense,
-            weights.dense_4h_to_h,
-        )
+        """Weights stay as they are: a second normalisation costs nothing here.
+
+        The kernels for a layer take four weights of one format; others are multiplied one by one.
+        """
+        linears = weights.linears()
+        if len({type(weight) for weight, _ in linears}) > 1:
+            return self._pack_four(weights)
         qkv_bias = weights.query_key_value[1]
         packed = [weight.pack(self, None) for weight, _ in linears]
         layer = self.kernels.Layer(
@@ -143,6 +152,8 @@ class CompiledCpuOperators(CpuOperators):
 
     def layer_front(self, x: Tensor, packed: PackedLayer) -> tuple[Tensor, Tensor]:
         """x [T, C]; returns qkv [T, 3W] and the activated MLP as `layer_back` reads it."""
+        if isinstance(packed.front, FourProducts):
+            return super().layer_front(x, packed)
         qkv, mlp = packed.front.front(x)
         return qkv, mlp
 
@@ -150,6 +161,8 @@ class CompiledCpuOperators(CpuOperators):
         self, attended: Tensor, mlp: Tensor, packed: PackedLayer, residual: Tensor | None = None
     ) -> Tensor:
         """attended [T, W] and `layer_front`'s MLP; the partial sum [T, C], or added in place."""
+        if isinstance(packed.back, FourProducts):
+            return super().layer_back(attended, mlp, packed, residual)
         partial = packed.back.back(attended, mlp, residual)
         assert isinstance(partial, Tensor)
         return partial
@@ -195,9 +208,3 @@ class CompiledCpuOperators(CpuOperators):
             return tensor.transpose(1, 2)
 
         return kv_format.allocate(shape, empty)
-
-    def dense_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
-    ) -> Tensor:
-        """In the cache's dtype, which fp32 activations are rounded to."""
-        return super().dense_attention(q.to(k.dtype), k, v, key_mask, scale).to(q.dtype)

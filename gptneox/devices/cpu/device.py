@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import resource
 from pathlib import Path
 
@@ -78,11 +79,12 @@ class CpuDevice(Device):
         return Memory(free, total, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
 
     def describe(self) -> str:
-        """Processor name."""
+        """Processor name; on aarch64 /proc/cpuinfo has only numbers, which lscpu knows."""
         for line in _read("/proc/cpuinfo").splitlines():
             if line.startswith(("model name", "Model")):
                 return line.split(":", 1)[1].strip()
-        return platform.processor() or platform.machine()
+        match = re.search(r"^Model name:\s*(\w.*)$", binding.run_tool("lscpu"), re.M)
+        return match[1].strip() if match else platform.processor() or platform.machine()
 
     def diagnose(self) -> list[Finding]:
         """The processor, and that it runs without kernels."""

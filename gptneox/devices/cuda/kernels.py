@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paged attention as Triton kernels: rotate and store, decode, prefill.
+"""Paged attention as Triton kernels: rotate and store, decode, prefill; products of int8 weights.
 
 Shapes as in `base`: T tokens, B sequences, H heads, D head_dim, R rotary dims, N blocks,
 P block_size. Tiles are powers of two; what lies beyond D, H or a context is masked, never read.
 Scores, softmax and sums are fp32. Scores are scaled as fp32 sums, so that fp16 ones cannot
 overflow and the query is not rounded once more. Where TRITON_INTERPRET is 1 the same code runs on
 CPU tensors.
+
+An int8 cache (SCALED) has a scale for each token and head. Keys are exact in every dtype, so that
+their scale is applied to the score; values are scaled before they are multiplied, because a small
+scale times a small probability would not be a normal fp16 number.
 
 Importing this module needs triton, which comes with torch's CUDA builds for Linux.
 """
@@ -17,10 +21,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptneox.devices.cache import Int8Cache, LayerCache
 from gptneox.devices.step import ForwardBatch
 
 LOG2_E = 1.4426950408889634
 MAX_SPLITS = 16
+
+
+@triton.jit
+def _quantize(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """By the formulas of `quantize` in cache.py: x [rows, BLOCK_D] to int8 values and [rows]."""
+    wide = x.to(tl.float32)
+    scale = tl.max(tl.abs(wide), 1) / 127.0
+    smallest = 1.1754943508222875e-38
+    scale = tl.where(scale < smallest, 1.0, scale)
+    # A maximum may pass over a NaN; a sum of zeros and a NaN or an infinity is NaN.
+    scale += tl.sum(wide * 0.0, 1)
+    q = tl.div_rn(wide, tl.broadcast_to(scale[:, None], wide.shape))
+    q = tl.where(tl.abs(q) <= 128.0, q, 0.0)
+    magic = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, halves to even
+    return ((q + magic) - magic).to(tl.int8), scale
 
 
 @triton.jit
@@ -29,6 +49,8 @@ def _rotate_and_store(
     q_out: tl.tensor,  # [T, H, D]
     k_cache: tl.tensor,  # [N * P, H, D]
     v_cache: tl.tensor,
+    k_scale: tl.tensor,  # [N * P, H] fp32; not read or written unless SCALED
+    v_scale: tl.tensor,
     positions: tl.tensor,  # [T] int64
     cos: tl.tensor,  # [max_positions, R / 2] fp32
     sin: tl.tensor,
@@ -37,6 +59,7 @@ def _rotate_and_store(
     H: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,  # R / 2
+    SCALED: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
@@ -68,6 +91,13 @@ def _rotate_and_store(
     v = tl.load(row + D + d, mask=inside, other=0.0)
     target = (slot * H + h) * D + d
     written = inside & (slot >= 0)
+    if SCALED:
+        head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+        has_slot = (head < H) & (slot >= 0)
+        k, scale = _quantize(k)
+        tl.store(k_scale + slot * H + head, scale, mask=has_slot)
+        v, scale = _quantize(v)
+        tl.store(v_scale + slot * H + head, scale, mask=has_slot)
     tl.store(k_cache + target, k, mask=written)
     tl.store(v_cache + target, v, mask=written)
 
@@ -77,6 +107,8 @@ def _decode(
     q: tl.tensor,  # [B, H, D]
     k_cache: tl.tensor,  # [N * P, H, D]
     v_cache: tl.tensor,
+    k_scale: tl.tensor,  # [N * P, H] fp32; not read unless SCALED
+    v_scale: tl.tensor,
     out: tl.tensor,  # [B, H, D]; with SPLIT [B, H, num_splits, D] fp32, sums not yet divided
     stats: tl.tensor,  # with SPLIT [B, H, num_splits, 2] fp32: largest score and sum of weights
     tables: tl.tensor,  # [B, M] int32
@@ -88,6 +120,7 @@ def _decode(
     D: tl.constexpr,
     P: tl.constexpr,
     SPLIT: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
@@ -113,11 +146,16 @@ def _decode(
         inside = seen[:, None] & (d < D)[None, :]
         k = tl.load(k_cache + where, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(v_cache + where, mask=inside, other=0.0).to(tl.float32)
-        scores = tl.where(seen, tl.sum(k * query[None, :], 1), float("-inf"))
+        scores = tl.sum(k * query[None, :], 1)
+        if SCALED:
+            scores *= tl.load(k_scale + row, mask=seen, other=0.0)
+        scores = tl.where(seen, scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 0))
         weights = tl.exp2(scores - new_largest)
         shrink = tl.exp2(largest - new_largest)
         total = total * shrink + tl.sum(weights, 0)
+        if SCALED:
+            weights *= tl.load(v_scale + row, mask=seen, other=0.0)
         acc = acc * shrink + tl.sum(weights[:, None] * v, 0)
         largest = new_largest
     if SPLIT:
@@ -163,6 +201,8 @@ def _prefill(
     q: tl.tensor,  # [T, H, D]
     k_cache: tl.tensor,  # [N * P, H, D]
     v_cache: tl.tensor,
+    k_scale: tl.tensor,  # [N * P, H] fp32; not read unless SCALED
+    v_scale: tl.tensor,
     out: tl.tensor,  # [T, H, D]
     tables: tl.tensor,  # [B, M] int32
     cu_seqlens: tl.tensor,  # [B + 1] int32
@@ -174,6 +214,7 @@ def _prefill(
     D: tl.constexpr,
     P: tl.constexpr,
     PRECISION: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -208,7 +249,13 @@ def _prefill(
         inside = seen[:, None] & (d < D)[None, :]
         k = tl.load(k_cache + where, mask=inside, other=0.0)
         v = tl.load(v_cache + where, mask=inside, other=0.0)
+        if SCALED:
+            k = k.to(tl.float32).to(query.dtype)
+            wide = v.to(tl.float32) * tl.load(v_scale + row, mask=seen, other=0.0)[:, None]
+            v = wide.to(query.dtype)
         scores = tl.dot(query, tl.trans(k), input_precision=PRECISION) * scale
+        if SCALED:
+            scores *= tl.load(k_scale + row, mask=seen, other=0.0)[None, :]
         visible = seen[None, :] & (position[None, :] <= (cached_len + m)[:, None])
         scores = tl.where(visible, scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 1))
@@ -222,20 +269,62 @@ def _prefill(
     tl.store(out + q_at, result.to(out.dtype.element_ty), mask=q_inside)
 
 
+@triton.jit
+def _linear_int8(
+    x: tl.tensor,  # [T, K], rows `x_stride` apart
+    weight: tl.tensor,  # [F, K] int8
+    scales: tl.tensor,  # [F] fp32
+    bias: tl.tensor,  # [F]
+    out: tl.tensor,  # [T, F]
+    num_rows: tl.tensor,  # T
+    x_stride: tl.tensor,
+    F: tl.constexpr,
+    K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """Integers of eight bits are exact in every float type; the scale is applied to the sum."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    x_row = x + m.to(tl.int64)[:, None] * x_stride
+    weight_row = weight + n.to(tl.int64)[:, None] * K
+    for start in range(0, K, BLOCK_K):
+        at = (start + k)[None, :]
+        a = tl.load(x_row + at, mask=(m < num_rows)[:, None] & (at < K), other=0.0)
+        w = tl.load(weight_row + at, mask=(n < F)[:, None] & (at < K), other=0)
+        acc += tl.dot(a, tl.trans(w.to(tl.float32).to(a.dtype)), input_precision=PRECISION)
+    y = acc * tl.load(scales + n, mask=n < F, other=0.0)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias + n, mask=n < F, other=0.0).to(tl.float32)[None, :]
+    inside = (m < num_rows)[:, None] & (n < F)[None, :]
+    at = m.to(tl.int64)[:, None] * F + n[None, :]
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+
+
+def _pointers(layer: LayerCache) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """K, V and their scales; without scales K and V again, which the kernels do not touch."""
+    if isinstance(layer, Int8Cache):
+        return layer
+    return layer.k, layer.v, layer.k, layer.v
+
+
 def rotate_and_store(
     qkv: Tensor,
     rotary: tuple[Tensor, Tensor, Tensor],
-    k_cache: Tensor,
-    v_cache: Tensor,
+    layer: LayerCache,
     slot_mapping: Tensor,
 ) -> Tensor:
-    """Write rotated keys and values of qkv [T, H, 3, D] to the caches; returns the queries.
+    """Write rotated keys and values of qkv [T, H, 3, D] to the cache; returns the queries.
 
     Args:
         qkv: any distance between rows; [H, 3, D] of a row is contiguous.
         rotary: positions [T], cos and sin [max_positions, R / 2] fp32.
-        k_cache: [N, P, H, D], contiguous.
-        v_cache: likewise.
+        layer: K and V [N, P, H, D], contiguous as their scales are.
         slot_mapping: [T]; nothing is written where it is negative.
     """
     num_tokens, num_heads, _, head_dim = qkv.shape
@@ -244,10 +333,11 @@ def rotate_and_store(
     q = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     block_h = min(4, triton.next_power_of_2(num_heads))
     _rotate_and_store[(num_tokens, triton.cdiv(num_heads, block_h))](
-        *(qkv, q, k_cache, v_cache, positions, cos, sin, slot_mapping, qkv.stride(0)),
+        *(qkv, q, *_pointers(layer), positions, cos, sin, slot_mapping, qkv.stride(0)),
         H=num_heads,
         D=head_dim,
         HALF=cos.shape[-1],
+        SCALED=isinstance(layer, Int8Cache),
         BLOCK_H=block_h,
         BLOCK_D=triton.next_power_of_2(head_dim),
     )
@@ -271,8 +361,7 @@ def decode_tile(head_dim: int) -> dict[str, int]:
 
 def decode(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    layer: LayerCache,
     batch: ForwardBatch,
     out: Tensor,
     scale: float,
@@ -288,12 +377,13 @@ def decode(
         stats = torch.empty((*shape, 2), dtype=torch.float32, device=q.device)
     tables = batch.block_tables
     _decode[(num_rows, num_heads, splits)](
-        *(q, k_cache, v_cache, target, stats, tables, batch.context_lens),
+        *(q, *_pointers(layer), target, stats, tables, batch.context_lens),
         *(scale * LOG2_E, tables.stride(0), splits),
         H=num_heads,
         D=head_dim,
-        P=k_cache.shape[1],
+        P=layer.k.shape[1],
         SPLIT=splits > 1,
+        SCALED=isinstance(layer, Int8Cache),
         **tile,
     )
     if splits > 1:
@@ -324,8 +414,7 @@ def prefill_tile(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
 
 def prefill(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    layer: LayerCache,
     batch: ForwardBatch,
     out: Tensor,
     scale: float,
@@ -337,11 +426,50 @@ def prefill(
     num_sequences = len(batch.q_lens_list) - first
     tables = batch.block_tables
     _prefill[(triton.cdiv(longest, tile["BLOCK_M"]), num_heads, num_sequences)](
-        *(q, k_cache, v_cache, out, tables, batch.cu_seqlens_q, batch.context_lens),
+        *(q, *_pointers(layer), out, tables, batch.cu_seqlens_q, batch.context_lens),
         *(scale * LOG2_E, tables.stride(0), first),
         H=num_heads,
         D=head_dim,
-        P=k_cache.shape[1],
+        P=layer.k.shape[1],
         PRECISION="ieee",  # fp32 products are not rounded to tf32
+        SCALED=isinstance(layer, Int8Cache),
         **tile,
     )
+
+
+def int8_tile(num_rows: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile of `_linear_int8`: few rows read much of K at once, many rows share what was read."""
+    if num_rows <= 16:
+        sizes, stages = (16, 32, 128), 4
+    elif dtype == torch.float32:
+        sizes, stages = (32, 32, 32), 2
+    else:
+        sizes, stages = (64, 64, 64), 3
+    tile = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), sizes, strict=True))
+    return tile | {"num_warps": 4, "num_stages": stages}
+
+
+def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, K] times the weight scales[f] * weight[f, k], int8 [F, K]; returns [T, F].
+
+    Args:
+        x: any distance between rows.
+        weight: contiguous.
+        scales: fp32 [F].
+        bias: [F].
+    """
+    (num_rows, depth), num_features = x.shape, weight.shape[0]
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    out = torch.empty((num_rows, num_features), dtype=x.dtype, device=x.device)
+    tile = int8_tile(num_rows, x.dtype)
+    grid = (triton.cdiv(num_features, tile["BLOCK_N"]), triton.cdiv(num_rows, tile["BLOCK_M"]))
+    _linear_int8[grid](
+        *(x, weight, scales, scales if bias is None else bias, out, num_rows, x.stride(0)),
+        F=num_features,
+        K=depth,
+        HAS_BIAS=bias is not None,
+        PRECISION="ieee",
+        **tile,
+    )
+    return out

@@ -8,18 +8,20 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gptneox.devices.cache import CacheShape, FloatKV, KVFormat, LayerCache
+from gptneox.devices.cache import CacheShape, KVFormat, LayerCache
 from gptneox.devices.device import Finding
 from gptneox.devices.graphs import DecodeGraphs
 from gptneox.devices.operators import (
     ChosenOperator,
     LayerWeights,
     Operators,
+    PackedInt8,
     PackedLayer,
     PackedLinear,
     fused_attention,
@@ -45,15 +47,15 @@ class TritonStep(PagedStep):
         """See `Step`."""
         kernels, batch, layer = load_kernels(), self.batch, self.caches[layer_id]
         rotary = (self.positions, *self.tables)
-        q = kernels.rotate_and_store(qkv, rotary, *layer, batch.slot_mapping)
+        q = kernels.rotate_and_store(qkv, rotary, layer, batch.slot_mapping)
         out = torch.empty_like(q)
         if batch.num_decodes:
             splits = self.num_splits or kernels.num_splits(
                 batch.num_decodes, qkv.shape[1], self.ops.device.num_cores
             )
-            kernels.decode(q, *layer, batch, out, self.scale, splits)
+            kernels.decode(q, layer, batch, out, self.scale, splits)
         if batch.num_decodes < len(batch.q_lens_list):
-            kernels.prefill(q, *layer, batch, out, self.scale)
+            kernels.prefill(q, layer, batch, out, self.scale)
         assert isinstance(out, Tensor)
         return out
 
@@ -70,15 +72,21 @@ class CudaOperators(Operators):
         self._reason = ""  # for it
         self._why_no_graphs = ""  # or empty
         self._num_blocks = 0
+        self._int8_fault: str | None = None  # in the kernel of int8 products; None: not tried
 
     # -- which operators -------------------------------------------------------------------------
 
     def operator_table(
-        self, num_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+        self, num_heads: int, head_dim: int, block_size: int, kv_format: KVFormat
     ) -> list[ChosenOperator]:
         """Every operator that there is a choice of, with the reason; tries the kernels out."""
-        self._choose_step(num_heads, head_dim, block_size, dtype)
+        self._choose_step(num_heads, head_dim, block_size, kv_format)
         has_kernels, has_graphs = self.paged_step is TritonStep, not self._why_no_graphs
+        rows = []
+        if self._int8_fault is not None:
+            operator = "torch, widened" if self._int8_fault else "Triton"
+            reason = self._int8_fault or "agrees with torch on this device"
+            rows = [ChosenOperator("W8A16 products", operator, reason)]
         return [
             ChosenOperator(
                 "paged attention", "Triton" if has_kernels else "torch, fp32", self._reason
@@ -92,13 +100,19 @@ class CudaOperators(Operators):
                 "flash attention", "scaled_dot_product_attention", "the cache is contiguous"
             ),
             ChosenOperator(
-                "layer", "two products", "with a parallel residual; four with a serial one"
+                "layer",
+                "two products",
+                "with a parallel residual and float weights; four with others",
             ),
+            *rows,
         ]
 
-    def describe_operators(self, head_dim: int, rotary_dim: int, block_size: int) -> list[Finding]:
+    def describe_operators(
+        self, head_dim: int, rotary_dim: int, block_size: int, kv_format: KVFormat
+    ) -> list[Finding]:
         """The operator table of a model, in half precision."""
-        table = self.operator_table(2, head_dim, block_size, torch.float16)
+        kv_format = replace(kv_format, dtype=torch.float16)
+        table = self.operator_table(2, head_dim, block_size, kv_format)
         slow = ("torch, fp32", "eager")
         return [
             Finding(None if c.operator in slow else True, c.part, f"{c.operator} ({c.reason})")
@@ -106,10 +120,10 @@ class CudaOperators(Operators):
         ]
 
     def _choose_step(
-        self, num_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+        self, num_heads: int, head_dim: int, block_size: int, kv_format: KVFormat
     ) -> None:
         """Decide once for the shapes of a cache, before its first request."""
-        shapes = (num_heads, head_dim, block_size, dtype)
+        shapes = (num_heads, head_dim, block_size, kv_format)
         if self._chosen_for == (*shapes, self.graphs):
             return
         self._chosen_for, self.paged_step = (*shapes, self.graphs), PagedStep
@@ -127,9 +141,15 @@ class CudaOperators(Operators):
             logger.warning("decode steps run without graphs: %s", self._why_no_graphs)
 
     def _find_fault_in_kernels(
-        self, num_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+        self, num_heads: int, head_dim: int, block_size: int, kv_format: KVFormat
     ) -> str:
-        """Empty when the kernels work here, else what is wrong and what to do."""
+        """Empty when attention works here, else what is wrong and what to do."""
+        return self._find_fault(
+            lambda: self._try_kernels(num_heads, head_dim, block_size, kv_format)
+        )
+
+    def _find_fault(self, trial: Callable[[], tuple[float, float]]) -> str:
+        """Empty when the difference that `trial` finds is within its limit."""
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed; it comes with torch's CUDA builds: pip install triton"
         if self.device.capability < MIN_CAPABILITY:
@@ -138,7 +158,7 @@ class CudaOperators(Operators):
             return f"the kernels need compute capability 8.0, {name} has {major}.{minor}"
         try:
             load_kernels()
-            difference, limit = self._try_kernels(num_heads, head_dim, block_size, dtype)
+            difference, limit = trial()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001  whatever a compiler raises
@@ -155,13 +175,13 @@ class CudaOperators(Operators):
         return ""
 
     def _try_kernels(
-        self, num_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+        self, num_heads: int, head_dim: int, block_size: int, kv_format: KVFormat
     ) -> tuple[float, float]:
         """The largest difference from the base class over a small mixed step, and its limit.
 
         Two sequences decode, one behind a full block; a prompt follows a cached prefix.
         """
-        heads = min(num_heads, 4)
+        heads, dtype = min(num_heads, 4), kv_format.dtype
         generator = torch.Generator().manual_seed(0)
         cached, new = [block_size + 3, 0, 5], [1, 1, 70]
         lengths = [c + n for c, n in zip(cached, new, strict=True)]
@@ -200,17 +220,18 @@ class CudaOperators(Operators):
             return torch.randn(shape, generator=generator).to(self.torch_device, dtype)
 
         qkv = random(len(slots), heads, 3, head_dim)
-        pair = [random(sum(counts), block_size, heads, head_dim) for _ in "kv"]
+        shape = CacheShape(sum(counts), block_size, heads, head_dim)
+        pair = [random(*shape) for _ in "kv"]
         results = []
         for splits in (0, 1, 2):
-            k_cache, v_cache = (cache.clone() for cache in pair)
-            caches = [LayerCache(k_cache, v_cache)]
-            arguments = (self, batch, caches, rotary, head_dim**-0.5)
+            layer = Operators.allocate_kv_cache(self, shape, kv_format)
+            layer.write(..., *pair)
+            arguments = (self, batch, [layer], rotary, head_dim**-0.5)
             step = TritonStep(*arguments) if splits else PagedStep(*arguments)
             if isinstance(step, TritonStep):
                 step.num_splits = splits
             out = step.attend(0, qkv)
-            results.append([x.float() for x in (out, k_cache, v_cache)])
+            results.append([x.float() for x in (out, *layer.read(...))])
         worst = torch.stack([
             (ours - theirs).abs().max()
             for other in results[1:]
@@ -246,6 +267,51 @@ class CudaOperators(Operators):
         except torch.OutOfMemoryError as error:
             raise self.device.out_of_memory("the weights", "a smaller --dtype") from error
 
+    def pack_int8(
+        self, values: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> PackedLinear:
+        """The weight is on the device already. The first one decides about the kernel.
+
+        Raises:
+            RuntimeError: not enough memory.
+        """
+        if self._int8_fault is None:
+            self._int8_fault = self._find_fault(lambda: self._try_int8(dtype))
+            if self._int8_fault:
+                logger.warning(
+                    "W8A16 products: torch, which widens the weights each time and is slow (%s)",
+                    self._int8_fault,
+                )
+        try:
+            sizes = values.shape[1], values.shape[0]
+            return PackedInt8(values.contiguous(), bias, *sizes, scale=scale.contiguous())
+        except torch.OutOfMemoryError as error:
+            raise self.device.out_of_memory("the weights", "quantize the head, too") from error
+
+    def linear_int8(self, x: Tensor, packed: PackedInt8) -> Tensor:
+        """By the Triton kernel where it works."""
+        if self._int8_fault or not len(x):
+            return super().linear_int8(x, packed)
+        out = load_kernels().linear_int8(x, packed.weight, packed.scale, packed.bias)
+        assert isinstance(out, Tensor)
+        return out
+
+    def _try_int8(self, dtype: torch.dtype) -> tuple[float, float]:
+        """As `_try_kernels`, for few rows and for many, and sizes that no tile divides."""
+        generator = torch.Generator().manual_seed(0)
+        values = torch.randint(-128, 128, (70, 150), generator=generator, dtype=torch.int8)
+        scale = torch.rand(70, generator=generator) / 128
+        x = torch.randn(40, 150, generator=generator).to(dtype)
+        bias = torch.randn(70, generator=generator).to(dtype)
+        exact = x.double() @ (values * scale.double()[:, None]).T + bias.double()
+        moved = [t.to(self.torch_device) for t in (values, scale, bias)]
+        worst = 0.0
+        for rows in (1, 40):
+            ours = load_kernels().linear_int8(x[:rows].to(self.torch_device), *moved)
+            worst = max(worst, (ours.cpu().double() - exact[:rows]).abs().max().item())
+        unit = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+        return worst, unit * max(1.0, exact.abs().max().item())
+
     def pack_layer(self, weights: LayerWeights) -> PackedLayer:
         """As the base class.
 
@@ -265,11 +331,10 @@ class CudaOperators(Operators):
         Raises:
             RuntimeError: not enough memory.
         """
-        assert isinstance(kv_format, FloatKV), "the kernels read floating-point keys and values"
         before, self._num_blocks = self._chosen_for, shape.num_blocks
         try:
             table = self.operator_table(
-                shape.num_heads, shape.head_dim, shape.block_size, kv_format.dtype
+                shape.num_heads, shape.head_dim, shape.block_size, kv_format
             )
             if before != self._chosen_for:
                 for row in table:
@@ -284,8 +349,8 @@ class CudaOperators(Operators):
     def dense_attention(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
     ) -> Tensor:
-        """Torch's fused kernels: scores and sums in fp32 for every dtype."""
-        return fused_attention(q, k, v, key_mask, scale)
+        """Torch's fused kernels: scores and sums in fp32 for every dtype, that of q."""
+        return fused_attention(q, k.to(q.dtype), v.to(q.dtype), key_mask, scale)
 
     # -- graphs ----------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptneox.config.errors import ConfigError
-from gptneox.devices.cache import CacheShape, LayerCache
+from gptneox.devices.cache import CacheShape, FloatCache, Int8Cache, KVFormat, LayerCache
 from gptneox.devices.operators import dense_visibility
 from gptneox.devices.step import ForwardBatch, PaddedBatch
 
@@ -56,10 +56,12 @@ class PlainAttention:
     def __init__(self, torch_npu: Any, device: torch.device) -> None:
         self.ops, self.device = torch_npu, device
 
-    def allocate(self, shape: CacheShape, dtype: torch.dtype) -> LayerCache:
+    def allocate(self, shape: CacheShape, kv_format: KVFormat) -> LayerCache:
         """ND caches [N, P, H, D]."""
-        k = torch.zeros(shape, dtype=dtype, device=self.device)
-        return LayerCache(k, torch.zeros_like(k))
+        return kv_format.allocate(shape, self._zeros)
+
+    def _zeros(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(size, dtype=dtype, device=self.device)
 
     def make_plan(self, batch: ForwardBatch) -> Any:
         """What all layers of a paged step share: `NpuPagedStep.plan`."""
@@ -159,8 +161,13 @@ class A2Attention(PlainAttention):
             block_table=step.batch.block_tables[:n],
             actual_seq_lengths_kv=step.batch.context_lens_list[:n],
             block_size=layer.k.shape[1],
+            **self._scales(layer, is_paged=True),
         )
         return out.view(q.shape)
+
+    def _scales(self, layer: LayerCache, *, is_paged: bool) -> dict[str, Any]:
+        """Options of `_fia` for one query per row over a cache that has scales."""
+        return {}
 
     def make_plan(self, batch: ForwardBatch) -> list[_Rows]:
         """Prompt chunks in groups that waste less than half of their padded rows."""
@@ -219,12 +226,14 @@ class A2Attention(PlainAttention):
     def dense(self, step: NpuPaddedStep, layer: LayerCache, q: Tensor) -> Tensor:
         """The stores are read in place by one query per row, and as they are while full."""
         (b, s, heads, _), length = q.shape, step.batch.end
-        k, v = layer.k, layer.v
         options: dict[str, Any] = {}
         if s > 1:
-            k, v = k[:, :length].contiguous(), v[:, :length].contiguous()
+            found = layer.read((slice(None), slice(length)))
+            k, v = (x.to(q.dtype).contiguous() for x in found)
         else:
+            k, v = layer.k, layer.v
             options["actual_seq_lengths_kv"] = [length] * b
+            options |= self._scales(layer, is_paged=False)
         if step.mask is not None:
             options["atten_mask"] = step.mask
         elif s > 1:
@@ -257,9 +266,52 @@ class A2SmallBlocks(A2Attention):
     def _prefill_rows(
         self, step: NpuPagedStep, layer: LayerCache, q: Tensor, rows: _Rows, heads: int
     ) -> Tensor:
-        k, v = step.gather(layer, rows.first)
-        k, v = k.flatten(1)[None].contiguous(), v.flatten(1)[None].contiguous()
+        found = step.gather(layer, rows.first)
+        k, v = (x.to(q.dtype).flatten(1)[None].contiguous() for x in found)
         return self._fia(q, k, v, heads, step.scale, atten_mask=self.triangle, sparse_mode=3)
+
+
+class A2Int8Attention(A2SmallBlocks):
+    """An int8 cache with a scale for each token and head.
+
+    The operator reads int8 only with one query per row, so the keys of a prompt are gathered and
+    dequantized first. It wants scales as [N, H, P] of pages (antiquant mode 5), and as [B, H, P]
+    of the flash path's rows (mode 3).
+
+    Source: op-plugin, npu_fused_infer_attention_score (key_antiquant_mode, PageAttention) and
+    npu_dynamic_quant.
+    """
+
+    operator = "npu_fused_infer_attention_score, BSH, int8 keys and values, dequantized for prompts"
+
+    def _zeros(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """K and V as they are called; scales in the operator's order, transposed."""
+        if len(size) == 4:
+            return super()._zeros(size, dtype)
+        n, p, h = size
+        return super()._zeros((n, h, p), dtype).transpose(1, 2)
+
+    def store(self, step: NpuPagedStep, layer: LayerCache, k: Tensor, v: Tensor) -> None:
+        """Round both in one call, then write values and scales."""
+        assert isinstance(layer, Int8Cache)
+        values, scales = self.ops.npu_dynamic_quant(torch.stack((k, v)))  # [2, T, H, D], [2, T, H]
+        self.ops.npu_scatter_pa_kv_cache(
+            values[0], values[1], layer.k, layer.v, step.batch.slot_mapping, cache_mode="Norm"
+        )
+        for cache, new in ((layer.k_scale, scales[0]), (layer.v_scale, scales[1])):
+            rows = cache.transpose(1, 2).view(-1, 1)
+            self.ops.npu_scatter_nd_update_(rows, step.scale_slots, new.reshape(-1, 1))
+
+    def _scales(self, layer: LayerCache, *, is_paged: bool) -> dict[str, Any]:
+        """See `A2Attention`."""
+        assert isinstance(layer, Int8Cache)
+        mode = 5 if is_paged else 3
+        return {
+            "key_antiquant_scale": layer.k_scale.transpose(1, 2),
+            "value_antiquant_scale": layer.v_scale.transpose(1, 2),
+            "key_antiquant_mode": mode,
+            "value_antiquant_mode": mode,
+        }
 
 
 class DuoAttention(PlainAttention):
@@ -392,7 +444,7 @@ class DuoAtbAttention(DuoAttention):
 
     operator = "ATB paged attention, NZ"
 
-    def allocate(self, shape: CacheShape, dtype: torch.dtype) -> LayerCache:
+    def allocate(self, shape: CacheShape, kv_format: KVFormat) -> LayerCache:
         """NZ caches [N, W / 16, P, 16]."""
 
         def empty() -> Tensor:
@@ -403,14 +455,14 @@ class DuoAtbAttention(DuoAttention):
                     shape.block_size,
                     16,
                 ),
-                dtype=dtype,
+                dtype=kv_format.dtype,
                 device=self.device,
                 acl_format=ACL_FORMAT_NZ,
             )
             assert isinstance(cache, Tensor)
             return cache
 
-        return LayerCache(empty(), empty())
+        return FloatCache(empty(), empty())
 
     def make_plan(self, batch: ForwardBatch) -> _AtbPlan:
         """Lengths and masks of the prompt chunks."""
@@ -552,6 +604,38 @@ def padded_lens(lens: list[int]) -> tuple[Tensor, int]:
 
 
 # -- the table -----------------------------------------------------------------------------------
+
+
+def check_int8(is_310p: bool, head_dim: int) -> None:
+    """Raise ConfigError where no operator reads an int8 cache."""
+    remedy = "use kv_cache_dtype auto"
+    if is_310p:
+        raise ConfigError(
+            "[engine] kv_cache_dtype is int8, but the attention operators of a 300I DUO take "
+            f"scales that were fixed beforehand, one for each channel, or no int8 at all; {remedy}"
+        )
+    if head_dim % 32 or head_dim > MAX_HEAD_DIM:
+        raise ConfigError(
+            f"[engine] kv_cache_dtype is int8, but the model's head_dim is {head_dim}; the "
+            f"attention operator reads int8 for multiples of 32 up to {MAX_HEAD_DIM}; {remedy}"
+        )
+
+
+def choose_int8_attention(
+    is_310p: bool, head_dim: int, block_size: int
+) -> tuple[type[PlainAttention], str]:
+    """`choose_attention` for an int8 cache.
+
+    Raises:
+        ConfigError: no operator takes the shapes.
+    """
+    check_int8(is_310p, head_dim)
+    if block_size % 32:
+        raise ConfigError(
+            f"[engine] block_size is {block_size}; with an int8 KV cache it must be a multiple of "
+            "32 on an NPU, best 128"
+        )
+    return A2Int8Attention, f"antiquant modes 3 and 5 take head_dim {head_dim}"
 
 
 def choose_attention(

@@ -16,7 +16,9 @@ from gptneox.config.environment import Environment
 from gptneox.config.errors import ConfigError
 from gptneox.config.settings import parse_device_ids
 from gptneox.devices import binding
+from gptneox.devices.cache import Int8KV, KVFormat
 from gptneox.devices.device import Device, Finding, Memory
+from gptneox.devices.npu.attention import check_int8
 from gptneox.devices.npu.operators import NpuOperators
 from gptneox.devices.npu.setup import (
     NNAL_SCRIPT,
@@ -191,6 +193,11 @@ class NpuDevice(Device):
         if file_dtype in allowed:
             return getattr(torch, file_dtype), ""
         return torch.float16, f"{file_dtype} weights run in float16 on {self.describe()}"
+
+    def check_kv_format(self, kv_format: KVFormat, head_dim: int) -> None:
+        """See `Device`."""
+        if isinstance(kv_format, Int8KV):
+            check_int8(self.is_310p, head_dim)
 
     def diagnose(self) -> list[Finding]:
         """Versions, devices and their memory."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptneox.config.errors import ConfigError
-from gptneox.devices.cache import CacheShape, FloatKV, KVFormat, LayerCache
+from gptneox.devices.cache import CacheShape, FloatKV, Int8KV, KVFormat, LayerCache
 from gptneox.devices.device import Finding
 from gptneox.devices.graphs import MAX_PADDING, DecodeGraphs
 from gptneox.devices.npu.attention import (
@@ -23,12 +23,15 @@ from gptneox.devices.npu.attention import (
     A2Attention,
     PlainAttention,
     choose_attention,
+    choose_int8_attention,
 )
 from gptneox.devices.npu.steps import NpuPaddedStep, NpuPagedStep
 from gptneox.devices.operators import (
     ChosenOperator,
+    FourProducts,
     LayerWeights,
     Operators,
+    PackedInt8,
     PackedLayer,
     PackedLinear,
 )
@@ -40,6 +43,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_GRAPH_ROWS = 128  # of a captured step
+# npu_weight_quant_batchmatmul takes at most this many inputs and outputs.
+MAX_QUANT_SIZE = 65535
+
+
+@dataclass
+class NpuInt8(PackedInt8):
+    """int8 [F, K], passed transposed, and scales [F] in the dtype of x.
+
+    `factor` [F] lifts the outputs of rows whose scale the dtype cannot hold to full accuracy; None
+    where there are none. The bias is then added behind it.
+    """
+
+    factor: Tensor | None = None
 
 
 @dataclass
@@ -69,13 +85,11 @@ class NpuOperators(Operators):
         self._head_dim, self._rotary_dim = head_dim, rotary_dim
 
     def operator_table(
-        self, head_dim: int, rotary_dim: int, block_size: int = 128
+        self, head_dim: int, rotary_dim: int, block_size: int, kv_format: KVFormat
     ) -> list[ChosenOperator]:
         """Every operator of a layer that this chip gives a choice of, with the reason."""
-        paged, paged_reason = choose_attention(
-            self.device.is_310p, self.device.has_atb, head_dim, block_size
-        )
-        dense, dense_reason = self._choose_dense(head_dim)
+        paged, paged_reason = self._choose_paged(head_dim, block_size, kv_format)
+        dense, dense_reason = self._choose_dense(head_dim, kv_format)
         rotary = ChosenOperator(
             "rotary", "npu_rotary_mul", f"{rotary_dim} of {head_dim} dimensions are rotated"
         )
@@ -91,7 +105,14 @@ class NpuOperators(Operators):
             rotary,
             ChosenOperator("gelu", "npu_gelu", "F.gelu is the tanh form whatever it is asked for"),
             ChosenOperator(
-                "layer", "two products", "with a parallel residual; four with a serial one"
+                "layer",
+                "two products",
+                "with a parallel residual and float weights; four with others",
+            ),
+            ChosenOperator(
+                "W8A16 weights",
+                "npu_weight_quant_batchmatmul",
+                "int8 [F, K] in ND; the scales are in the dtype of the activations",
             ),
             ChosenOperator(
                 "decode steps",
@@ -103,16 +124,23 @@ class NpuOperators(Operators):
             weights,
         ]
 
-    def _choose_dense(self, head_dim: int) -> tuple[type[PlainAttention], str]:
-        """For the flash path, which has no blocks: with a block size that sets no limit."""
-        return choose_attention(
-            self.device.is_310p, self.device.has_atb, head_dim, 16 if self.device.is_310p else 128
-        )
+    def _choose_paged(
+        self, head_dim: int, block_size: int, kv_format: KVFormat
+    ) -> tuple[type[PlainAttention], str]:
+        if isinstance(kv_format, Int8KV):
+            return choose_int8_attention(self.device.is_310p, head_dim, block_size)
+        return choose_attention(self.device.is_310p, self.device.has_atb, head_dim, block_size)
 
-    def describe_operators(self, head_dim: int, rotary_dim: int, block_size: int) -> list[Finding]:
+    def _choose_dense(self, head_dim: int, kv_format: KVFormat) -> tuple[type[PlainAttention], str]:
+        """For the flash path, which has no blocks: with a block size that sets no limit."""
+        return self._choose_paged(head_dim, 16 if self.device.is_310p else 128, kv_format)
+
+    def describe_operators(
+        self, head_dim: int, rotary_dim: int, block_size: int, kv_format: KVFormat
+    ) -> list[Finding]:
         """The operator table of a model."""
         try:
-            table = self.operator_table(head_dim, rotary_dim, block_size)
+            table = self.operator_table(head_dim, rotary_dim, block_size, kv_format)
         except ConfigError as error:
             return [Finding(False, "operators", str(error))]
         return [Finding(True, c.part, f"{c.operator} ({c.reason})") for c in table]
@@ -132,6 +160,47 @@ class NpuOperators(Operators):
         if not self.device.is_310p or packed.bias is None:
             return super().linear(x, packed)
         return F.linear(x, packed.weight).add_(packed.bias)
+
+    def pack_int8(
+        self, values: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> PackedLinear:
+        """int8 [F, K] as it is: the operator's NZ form is for graphs of another kind.
+
+        Scales that are subnormal in `dtype` would lose accuracy, or be flushed to zero: the
+        operator gets the smallest normal number instead, and the rest is a factor of the output.
+
+        Raises:
+            ConfigError: the operator does not take a matrix of this size.
+        """
+        out_features, in_features = values.shape
+        if max(out_features, in_features) > MAX_QUANT_SIZE:
+            raise ConfigError(
+                f"npu_weight_quant_batchmatmul takes at most {MAX_QUANT_SIZE} inputs and outputs; "
+                f"a weight is [{out_features}, {in_features}]: quantize again with this layer in "
+                "--disable_names, or use more ranks"
+            )
+        factor, lifted = None, scale.clamp_min(torch.finfo(dtype).tiny)
+        if ((scale != lifted) & (scale != 0)).any():
+            factor, scale = (scale / lifted).to(dtype), lifted
+        # The operator adds a bias of fp32 to bf16 products.
+        if bias is not None and factor is None and dtype == torch.bfloat16:
+            bias = bias.float()
+        return NpuInt8(
+            values.contiguous(), bias, in_features, out_features, scale.to(dtype), factor
+        )
+
+    def linear_int8(self, x: Tensor, packed: PackedInt8) -> Tensor:
+        """By npu_weight_quant_batchmatmul, which adds its offset: symmetric weights have none.
+
+        Source: op-plugin, npu_weight_quant_batchmatmul, per channel with a transposed weight.
+        """
+        assert isinstance(packed, NpuInt8)
+        weight, bias = packed.weight.t(), packed.bias
+        product = functools.partial(self.torch_npu.npu_weight_quant_batchmatmul, x, weight)
+        if packed.factor is None:
+            return product(packed.scale, bias=bias)
+        y = product(packed.scale).mul_(packed.factor)
+        return y if bias is None else y.add_(bias)
 
     def activation(self, name: str) -> Callable[[Tensor], Tensor]:
         """F.gelu is always the tanh form on an NPU."""
@@ -157,11 +226,16 @@ class NpuOperators(Operators):
     def layer_front(self, x: Tensor, packed: PackedLayer) -> tuple[Tensor, Tensor]:
         """Qkv as [T, H, 3, D]; the blocks of q, k and v are not copied here."""
         assert isinstance(packed, NpuLayer)
+        if isinstance(packed.front, FourProducts):
+            qkv, mlp = super().layer_front(x, packed)
+            return self._split_heads(qkv, packed), mlp
         x = F.layer_norm(x, x.shape[-1:], packed.scale, packed.shift, packed.eps)
         y = self.linear(x, packed.front)
         n = packed.qkv_width
-        qkv = y[:, :n].view(len(y), 3, -1, packed.head_dim).transpose(1, 2)
-        return qkv, packed.activation(y[:, n:])
+        return self._split_heads(y[:, :n], packed), packed.activation(y[:, n:])
+
+    def _split_heads(self, qkv: Tensor, packed: NpuLayer) -> Tensor:
+        return qkv.view(len(qkv), 3, -1, packed.head_dim).transpose(1, 2)
 
     def _rotates_whole_heads(self, head_dim: int) -> bool:
         """Whether q and k of fused layers lie in `head_order`: npu_rotary_mul then takes them as
@@ -217,25 +291,30 @@ class NpuOperators(Operators):
             ConfigError: no operator takes the block size.
             RuntimeError: not enough memory.
         """
-        assert isinstance(kv_format, FloatKV), "the operators read floating-point keys and values"
         self._use(
-            "paged attention",
-            *choose_attention(
-                self.device.is_310p, self.device.has_atb, shape.head_dim, shape.block_size
-            ),
+            "paged attention", *self._choose_paged(shape.head_dim, shape.block_size, kv_format)
         )
         self._cache_shape = shape
         if not self._why_no_graphs():
             num_padding = -(-MAX_PADDING // shape.block_size)
             shape = shape._replace(num_blocks=shape.num_blocks + num_padding)
         try:
-            return self.attention_for(shape.head_dim).allocate(shape, kv_format.dtype)
+            assert self._attention is not None
+            return self._attention.allocate(shape, kv_format)
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
                 f"not enough NPU memory for the KV cache: {kv_format.layer_gib(shape):.2f} GiB per "
                 f"layer asked, {self.device.memory().free / 2**30:.2f} GiB free; lower "
                 "--num_blocks or --memory_fraction"
             ) from error
+
+    def allocate_rows(self, shape: CacheShape, kv_format: KVFormat) -> LayerCache:
+        """For the flash path: ND, with the scales of an int8 cache as its operators want them."""
+        self._use("flash attention", *self._choose_dense(shape.head_dim, kv_format))
+        if isinstance(kv_format, Int8KV):
+            assert self._attention is not None
+            return self._attention.allocate(shape, kv_format)
+        return super().allocate_rows(shape, kv_format)
 
     def _use(self, what: str, kind: type[PlainAttention], reason: str) -> None:
         """Attention by operators of `kind`, which is said once."""
@@ -248,7 +327,8 @@ class NpuOperators(Operators):
     def attention_for(self, head_dim: int) -> PlainAttention:
         """The operators that the cache was allocated for; on the flash path those of the heads."""
         if self._attention is None:
-            self._use("flash attention", *self._choose_dense(head_dim))
+            kv_format = FloatKV(torch.float16)
+            self._use("flash attention", *self._choose_dense(head_dim, kv_format))
         assert self._attention is not None
         return self._attention
 

@@ -118,9 +118,36 @@ def mask_of_row(mask: Tensor | None, row: int, s: int, length: int) -> Tensor | 
     return ~masks[min(row, len(masks) - 1), :s, :length].bool()
 
 
+def check_antiquant(given: Given, rows: int, s: int, num_heads: int, head_dim: int) -> None:
+    """Int8 keys and values with a scale for each token and head."""
+    check_floats(given, "query")
+    for name in ("key", "value"):
+        need(given[name].dtype == torch.int8 and given[name].is_contiguous(), f"{name}: int8")
+    need(head_dim % 32 == 0, f"int8 keys: head dim {head_dim} is no multiple of 32")
+    is_paged = given.get("block_table") is not None
+    need(s == 1, "int8 keys of this mode: one query per row")
+    expected = 5 if is_paged else 3
+    for name in ("key", "value"):
+        mode, scale = given.get(f"{name}_antiquant_mode", 0), given[f"{name}_antiquant_scale"]
+        need(mode == expected, f"{name}_antiquant_mode {mode}: {expected} is the one for this")
+        need(scale.dtype == torch.float32, f"{name}_antiquant_scale: fp32")
+        need(on_device(scale) and scale.is_contiguous(), f"{name}_antiquant_scale: contiguous")
+        blocks, size = given[name].shape[:2]
+        need(tuple(scale.shape) == (blocks, num_heads, size), f"{name}_antiquant_scale: [N, H, P]")
+    if is_paged:
+        need(given["block_size"] % 32 == 0, "int8 pages: block_size is no multiple of 32")
+
+
+def dequantized(x: Tensor, scale: Tensor, num_heads: int) -> Tensor:
+    """x [N, P, H * D] int8, scale [N, H, P]: fp32 [N, P, H * D]."""
+    heads = x.float().unflatten(-1, (num_heads, -1))
+    return (heads * scale.transpose(1, 2).unsqueeze(-1)).flatten(2)
+
+
 def check_fia(given: Given, layout: str, head_dim: int) -> None:
     need(not is_310p(), "FusedInferAttentionScore is not built for Ascend310P")
-    check_floats(given, "query", "key", "value")
+    if given.get("key_antiquant_scale") is None:
+        check_floats(given, "query", "key", "value")
     need(
         layout != "TND" or head_dim in (64, 128, 192),
         f"FusedInferAttentionScore TND: queryD({head_dim}) must be 192, 128 or 64",
@@ -164,12 +191,16 @@ def fused_infer_attention_score(
     actual_seq_lengths: Sequence[int] | None = None,
     actual_seq_lengths_kv: Sequence[int] | None = None,
     block_table: Tensor | None = None,
+    key_antiquant_scale: Tensor | None = None,
+    value_antiquant_scale: Tensor | None = None,
     num_heads: int = 1,
     scale: float = 1.0,
     input_layout: str = "BSH",
     num_key_value_heads: int = 0,
     sparse_mode: int = 0,
     block_size: int = 0,
+    key_antiquant_mode: int = 0,
+    value_antiquant_mode: int = 0,
     workspace: Tensor | None = None,
     out: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -177,6 +208,11 @@ def fused_infer_attention_score(
     check_fia(given, input_layout, head_dim)
     q = split_heads(query, input_layout, num_heads)
     rows, s = q.shape[:2]
+    if key_antiquant_scale is not None:
+        need(value_antiquant_scale is not None, "scales of keys and values come together")
+        check_antiquant(given, rows, s, num_heads, head_dim)
+        key = dequantized(key, key_antiquant_scale, num_heads)
+        value = dequantized(value, value_antiquant_scale, num_heads)
     if block_table is not None:
         check_fia_paged(given, s, rows)
     else:
@@ -457,7 +493,12 @@ def scatter_pa_kv_cache(
     cache_mode: str = "PA_NZ",
 ) -> None:
     need(not is_310p(), "npu_scatter_pa_kv_cache: Atlas A2 and A3 only")
-    check_floats(given, "key", "value", "key_cache", "value_cache")
+    names = ("key", "value", "key_cache", "value_cache")
+    if key.dtype == torch.int8:
+        need(all(given[n].dtype == torch.int8 for n in names), "int8 goes to an int8 cache")
+        need(all(given[n].is_contiguous() for n in names), "int8: contiguous")
+    else:
+        check_floats(given, *names)
     need(
         cache_mode == "Norm",
         f"npu_scatter_pa_kv_cache: cache_mode {cache_mode} takes an NZ cache; an ND one needs Norm",
@@ -472,7 +513,12 @@ def scatter_pa_kv_cache(
 
 @reference("npu::npu_scatter_nd_update_")
 def scatter_nd_update_(given: Given, input: Tensor, indices: Tensor, updates: Tensor) -> Tensor:  # noqa: A002
-    check_floats(given, "input", "updates")
+    if input.dtype == torch.float32:
+        need(not is_310p(), "npu_scatter_nd_update_ in fp32: Atlas A2 and A3 only")
+        need(updates.dtype == torch.float32, "input and updates have one dtype")
+        need(all(given[n].is_contiguous() for n in ("input", "updates")), "fp32: contiguous")
+    else:
+        check_floats(given, "input", "updates")
     need(indices.dtype in (torch.int32, torch.int64), "indices: int32 or int64")
     input[tuple(indices.long().unbind(-1))] = updates
     return input
@@ -499,6 +545,52 @@ def rotary_mul(
     first, second = input.float().chunk(2, -1)
     turned = torch.cat((-second, first), -1)
     return (input.float() * r1.float() + turned * r2.float()).to(input.dtype)
+
+
+@reference("npu::npu_dynamic_quant")
+def dynamic_quant(given: Given, input: Tensor) -> tuple[Tensor, Tensor]:  # noqa: A002
+    """One scale per row, max|x| / 127. What a row of zeros becomes is not documented: its scale of
+    0 hides whatever stands there, which is planted here."""
+    need(not is_310p(), "npu_dynamic_quant: Atlas A2 and A3 only")
+    need(given["input"].dtype in (torch.float16, torch.bfloat16), "input: half precision")
+    wide = input.float()
+    scale = wide.abs().amax(-1) / 127
+    values = torch.nan_to_num((wide / scale.unsqueeze(-1)).round(), 77.0, 77.0, 77.0)
+    return values.to(torch.int8), scale
+
+
+@reference("npu::npu_weight_quant_batchmatmul")
+def weight_quant_batchmatmul(
+    given: Given,
+    x: Tensor,
+    weight: Tensor,
+    antiquant_scale: Tensor,
+    antiquant_offset: Tensor | None = None,
+    quant_scale: Tensor | None = None,
+    quant_offset: Tensor | None = None,
+    bias: Tensor | None = None,
+    antiquant_group_size: int = 0,
+    inner_precise: int = 0,
+    weight_dtype: int | None = None,
+) -> Tensor:
+    """Of weights of eight bits, one scale for each column of `weight` [K, N]."""
+    check_floats(given, "x", "antiquant_scale")
+    need(weight.dtype == torch.int8, "weight: int8")
+    k, n = weight.shape
+    need(max(k, n) <= 65535, "K and N are at most 65535")
+    need(given["weight"].t().is_contiguous(), "weight: the transposed view of a contiguous [N, K]")
+    need(storage_format(given["weight"]) == 2, "weight: ND; NZ is for graph mode")
+    need(x.shape == (x.shape[0], k) and antiquant_scale.shape == (n,), "x [M, K], scale [N]")
+    need(antiquant_offset is None and quant_scale is None, "emulated: symmetric, float output")
+    need(antiquant_group_size == 0 and inner_precise == 0, "emulated: one scale for each column")
+    normal = antiquant_scale == 0
+    normal |= antiquant_scale >= torch.finfo(antiquant_scale.dtype).tiny
+    need(bool(normal.all()), "subnormal scales may be flushed to zero")
+    if bias is not None:
+        wide = torch.float32 if x.dtype == torch.bfloat16 else torch.float16
+        need(bias.dtype == wide and bias.shape == (n,), f"bias: {wide} [N]")
+    out = x.float() @ (weight.float() * antiquant_scale.float())
+    return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
 @reference("npu::npu_gelu")

@@ -52,10 +52,15 @@ def a2(chip):
 
 
 @pytest.mark.parametrize(
-    ("name", "block_size"), [("gpt-neox-20b", 128), ("redpajama-incite-3b", 16)]
+    ("name", "block_size", "cache"),
+    [
+        ("gpt-neox-20b", 128, "auto"),
+        ("redpajama-incite-3b", 16, "auto"),
+        ("gpt-neox-20b", 128, "int8"),
+    ],
 )
-def test_replays_answer_as_steps_do(a2, make_engine, name, block_size):
-    settings = SETTINGS | {"block_size": block_size}
+def test_replays_answer_as_steps_do(a2, make_engine, name, block_size, cache):
+    settings = SETTINGS | {"block_size": block_size, "kv_cache_dtype": cache}
     if block_size == 16:
         settings["num_blocks"] = 60
     expected = answers(make_engine("off", name, **settings))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gptneox.config.errors import ConfigError
+from gptneox.devices.cache import CacheShape, FloatKV, Int8KV
 from gptneox.devices.npu.attention import DuoAtbAttention
 
 emulator = pytest.importorskip("emulator.operators", reason="a real device has its own limits")
@@ -174,11 +176,60 @@ def test_gelu_of_torch_is_always_tanh(npu):
 @pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("block_size", [16, 64, 128, 256])
 def test_table_has_an_operator_for_every_shape(npu, head_dim, block_size):
-    table = npu.operators().operator_table(head_dim, 8, block_size)
+    kv_format = FloatKV(HALF)
+    table = npu.operators().operator_table(head_dim, 8, block_size, kv_format)
     assert all(c.operator and c.reason for c in table)
     assert "torch matmul" not in table[0].operator
     with pytest.raises(ValueError, match="multiple of 16"):
-        npu.operators().operator_table(head_dim, 8, 24)
+        npu.operators().operator_table(head_dim, 8, 24, kv_format)
+
+
+@pytest.mark.parametrize("head_dim", [32, 48, 64, 80, 96, 128, 256])
+def test_int8_caches_are_served_or_refused(npu, chip, head_dim):
+    """By name, with the reason, before weights are read as when the cache is made."""
+    ops, kv_format = npu.operators(), Int8KV(HALF)
+    if chip != "A2" or head_dim % 32:
+        word = f"head_dim is {head_dim}" if chip == "A2" else "300I DUO take scales"
+        for call in (
+            lambda: npu.check_kv_format(kv_format, head_dim),
+            lambda: ops.allocate_kv_cache(CacheShape(2, 128, 2, head_dim), kv_format),
+            lambda: ops.allocate_rows(CacheShape(2, 40, 2, head_dim), kv_format),
+        ):
+            with pytest.raises(ConfigError, match=f"kv_cache_dtype is int8, .*{word}.*use kv"):
+                call()
+        (finding,) = ops.describe_operators(head_dim, 8, 128, kv_format)
+        assert finding.ok is False
+        return
+    npu.check_kv_format(kv_format, head_dim)
+    assert "int8" in ops.operator_table(head_dim, 8, 128, kv_format)[0].operator
+    layer = ops.allocate_kv_cache(CacheShape(3, 64, 2, head_dim), kv_format)
+    assert [tuple(t.shape) for t in layer[1:3]] == [(3, 64, 2, head_dim), (3, 64, 2)]
+    assert sum(t.untyped_storage().nbytes() for t in layer) >= (
+        3 * 64 * kv_format.bytes_per_token(2, head_dim)
+    )
+    with pytest.raises(ConfigError, match="multiple of 32 on an NPU"):
+        ops.allocate_kv_cache(CacheShape(2, 16, 2, head_dim), kv_format)
+
+
+def test_int8_pages_take_one_query_and_their_mode(a2, npu, ops, x):
+    def call(s=1, mode=5, block_size=BLOCK, dtype=torch.float32, heads=HEADS):
+        cache = x(2, block_size, HEADS * D).to(torch.int8)
+        scale = x(2, heads, block_size, dtype=dtype)
+        options = {"block_table": x(1, 1, dtype=torch.int32), "block_size": block_size}
+        options |= {f"{n}_antiquant_scale": scale for n in ("key", "value")}
+        options |= {f"{n}_antiquant_mode": mode for n in ("key", "value")}
+        fia(ops, x(1, s, HEADS * D), cache, actual_seq_lengths_kv=[7], **options)
+
+    call()
+    for wrong, text in (
+        ({"s": 4}, "one query per row"),
+        ({"mode": 3}, "5 is the one"),
+        ({"block_size": 16}, "multiple of 32"),
+        ({"dtype": HALF}, "fp32"),
+        ({"heads": 1}, r"\[N, H, P\]"),
+    ):
+        with limit(text):
+            call(**wrong)
 
 
 def test_lccl(npu, chip):

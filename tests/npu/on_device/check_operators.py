@@ -57,15 +57,22 @@ ATTENTION = {
 }
 
 
-def make_engine(name, npu, tmp_path_factory):
+def make_engine(name, npu, tmp_path_factory, **settings):
     directory = tmp_path_factory.mktemp("operators") / "checkpoint"
     checkpoints.write_checkpoint(directory, checkpoints.FAMILY[name], dtype=torch.float16)
-    return checkpoints.load_engine(directory, npu, "auto", num_blocks=2)
+    return checkpoints.load_engine(directory, npu, "auto", num_blocks=2, **settings)
 
 
 @pytest.fixture(scope="module")
 def engine(npu, tmp_path_factory):
     return make_engine("gpt-neox-20b", npu, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def int8_engine(npu, chip, tmp_path_factory):
+    if chip != "A2":
+        pytest.skip("of an A2")
+    return make_engine("gpt-neox-20b", npu, tmp_path_factory, kv_cache_dtype="int8")
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +123,21 @@ def test_kernels_of_a_layer_decoding_one_sequence(engine, chip, trace):
     assert count == {"A2": 9, "DUO": 15, "DUO without ATB": 16}[chip]
 
 
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_kernels_of_a_layer_with_an_int8_cache(int8_engine, chip, trace, step):
+    """Keys and values are rounded in one launch; a decode step dequantizes nothing itself."""
+    store = "Stack DynamicQuantV2 ScatterPaKvCache ScatterNdUpdate ScatterNdUpdate"
+    layer = LAYER[chip].replace("ScatterPaKvCache", store)
+    found = kernels_of_layer(int8_engine, trace, *STEPS[step])
+    found = [k.removeprefix("aclnn") for k in found]
+    if step == "decode":
+        assert found == layer.replace("attention", ATTENTION[chip, step]).split()
+    else:  # each prompt by itself, its keys gathered and multiplied by their scales
+        start = layer.split().index("attention")
+        assert found[:start] == layer.split()[:start]
+        assert found.count(ATTENTION[chip, "decode"]) == len(STEPS[step][1])
+
+
 def test_kernels_of_a_serial_layer(serial_engine, chip, trace):
     check_kernels(serial_engine, trace, SERIAL[chip], ATTENTION[chip, "decode"], STEPS["decode"])
 
@@ -139,8 +161,10 @@ def shapes(value):
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_shape_rules_agree(engine, chip, step):
+@pytest.mark.parametrize("cache", ["float", "int8"])
+def test_shape_rules_agree(request, chip, step, cache):
     """Every call again on FakeTensors: the meta kernels check what the host kernels leave out."""
+    engine = request.getfixturevalue("engine" if cache == "float" else "int8_engine")
     tokens = Sequences(engine, checkpoints.prompts([64, 64], 288))
     before, counts = STEPS[step]
     if before:

@@ -15,6 +15,7 @@ import torch
 from steps import BLOCK, Sequences
 from support import checkpoints
 
+from gptneox.devices.cpu.device import CpuDevice
 from gptneox.engine.sequence import SamplingParams
 
 DTYPE = torch.float16
@@ -124,6 +125,72 @@ def test_bf16_on_a2(npu, chip, tmp_path):
         for _ in range(3):
             tokens.step([1] * len(lengths))
         compare(tokens, SimpleNamespace(hf=model, half=half))
+
+
+def test_int8_caches_cost_what_rounding_costs(npu, chip, tmp_path):
+    """Against Hugging Face in fp32: no more than the same rounding costs in plain torch.
+
+    1.25 is the rounding of the keys to fp16 before, which moves some of them to the next step.
+    """
+    if chip != "A2":
+        pytest.skip("refused elsewhere")
+    config = checkpoints.FAMILY["gpt-neox-20b"] | {"max_position_embeddings": 320}
+    model = checkpoints.write_checkpoint(tmp_path, config, dtype=DTYPE)
+    lengths = (1, 17, 127, 140)
+    ids = checkpoints.prompts([n + 24 for n in lengths], config["vocab_size"])
+    errors = []
+    for device, dtype in ((npu, "auto"), (CpuDevice(), "float32")):
+        engine = checkpoints.load_engine(
+            tmp_path, device, dtype, num_blocks=2, kv_cache_dtype="int8"
+        )
+        tokens = Sequences(engine, ids)
+        for counts in (lengths, [1] * 4, [1, 20, 1, 9], [1] * 4):
+            tokens.step(counts)
+        exact = [
+            model(torch.tensor([i[:n]])).logits[0] for i, n in zip(ids, tokens.done, strict=True)
+        ]
+        ours = [torch.cat(rows) for rows in tokens.logits]
+        errors.append(torch.cat([(a - b).flatten() for a, b in zip(ours, exact, strict=True)]))
+    on_npu, plain = (e.square().mean().sqrt().item() for e in errors)
+    assert plain > 0
+    assert on_npu <= 1.25 * plain, (on_npu, plain)
+
+
+def test_int8_caches_on_the_flash_path(npu, chip, tmp_path):
+    """The same answers as the paged path, with padding and without."""
+    from gptneox.adapter import GPTNeoXForCausalLM
+
+    if chip != "A2":
+        pytest.skip("refused elsewhere")
+    config = checkpoints.FAMILY["gpt-neox-20b"]
+    checkpoints.write_checkpoint(tmp_path, config, dtype=DTYPE)
+    engine = checkpoints.load_engine(tmp_path, npu, "auto", num_blocks=4, kv_cache_dtype="int8")
+    model = GPTNeoXForCausalLM.from_pretrained(
+        str(tmp_path), device_map="npu", kv_cache_dtype="int8"
+    )
+    for lengths in ((20, 20), (5, 33)):
+        ids = checkpoints.prompts([n + 3 for n in lengths], config["vocab_size"])
+        tokens = Sequences(engine, ids)
+        for counts in (lengths, (1, 1), (1, 1)):
+            tokens.step(counts)
+        longest, cache, parts = max(lengths), model.new_cache(), []
+        mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths])
+        rows = [[0] * (longest - n) + i[:n] for n, i in zip(lengths, ids, strict=True)]
+        steps = [rows, *([[i[n + s]] for n, i in zip(lengths, ids, strict=True)] for s in (0, 1))]
+        for s, tokens_in in enumerate(steps):
+            if s:
+                mask = torch.cat((mask, torch.ones(2, 1, dtype=torch.int64)), 1)
+            out = model(
+                input_ids=torch.tensor(tokens_in).to(npu.torch_device),
+                attention_mask=mask.to(npu.torch_device),
+                past_key_values=cache,
+            )
+            parts.append(out.logits.float().cpu())
+        assert all(layer.k.dtype == torch.int8 for layer in cache.kv.layers)
+        for row, n in enumerate(lengths):
+            ours, theirs = torch.cat(parts, 1)[row, longest - n :], torch.cat(tokens.logits[row])
+            difference = (ours - theirs).abs().max() / theirs.abs().max()
+            assert difference <= 0.02, difference  # two ways through fp16
 
 
 def test_prefix_cache_hit(twin, engine):

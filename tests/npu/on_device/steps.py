@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import torch
 
-from gptneox.devices.cache import FloatKV
 from gptneox.kv_cache import PagedKVCache
 
 BLOCK = 128
@@ -31,7 +30,7 @@ class Sequences:
             BLOCK,
             config.num_heads,
             config.head_dim,
-            FloatKV(engine.dtype),
+            engine.model.size.kv_format,
         )
         engine.runner.cache = self.cache
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 
 from benchmark.workers.worker import Answer, Load, SteppingWorker, serve
-from gptneox.config.settings import EngineSection
+from gptneox.config.settings import EngineSection, merge_section
 from gptneox.devices import select
 from gptneox.devices.device import Device
 from gptneox.engine.paged import PagedEngine
@@ -32,7 +32,10 @@ class Ours(SteppingWorker):
             dtype=load.dtype,
             with_tokenizer=False,
         )
-        return {"dtype": str(self.engine.dtype).removeprefix("torch.")}
+        return {
+            "dtype": str(self.engine.dtype).removeprefix("torch."),
+            "kv_cache_dtype": self.engine.settings.kv_cache_dtype,
+        }
 
     def add(self, prompt: list[int], num_new: int) -> int:
         """See `SteppingWorker`."""
@@ -51,7 +54,7 @@ class Ours(SteppingWorker):
 
 
 def engine_section(load: Load) -> EngineSection:
-    """[engine] with room for every case, all of its rows side by side.
+    """[engine] with room for every case, all of its rows side by side, and what variables set.
 
     Blocks are counted here because the module that could do it loads transformers, whose memory
     would then be this engine's.
@@ -59,14 +62,15 @@ def engine_section(load: Load) -> EngineSection:
     size = EngineSection().block_size
     # One spare block for each row but the first: so many does the scheduler keep.
     blocks = [batch * -(-(p + o) // size) + batch - 1 for batch, p, o in load.cases]
-    return EngineSection(
-        max_batch_size=load.max_batch,
-        max_input_length=max(prompt for _, prompt, _ in load.cases),
-        max_output_length=max(output for _, _, output in load.cases),
-        max_prefill_tokens=load.prefill_tokens,
-        num_blocks=max(blocks),
-        enable_prefix_caching=False,
-    )
+    values = {
+        "max_batch_size": load.max_batch,
+        "max_input_length": max(prompt for _, prompt, _ in load.cases),
+        "max_output_length": max(output for _, _, output in load.cases),
+        "max_prefill_tokens": load.prefill_tokens,
+        "num_blocks": max(blocks),
+        "enable_prefix_caching": False,
+    }
+    return merge_section(EngineSection, values, {})[0]
 
 
 if __name__ == "__main__":

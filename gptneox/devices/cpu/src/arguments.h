@@ -24,6 +24,15 @@ void with_type(at::ScalarType type, Body&& body) {
   }
 }
 
+// As `with_type` for the dtype of a cache or of a weight, which may also be int8_t. Raises TypeError.
+template <typename Body>
+void with_stored_type(at::ScalarType type, Body&& body) {
+  if (type == at::kChar) {
+    return body(int8_t{});
+  }
+  with_type(type, body);
+}
+
 // x [any, width] as contiguous fp32. Raises ValueError.
 inline at::Tensor check_rows(const at::Tensor& x, int64_t width, const char* name) {
   TORCH_CHECK_VALUE(

@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention over a paged KV cache, which is read in place: rotary embedding and cache writes,
 // decode (one new token per sequence) and prefill (prompt chunks). Scores, softmax and sums are
-// fp32 for every cache dtype. Products are fp32 too, except in prefill with a bf16 cache on a
-// processor that has bf16 dot products.
+// fp32 for every cache dtype. Products are fp32 too, except in prefill with a bf16 or int8 cache on
+// a processor that has bf16 dot products.
+//
+// An int8 cache has a scale for each token and head. Keys are multiplied as integers, and the score
+// by the scale of its key; the probability of a token is multiplied by the scale of its value.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -14,21 +17,38 @@
 
 namespace gptneox {
 
-// Keys or values of one layer, [N, P, H, D] with any strides, except that D is contiguous.
+// Whether a cache of type C has scales.
 template <typename C>
-struct Cache {
-  C* data;
-  int64_t block_stride, head_stride, token_stride;
+constexpr bool kScaled = std::is_same_v<C, int8_t>;
 
-  explicit Cache(const at::Tensor& cache)
+// One tensor of a layer's cache, [N, P, H, …] with any strides.
+template <typename C>
+struct TokenRows {
+  C* data = nullptr;
+  int64_t block_stride = 0, head_stride = 0, token_stride = 0;
+
+  TokenRows() = default;
+  explicit TokenRows(const at::Tensor& cache)
       : data(static_cast<C*>(cache.data_ptr())),
         block_stride(cache.stride(0)),
         head_stride(cache.stride(2)),
         token_stride(cache.stride(1)) {}
 
-  // The D values of token `t` of block `b`, head `h`.
+  // What belongs to token `t` of block `b`, head `h`.
   C* row(int64_t b, int64_t h, int64_t t) const {
     return data + b * block_stride + h * head_stride + t * token_stride;
+  }
+};
+
+// Keys or values of one layer: rows of D contiguous values, and their scales where they have them.
+template <typename C>
+struct Cache : TokenRows<C> {
+  TokenRows<float> scales;
+
+  Cache(const at::Tensor& cache, const at::Tensor& scale) : TokenRows<C>(cache) {
+    if (kScaled<C>) {
+      scales = TokenRows<float>(scale);
+    }
   }
 };
 
@@ -42,6 +62,35 @@ struct Step {
   const int32_t* context_lens; // [B]
   const int32_t* starts; // [B] first position that is not padding; null: 0
 };
+
+// A row of int8 values and their scale, by the formulas of `quantize` in cache.py: x [count] is
+// rounded to out, and overwritten. Returns the scale.
+inline float store_quantized(float* x, int64_t count, int8_t* out) {
+  constexpr float kMost = 127, kSmallest = std::numeric_limits<float>::min();
+  Vec top(0.f);
+  int64_t i = 0;
+  for (; i + kVec <= count; i += kVec) {
+    top = at::vec::maximum(top, Vec::loadu(x + i).abs()); // NaN if there is one
+  }
+  float largest = at::vec::vec_reduce_all<float>(
+      [](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, top);
+  for (; i < count; ++i) {
+    const float value = std::abs(x[i]);
+    largest = value > largest || std::isnan(value) ? value : largest;
+  }
+  float scale = largest / kMost;
+  if (!std::isfinite(scale)) { // whoever reads the row gets NaN
+    std::memset(out, 0, count);
+    return std::numeric_limits<float>::quiet_NaN();
+  }
+  if (scale < kSmallest) {
+    scale = 1;
+  }
+  for (i = 0; i < count; ++i) {
+    out[i] = static_cast<int8_t>(std::nearbyint(x[i] / scale));
+  }
+  return scale;
+}
 
 // Round `count` values to the cache's type.
 template <typename C>
@@ -89,6 +138,18 @@ struct NewTokens {
     rotate(step, t, h, 0, scale, out);
   }
 
+  // Write one row of D values, which may be overwritten, to a cache.
+  template <typename C>
+  static void put(
+      float* x, const Step& step, const Cache<C>& cache, int64_t block, int64_t h, int64_t offset) {
+    C* to = cache.row(block, h, offset);
+    if constexpr (kScaled<C>) {
+      *cache.scales.row(block, h, offset) = store_quantized(x, step.head_dim, to);
+    } else {
+      store_rounded(x, step.head_dim, to);
+    }
+  }
+
   // Write rotated key and value of token t, head h, to its slot. `row` is a buffer of D values.
   template <typename C>
   void store(
@@ -97,15 +158,10 @@ struct NewTokens {
     const int64_t block = step.slots[t] / step.block_size;
     const int64_t offset = step.slots[t] % step.block_size;
     rotate(step, t, h, 1, 1.f, row);
-    store_rounded(row, step.head_dim, keys.row(block, h, offset));
+    put(row, step, keys, block, h, offset);
     const X* x = qkv + ((t * step.num_heads + h) * 3 + 2) * step.head_dim;
-    const float* value = row;
-    if constexpr (std::is_same_v<X, float>) {
-      value = x;
-    } else {
-      std::copy(x, x + step.head_dim, row);
-    }
-    store_rounded(value, step.head_dim, values.row(block, h, offset));
+    std::copy(x, x + step.head_dim, row);
+    put(row, step, values, block, h, offset);
   }
 };
 
@@ -120,6 +176,19 @@ inline float total(Lanes x) {
   Vec v;
   std::memcpy(&v, &x, sizeof(v));
   return total(v);
+}
+
+// x[i] *= scale of token i of `count` tokens, the first of which has its scale at `scales`.
+inline void apply_scales(const float* scales, int64_t stride, int64_t count, float* x) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < count; ++i) {
+      x[i] *= scales[i];
+    }
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    x[i] *= scales[i * stride];
+  }
 }
 
 // Prefetch the row about 4 KiB ahead of row `i` of `count`; near the end, the rows of `next`, which
@@ -240,7 +309,8 @@ Kernels<C> kernels_for(int64_t dim) {
 // One part of a running softmax: raise `largest` to the maximum of x, then x = exp(x - largest) in
 // place. Returns the sum, per vector lane. `count` is a multiple of kVec. Masked entries are -inf;
 // this or an earlier part holds a finite one. kRounded: the caller rounds the results to bf16, so a
-// faster exp is exact enough.
+// faster exp is exact enough. On NEON it is right to two units in the last place, and ATen's other
+// exp calls the C library for every element.
 template <bool kRounded = false>
 inline Vec softmax_part(float* x, int64_t count, float& largest) {
   Vec top(largest);
@@ -253,7 +323,7 @@ inline Vec softmax_part(float* x, int64_t count, float& largest) {
   Vec sum(0.f);
   for (int64_t i = 0; i < count; i += kVec) {
     const Vec offset = Vec::loadu(x + i) - shift;
-    const Vec e = kRounded ? offset.exp_u20() : offset.exp();
+    const Vec e = kRounded || GPTNEOX_NEON ? offset.exp_u20() : offset.exp();
     e.store(x + i);
     sum = sum + e;
   }
@@ -283,7 +353,7 @@ void attend_one(
   std::fill(out, out + dim, 0.f);
   largest = kMinusInfinity;
   sum = 0;
-  const auto row_of = [&](const Cache<C>& cache, int64_t position) {
+  const auto row_of = [&](const auto& cache, int64_t position) {
     return cache.row(table[position / step.block_size], head, position % step.block_size);
   };
   for (int64_t position = begin; position < end;) {
@@ -302,12 +372,18 @@ void attend_one(
         p[i] = s;
       }
     }
+    if constexpr (kScaled<C>) {
+      apply_scales(row_of(keys.scales, position), keys.scales.token_stride, count, p);
+    }
     const float previous_max = largest;
     const int64_t padded = round_up(count, kVec);
     std::fill(p + count, p + padded, kMinusInfinity);
     const float part = total(softmax_part(p, padded, largest));
     const float factor = previous_max == largest ? 1.f : std::exp(previous_max - largest);
     sum = sum * factor + part;
+    if constexpr (kScaled<C>) {
+      apply_scales(row_of(values.scales, position), values.scales.token_stride, count, p);
+    }
     if (kernels.values) {
       const C* next = position + count < end ? row_of(keys, position + count) : v;
       kernels.values(p, v, values.token_stride, count, next, factor, out);
@@ -407,16 +483,21 @@ void decode(
 
 // -- prefill: many queries per sequence ----------------------------------------------------------
 
+// How prompts multiply with a cache of type C, if it has dot products.
+template <typename C>
+using PromptFormat = Format<std::conditional_t<kScaled<C>, c10::BFloat16, C>>;
+
 // Attention of a range of queries of a prompt chunk, for one head: row blocks of queries against
 // tiles of keys, with a running softmax. kBlocked: the blocked kernels multiply, not the register
 // tile.
 //
-// With a bf16 cache and bf16 dot products, Q, K, P and V are multiplied in bf16: Q and P (the
-// probabilities, before they are normalised) are rounded to it. Otherwise all four are fp32.
+// With a bf16 or int8 cache and bf16 dot products, Q, K, P and V are multiplied in bf16: Q and P
+// (the probabilities, before they are normalised) are rounded to it; int8 values are exact in it.
+// Otherwise all four are fp32.
 template <typename C, bool kBlocked>
 class PrefillTask {
  public:
-  using F = std::conditional_t<Format<C>::kPerLane == 2, Format<C>, Format<float>>;
+  using F = std::conditional_t<PromptFormat<C>::kPerLane == 2, PromptFormat<C>, Format<float>>;
 
  private:
   using Weight = typename F::Weight;
@@ -436,6 +517,8 @@ class PrefillTask {
         v_(kKeys * padded_),
         s_(kHeight * kKeys),
         p_(kPerLane == 1 ? 0 : kHeight * kKeys),
+        k_scale_(kScaled<C> ? kKeys : 0),
+        v_scale_(kScaled<C> ? kKeys : 0),
         out_(kQueries * padded_),
         largest_(kQueries),
         sum_(kQueries, Vec(0.f)) {}
@@ -469,9 +552,9 @@ class PrefillTask {
     for (int64_t position = start / kKeys * kKeys; position < end; position += kKeys) {
       const int64_t tile_begin = std::max<int64_t>(0, start - position);
       const int64_t tile_end = std::min(kKeys, end - position);
-      load_tile(step, keys, table, head, position, tile_begin, tile_end);
+      load_tile(step, keys, table, head, position, tile_begin, tile_end, k_scale_);
       transpose_keys();
-      load_tile(step, values, table, head, position, tile_begin, tile_end);
+      load_tile(step, values, table, head, position, tile_begin, tile_end, v_scale_);
       interleave_values();
       for (int64_t b = 0; b < q_.num_blocks(); ++b) {
         // Row r of the row block attends to positions [start, visible + r).
@@ -495,7 +578,8 @@ class PrefillTask {
   }
 
   // Copy tokens [begin, end) of the tile at `position` to rows_ [kKeys][padded_]. The others become
-  // zero: an unwritten slot may hold NaN, and a probability of 0 times NaN is NaN.
+  // zero: an unwritten slot may hold NaN, and a probability of 0 times NaN is NaN. Scales go to
+  // `scales` [kKeys].
   void load_tile(
       const Step& step,
       const Cache<C>& cache,
@@ -503,14 +587,21 @@ class PrefillTask {
       int64_t head,
       int64_t position,
       int64_t begin,
-      int64_t end) {
+      int64_t end,
+      std::vector<float>& scales) {
+    std::fill(scales.begin(), scales.end(), 0.f);
     std::fill(rows_.begin(), rows_.begin() + begin * padded_, Weight(0.f));
     for (int64_t i = begin; i < end; ++i) {
       const int64_t p = position + i;
       const C* from = cache.row(table[p / step.block_size], head, p % step.block_size);
       Weight* to = rows_.data() + i * padded_;
+      if constexpr (kScaled<C>) {
+        scales[i] = *cache.scales.row(table[p / step.block_size], head, p % step.block_size);
+      }
       if constexpr (std::is_same_v<Weight, C>) {
         std::memcpy(to, from, dim_ * sizeof(C));
+      } else if constexpr (kPerLane == 2) {
+        widen_exactly(from, to);
       } else {
         int64_t d = 0;
         for (; d + kVec <= dim_; d += kVec) {
@@ -523,6 +614,17 @@ class PrefillTask {
       std::fill(to + dim_, to + padded_, Weight(0.f));
     }
     std::fill(rows_.begin() + end * padded_, rows_.end(), Weight(0.f));
+  }
+
+  // D values of int8 to bf16, which holds them all.
+  void widen_exactly(const C* from, Weight* to) const {
+    int64_t d = 0;
+    for (; d + 2 * kVec <= dim_; d += 2 * kVec) {
+      store_bf16(load(from + d), load(from + d + kVec), to + d);
+    }
+    for (; d < dim_; ++d) {
+      to[d] = static_cast<float>(from[d]);
+    }
   }
 
   // rows_ to k_, in the panel layout with keys as features and D as K. The register tile reads
@@ -558,8 +660,8 @@ class PrefillTask {
     }
   }
 
-#if GPTNEOX_BF16_DOT
   // Put the values of two tokens into one lane each, as the dot-product instruction reads them.
+#if GPTNEOX_BF16_DOT
   static void interleave(const c10::BFloat16* even, const c10::BFloat16* odd, c10::BFloat16* to) {
     for (int64_t j = 0; j < kCols; j += kVec) {
       const auto widened = [j](const c10::BFloat16* p) {
@@ -569,6 +671,14 @@ class PrefillTask {
           to + 2 * j, _mm512_or_si512(widened(even), _mm512_slli_epi32(widened(odd), 16)));
     }
   }
+#elif GPTNEOX_NEON_DOT
+  static void interleave(const c10::BFloat16* even, const c10::BFloat16* odd, c10::BFloat16* to) {
+    static_assert(kCols == 8);
+    const auto bits = [](const c10::BFloat16* p) {
+      return vld1q_u16(reinterpret_cast<const uint16_t*>(p));
+    };
+    vst2q_u16(reinterpret_cast<uint16_t*>(to), {{bits(even), bits(odd)}});
+  }
 #endif
 
   // Add the tile at `position` to the running softmax of row block `b`.
@@ -576,7 +686,9 @@ class PrefillTask {
     const int rows = q_.rows_of(b);
     float* s = s_.data();
     // The last row of the row block attends to this many keys of the tile, the others to fewer.
-    const int64_t num_keys = std::min(kKeys, round_up(visible + rows - 1 - position, kCols));
+    // They are the K of the second product, so they are rounded up to what `tile` unrolls.
+    constexpr int64_t kStep = std::max<int64_t>(kCols, kDepth / 2 * kPerLane);
+    const int64_t num_keys = std::min(kKeys, round_up(visible + rows - 1 - position, kStep));
     if constexpr (kBlocked) {
       block_product<F>(
           rows, q_.block(b), q_.stride(), k_.data(), kKeys, num_keys, q_.k_steps, s, kKeys, false);
@@ -594,11 +706,17 @@ class PrefillTask {
         std::fill(row, row + num_keys, 0.f);
         continue;
       }
+      if constexpr (kScaled<C>) {
+        apply_scales(k_scale_.data(), 1, num_keys, row);
+      }
       std::fill(row, row + low, kMinusInfinity);
       std::fill(row + high, row + num_keys, kMinusInfinity);
       float& largest = largest_[row_index];
       const float previous_max = largest;
       const Vec part = softmax_part<kPerLane == 2>(row, num_keys, largest);
+      if constexpr (kScaled<C>) {
+        apply_scales(v_scale_.data(), 1, num_keys, row);
+      }
       Vec& sum = sum_[row_index];
       if (previous_max == largest) {
         sum = sum + part;
@@ -639,6 +757,7 @@ class PrefillTask {
   RowBlocks<F> q_;
   std::vector<float> s_; // scores of a row block, then their exponentials
   std::vector<Weight> p_; // the exponentials, rounded to bf16
+  std::vector<float> k_scale_, v_scale_; // of a tile, where the cache has scales
   std::vector<float> out_, largest_;
   std::vector<Vec> sum_; // per vector lane
 };

@@ -23,7 +23,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace gptneox;
   using Release = py::call_guard<py::gil_scoped_release>;
   py::class_<Packed, std::shared_ptr<Packed>>(m, "Packed")
-      .def_property_readonly("nbytes", [](const Packed& p) { return p.panels.nbytes(); });
+      .def_property_readonly("nbytes", [](const Packed& p) {
+        return p.panels.nbytes() + (p.scales.defined() ? p.scales.nbytes() : 0);
+      });
   py::class_<Layer, std::shared_ptr<Layer>>(m, "Layer")
       .def(py::init([](std::vector<at::Tensor> norms, std::vector<std::shared_ptr<Packed>> weights,
                        std::vector<std::optional<at::Tensor>> biases, double eps, int activation) {
@@ -55,11 +57,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           py::kw_only(), py::arg("cache"), py::arg("positions"), py::arg("cos"), py::arg("sin"),
           py::arg("slots"), py::arg("block_tables"), py::arg("cu_seqlens"), py::arg("context_lens"),
           py::arg("num_decodes"), py::arg("scale"), py::arg("starts"))
-      .def(
-          "attend", &StepAttention::attend, Release(), py::arg("qkv"), py::arg("k_cache"),
-          py::arg("v_cache"))
+      .def("attend", &StepAttention::attend, Release(), py::arg("qkv"), py::arg("cache"))
       .def("run", &run_layers, Release(), py::arg("x"), py::arg("layers"), py::arg("caches"));
-  m.def("pack", &pack, Release(), py::arg("weight"));
+  m.def(
+      "pack", &pack, Release(), py::arg("weight"), py::arg("scales") = std::optional<at::Tensor>());
   m.def(
       "linear", &linear, Release(), py::arg("x"), py::arg("weight"), py::arg("bias"),
       py::arg("activation"));
@@ -76,9 +77,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("describe", &describe);
   m.def(
       "set_blocked_from",
-      [](int64_t bf16, int64_t fp16, int64_t fp32) { blocked_from = {bf16, fp16, fp32}; },
-      py::arg("bf16"), py::arg("fp16"), py::arg("fp32"));
+      [](int64_t bf16, int64_t fp16, int64_t fp32, int64_t int8) {
+        blocked_from = {bf16, fp16, fp32, int8};
+      },
+      py::arg("bf16"), py::arg("fp16"), py::arg("fp32"), py::arg("int8"));
   m.def("blocked_from", [] {
-    return std::make_tuple(blocked_from.bf16, blocked_from.fp16, blocked_from.fp32);
+    return std::make_tuple(
+        blocked_from.bf16, blocked_from.fp16, blocked_from.fp32, blocked_from.int8);
   });
 }

@@ -5,7 +5,8 @@
 //
 // fp16 weights are multiplied as two bf16 parts: every finite fp16 value is the sum of two bf16
 // values, and so is an fp32 activation to within 2^-16. w x = w_hi x_hi + w_hi x_lo + w_lo x_hi has
-// a relative error of 4e-6 (the product in fp32: 3e-7; activations rounded to fp16: 2e-4).
+// a relative error of 4e-6 (the product in fp32: 3e-7; activations rounded to fp16: 2e-4). Weights
+// of eight bits are bf16 values: w x = w x_hi + w x_lo.
 #pragma once
 
 #include <ATen/native/CPUBlas.h>
@@ -49,12 +50,12 @@ constexpr int64_t kSplitDepth = 256;
 // The smallest number of rows that goes to the blocked kernels, by dtype of the weights. With fewer
 // rows the register tile is faster. blocked.py measures the numbers after loading the library.
 struct BlockedFrom {
-  int64_t bf16 = kNever, fp16 = kNever, fp32 = kNever;
+  int64_t bf16 = kNever, fp16 = kNever, fp32 = kNever, int8 = kNever;
 };
 inline BlockedFrom blocked_from;
 
 // Whether brgemm can read the panels of this format. It multiplies half precision as pairs of bf16,
-// a layout that exists only with bf16 dot products.
+// a layout that exists only with bf16 dot products, and only on x86.
 template <typename F>
 constexpr bool kCanBlock = std::is_same_v<typename F::Weight, float> || GPTNEOX_BF16_DOT;
 
@@ -69,12 +70,12 @@ inline bool is_blocked(int64_t rows, int64_t depth) {
   } else if constexpr (std::is_same_v<W, c10::BFloat16>) {
     return rows >= blocked_from.bf16;
   } else {
-    return rows >= blocked_from.fp16 && depth >= kSplitDepth;
+    return rows >= (kRowScaled<F> ? blocked_from.int8 : blocked_from.fp16) && depth >= kSplitDepth;
   }
 }
 
 // Write part of a row of activations, x [count], in the form that multiplies weights of format F.
-// fp32: copied. bf16: rounded. fp16: split into two planes, x_hi at `out` and x_lo `plane` values
+// fp32: copied. bf16: rounded. fp16 and int8: split into two planes, x_hi at `out` and x_lo `plane` values
 // later.
 template <typename F>
 inline void write_row(const float* x, int64_t count, int64_t plane, void* out) {
@@ -107,9 +108,10 @@ inline void write_row(const float* x, int64_t count, int64_t plane, void* out) {
 
 #if GPTNEOX_BF16_DOT
 // Split fp16 weights [count][kCols] of a panel into w_hi and w_lo, panels of bf16 pairs
-// [count / 2][kCols][2].
+// [count / 2][kCols][2]. int8 weights have no w_lo.
+template <typename W>
 inline void split_weights(
-    const c10::Half* panel, int64_t count, c10::BFloat16* high, c10::BFloat16* low) {
+    const W* panel, int64_t count, c10::BFloat16* high, c10::BFloat16* low) {
   const auto widened = [](__m256i half) { // bf16 to fp32
     return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
   };
@@ -119,14 +121,19 @@ inline void split_weights(
       3, 18, 2, 17, 1, 16, 0);
   for (int64_t k = 0; k < count; k += 2, panel += 2 * kCols) {
     __builtin_prefetch(reinterpret_cast<const char*>(panel) + 4096, 0, 2);
-    __builtin_prefetch(reinterpret_cast<const char*>(panel) + 4096 + 64, 0, 2);
+    if constexpr (sizeof(W) == 2) {
+      __builtin_prefetch(reinterpret_cast<const char*>(panel) + 4096 + 64, 0, 2);
+    }
     for (int64_t j = 0; j < kCols; j += kVec, high += 2 * kVec, low += 2 * kVec) {
       const __m512 even = load(panel + j), odd = load(panel + kCols + j);
       const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even); // rounded
+      _mm512_storeu_si512(high, _mm512_permutexvar_epi16(to_pairs, both));
+      if constexpr (std::is_same_v<W, int8_t>) {
+        continue;
+      }
       const __m512 even_rest = _mm512_sub_ps(even, widened(_mm512_castsi512_si256(both)));
       const __m512 odd_rest = _mm512_sub_ps(odd, widened(_mm512_extracti64x4_epi64(both, 1)));
       const __m512i rest = (__m512i)_mm512_cvtne2ps_pbh(odd_rest, even_rest);
-      _mm512_storeu_si512(high, _mm512_permutexvar_epi16(to_pairs, both));
       _mm512_storeu_si512(low, _mm512_permutexvar_epi16(to_pairs, rest));
     }
   }

@@ -11,6 +11,7 @@
 #include <ATen/Parallel.h>
 
 #include <memory>
+#include <optional>
 
 #include "arguments.h"
 #include "memory.h"
@@ -21,6 +22,7 @@ namespace gptneox {
 // A weight matrix [F, K] in panels.
 struct Packed {
   at::Tensor panels; // [ceil(F / kCols), padded K, kCols], dtype of the weight
+  at::Tensor scales; // of int8 weights, fp32 [ceil(F / kCols) * kCols], zeros behind F
   int64_t features = 0;
   int64_t depth = 0; // K, unpadded
 
@@ -48,7 +50,7 @@ void pack_into(const at::Tensor& weight, const at::Tensor& out) {
           const int64_t row = panel * kCols + j;
           const W* source = from + row * depth;
           for (int64_t k = k0; k < k0 + kDepth; ++k) {
-            const W value = row < features && k < depth ? source[k] : W(0.f);
+            const W value = row < features && k < depth ? source[k] : W(0);
             p[k / F::kPerLane * F::kPerLane * kCols + j * F::kPerLane + k % F::kPerLane] = value;
           }
         }
@@ -57,19 +59,31 @@ void pack_into(const at::Tensor& weight, const at::Tensor& out) {
   });
 }
 
-// weight [F, K] of float32, float16 or bfloat16. Raises ValueError, TypeError.
-inline std::shared_ptr<Packed> pack(const at::Tensor& weight) {
+// weight [F, K] of float32, float16 or bfloat16; or of int8 with fp32 scales [F], which stand for
+// scale[f] * weight[f, k]. Raises ValueError, TypeError.
+inline std::shared_ptr<Packed> pack(
+    const at::Tensor& weight, const std::optional<at::Tensor>& scales) {
   TORCH_CHECK_VALUE(weight.dim() == 2, "weight has ", weight.dim(), " dimensions; 2 are expected");
+  TORCH_CHECK_VALUE(
+      scales.has_value() == (weight.scalar_type() == at::kChar),
+      "int8 weights have scales, and no others");
   auto packed = std::make_shared<Packed>();
   packed->features = weight.size(0);
   packed->depth = weight.size(1);
   const at::Tensor source = weight.contiguous();
-  with_type(weight.scalar_type(), [&](auto zero) {
+  with_stored_type(weight.scalar_type(), [&](auto zero) {
     packed->panels = allocate(
         {(packed->features + kCols - 1) / kCols, round_up(packed->depth, kDepth), kCols},
         weight.scalar_type());
     pack_into<decltype(zero)>(source, packed->panels);
   });
+  if (scales) {
+    TORCH_CHECK_VALUE(
+        scales->dim() == 1 && scales->numel() == packed->features, "scales have shape ",
+        scales->sizes(), "; [", packed->features, "] is expected");
+    packed->scales = at::zeros({packed->num_panels() * kCols}, at::kFloat);
+    packed->scales.narrow(0, 0, packed->features).copy_(*scales);
+  }
   return packed;
 }
 

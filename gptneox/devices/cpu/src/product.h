@@ -41,6 +41,9 @@ struct Term {
   const RowBlocks<F>* x;
 };
 
+// The most terms of an output.
+constexpr int kTerms = 2;
+
 // One output of `multiply`. All its terms have the same features and rows.
 template <typename F>
 struct Output {
@@ -65,6 +68,28 @@ void activate_tile(const float* bias, int64_t width, int rows, float* c) {
   for (int r = 0; r < rows; ++r, c += kCols) {
     activate<kind>(Vec::loadu(c) + low).store(c);
     activate<kind>(Vec::loadu(c + kVec) + high).store(c + kVec);
+  }
+}
+
+// The sums of int8 weights are those of integers, apart for each term, `size` values one behind the
+// other. Write the sum of all terms, each times its scales, over the first, c [rows][kCols].
+template <typename F>
+void combine(const Output<F>& out, int64_t panel, int64_t rows, int64_t size, float* c) {
+  for (size_t t = 0; t < out.terms.size(); ++t) {
+    const float* scales = out.terms[t].weight->scales.template const_data_ptr<float>();
+    const Vec low = Vec::loadu(scales + panel * kCols);
+    const Vec high = Vec::loadu(scales + panel * kCols + kVec);
+    const float* sums = c + t * size;
+    float* total = c;
+    for (int64_t r = 0; r < rows; ++r, sums += kCols, total += kCols) {
+      Vec left = Vec::loadu(sums) * low, right = Vec::loadu(sums + kVec) * high;
+      if (t > 0) {
+        left = left + Vec::loadu(total);
+        right = right + Vec::loadu(total + kVec);
+      }
+      left.store(total);
+      right.store(total + kVec);
+    }
   }
 }
 
@@ -138,16 +163,22 @@ constexpr int64_t kSpanBytes = int64_t{3} << 20;
 // Few rows: the panel is streamed from memory, once, from front to back.
 template <typename F>
 void panel_few(const Output<F>& out, int64_t panel) {
-  alignas(64) float c[kRows * kCols];
+  constexpr int64_t kSize = kRows * kCols;
+  alignas(64) float c[(kRowScaled<F> ? kTerms : 1) * kSize];
   const int64_t num_blocks = out.terms[0].x->num_blocks();
   for (int64_t b = 0; b < num_blocks; ++b) {
     bool accumulate = false;
+    float* sums = c;
     for (const auto& term : out.terms) {
       const auto* weight = term.weight->panels.template const_data_ptr<typename F::Weight>();
       weight += panel * term.weight->padded() * kCols;
       run_tile<F, 0, true>(
-          term.x->rows_of(b), weight, term.x->block(b), term.x->k_steps, c, kCols, accumulate);
-      accumulate = true;
+          term.x->rows_of(b), weight, term.x->block(b), term.x->k_steps, sums, kCols, accumulate);
+      accumulate = !kRowScaled<F>;
+      sums += kRowScaled<F> ? kSize : 0;
+    }
+    if constexpr (kRowScaled<F>) {
+      combine(out, panel, out.terms[0].x->rows_of(b), kSize, c);
     }
     finish(out, panel, b, c);
   }
@@ -159,7 +190,9 @@ template <typename F>
 void panel_many(
     const Output<F>& out, int64_t panel, int64_t first, int64_t last, float* c, float* wide) {
   using W = typename F::Weight;
+  const int64_t size = (last - first) * kRows * kCols; // of the sums of a term
   bool accumulate = false;
+  float* sums = c;
   for (const auto& term : out.terms) {
     const W* weight = term.weight->panels.template const_data_ptr<W>();
     weight += panel * term.weight->padded() * kCols;
@@ -177,7 +210,7 @@ void panel_many(
       for (int64_t b = first; b < last; ++b) {
         const int rows = term.x->rows_of(b);
         const auto* a = term.x->block(b) + k * rows;
-        float* tile_c = c + (b - first) * kRows * kCols;
+        float* tile_c = sums + (b - first) * kRows * kCols;
         if constexpr (kWidened<F>) {
           run_tile<Format<float>>(rows, wide, a, count, tile_c, kCols, accumulate);
         } else {
@@ -186,9 +219,17 @@ void panel_many(
       }
       accumulate = true;
     }
+    if constexpr (kRowScaled<F>) {
+      accumulate = false;
+      sums += size;
+    }
   }
   for (int64_t b = first; b < last; ++b) {
-    finish(out, panel, b, c + (b - first) * kRows * kCols);
+    float* tile_c = c + (b - first) * kRows * kCols;
+    if constexpr (kRowScaled<F>) {
+      combine(out, panel, out.terms[0].x->rows_of(b), size, tile_c);
+    }
+    finish(out, panel, b, tile_c);
   }
 }
 
@@ -198,8 +239,8 @@ constexpr int64_t kBlockedSweep = 512, kBlockedPanels = 4;
 // stays in the second-level cache, as all of K does not for the wide products of large models.
 constexpr int64_t kResidentBytes = int64_t{1} << 20;
 
-// Panels [panel, end) of an output, row blocks [first, last), by the blocked kernels. fp16 weights
-// are split once per chunk (blocked.h). c has room for the sums of all panels.
+// Panels [panel, end) of an output, row blocks [first, last), by the blocked kernels. fp16 and int8
+// weights are split once per chunk (blocked.h). c has room for the sums of all panels.
 template <typename F>
 void panels_blocked(
     const Output<F>& out, int64_t panel, int64_t end, int64_t first, int64_t last, float* c,
@@ -209,7 +250,9 @@ void panels_blocked(
   const int64_t rows = std::min(last * x0.height, x0.rows) - first * x0.height;
   const int64_t resident = kResidentBytes / (rows * sizeof(typename F::Scalar)) / 32 * 32;
   const int64_t chunk = std::clamp<int64_t>(resident, 256, kChunk);
+  const int64_t size = (end - panel) * rows * kCols; // of the sums of a term
   bool accumulate = false;
+  float* term_sums = c;
   for (const auto& term : out.terms) {
     const W* weight = term.weight->panels.template const_data_ptr<W>();
     const int64_t k_steps = term.x->k_steps, stride = term.x->stride();
@@ -217,7 +260,7 @@ void panels_blocked(
       const int64_t count = std::min(chunk, k_steps - k);
       for (int64_t p = panel; p < end; ++p) {
         const W* part = weight + (p * term.weight->padded() + k * F::kPerLane) * kCols;
-        float* sums = c + (p - panel) * rows * kCols;
+        float* sums = term_sums + (p - panel) * rows * kCols;
         if constexpr (kWidened<F>) {
           auto* high = reinterpret_cast<c10::BFloat16*>(wide);
           auto* low = high + kChunk * kCols;
@@ -227,7 +270,9 @@ void panels_blocked(
             block_product<F>(rows, x, stride, w, kCols, kCols, count / 2, sums, kCols, adds);
           };
           add(a, high, accumulate);
-          add(a, low, true);
+          if constexpr (!kRowScaled<F>) {
+            add(a, low, true);
+          }
           add(a + k_steps, high, true);
         } else {
           block_product<F>(
@@ -235,6 +280,15 @@ void panels_blocked(
               accumulate);
         }
       }
+    }
+    if constexpr (kRowScaled<F>) {
+      accumulate = false;
+      term_sums += size;
+    }
+  }
+  if constexpr (kRowScaled<F>) {
+    for (int64_t p = panel; p < end; ++p) {
+      combine(out, p, rows, size, c + (p - panel) * rows * kCols);
     }
   }
   for (int64_t b = first; b < last; ++b) {
@@ -278,7 +332,8 @@ void multiply(const std::vector<Output<F>>& outputs) {
   on_all_threads([&] {
     static thread_local std::vector<float> c, wide;
     if (!few) {
-      const int64_t sums = blocked ? kBlockedPanels * kBlockedRows : kRows;
+      int64_t sums = blocked ? kBlockedPanels * kBlockedRows : kRows;
+      sums *= kRowScaled<F> ? kTerms : 1;
       c.resize(std::max<size_t>(c.size(), span * sums * kCols));
       wide.resize(std::max<size_t>(wide.size(), F::kPerLane == 1 ? kChunk * kCols : 0));
     }

@@ -28,7 +28,7 @@ inline void to_columns(const float* rows, int count, int64_t width, float* out) 
     return;
   }
   alignas(64) float columns[kVec * kTall];
-  for (int r = 0; r < kTall; r += kVec) {
+  for (int r = 0; r < count; r += kVec) {
     at::vec::transpose_mxn<float, kVec, kVec>(rows + r * kVec, kVec, columns + r, kTall);
   }
   // Store whole vectors; the next column overwrites the surplus. Masked stores are slow.

@@ -120,10 +120,9 @@ class StepAttention {
   int64_t num_heads() const { return step_.num_heads; }
   int64_t head_dim() const { return step_.head_dim; }
 
-  // Attention of one layer: stores the new keys and values in its caches. qkv [T, H, 3, D]; returns
-  // [T, H, D] of the same dtype. Raises ValueError.
-  at::Tensor attend(
-      const at::Tensor& qkv_in, const at::Tensor& k_cache, const at::Tensor& v_cache) const {
+  // Attention of one layer: stores the new keys and values in its cache, K and V, and their scales
+  // if those are int8. qkv [T, H, 3, D]; returns [T, H, D] of the same dtype. Raises ValueError.
+  at::Tensor attend(const at::Tensor& qkv_in, const std::vector<at::Tensor>& cache) const {
     TORCH_CHECK_VALUE(
         qkv_in.dim() == 4 && qkv_in.size(0) == step_.num_tokens &&
             qkv_in.size(1) == step_.num_heads && qkv_in.size(2) == 3 &&
@@ -131,15 +130,7 @@ class StepAttention {
         "qkv has shape ", qkv_in.sizes(), "; [", step_.num_tokens, ", ", step_.num_heads, ", 3, ",
         step_.head_dim, "] is expected");
     const at::Tensor qkv = qkv_in.contiguous();
-    for (const at::Tensor& cache : {k_cache, v_cache}) {
-      TORCH_CHECK_VALUE(
-          cache.dim() == 4 && cache.size(0) == num_blocks_ &&
-              cache.size(1) == step_.block_size && cache.size(2) == step_.num_heads &&
-              cache.size(3) == step_.head_dim && cache.stride(3) == 1 &&
-              cache.scalar_type() == k_cache.scalar_type(),
-          "a cache has shape ", cache.sizes(), "; [N, P, ", step_.num_heads, ", ",
-          step_.head_dim, "] is expected, both of one dtype and with D in one piece");
-    }
+    check_cache(cache);
     at::Tensor out =
         workspace(2, {step_.num_tokens, step_.num_heads, step_.head_dim}, qkv.scalar_type());
     with_type(qkv.scalar_type(), [&](auto x_zero) {
@@ -147,9 +138,10 @@ class StepAttention {
       const NewTokens<X> new_tokens{
           qkv.const_data_ptr<X>(), positions_.const_data_ptr<int64_t>(),
           cos_.const_data_ptr<float>(), sin_.const_data_ptr<float>(), cos_.size(1), scale_};
-      with_type(k_cache.scalar_type(), [&](auto c_zero) {
+      with_stored_type(cache[0].scalar_type(), [&](auto c_zero) {
         using C = decltype(c_zero);
-        const Cache<C> keys(k_cache), values(v_cache);
+        const Cache<C> keys(cache[0], cache[kScaled<C> ? 2 : 0]);
+        const Cache<C> values(cache[1], cache[kScaled<C> ? 3 : 1]);
         X* y = out.data_ptr<X>();
         const float* q = store_prompt(new_tokens, keys, values);
         if (step_.num_decodes > 0) {
@@ -164,6 +156,25 @@ class StepAttention {
   }
 
  private:
+  void check_cache(const std::vector<at::Tensor>& cache) const {
+    const bool is_scaled = !cache.empty() && cache[0].scalar_type() == at::kChar;
+    TORCH_CHECK_VALUE(
+        cache.size() == (is_scaled ? 4 : 2), "a cache has ", cache.size(),
+        " tensors; K and V are expected, and the scales of both if they are int8");
+    for (size_t i = 0; i < cache.size(); ++i) {
+      const at::Tensor& part = cache[i];
+      const bool is_scale = i >= 2;
+      bool fits = part.dim() == (is_scale ? 3 : 4) && part.size(0) == num_blocks_ &&
+          part.size(1) == step_.block_size && part.size(2) == step_.num_heads &&
+          part.scalar_type() == (is_scale ? at::kFloat : cache[0].scalar_type());
+      fits = fits && (is_scale || (part.size(3) == step_.head_dim && part.stride(3) == 1));
+      TORCH_CHECK_VALUE(
+          fits, "a cache has shape ", part.sizes(), "; [N, P, ", step_.num_heads,
+          is_scale ? "] in float32" : ", ", is_scale ? "" : std::to_string(step_.head_dim) + "]",
+          " is expected, K and V of one dtype and with D in one piece");
+    }
+  }
+
   // Store keys and values of the prompt tokens, which `prefill` reads from the cache. Returns the
   // rotated queries [T, H, D], undefined for rows of `decode`; null if there are no prompt tokens.
   template <typename X, typename C>
@@ -196,16 +207,15 @@ class StepAttention {
   int64_t num_blocks_ = 0;
 };
 
-// Run all layers of a step over x fp32 [T, C], in place. Layer i has its keys in caches[2 i] and
-// its values in caches[2 i + 1]. Raises ValueError.
+// Run all layers of a step over x fp32 [T, C], in place, layer i over caches[i]. Raises ValueError.
 inline void run_layers(
     const StepAttention& step,
     at::Tensor x,
     const std::vector<std::shared_ptr<Layer>>& layers,
-    const std::vector<at::Tensor>& caches) {
+    const std::vector<std::vector<at::Tensor>>& caches) {
   TORCH_CHECK_VALUE(
-      !layers.empty() && caches.size() == 2 * layers.size(), layers.size(), " layers have ",
-      caches.size(), " caches; two each are expected");
+      !layers.empty() && caches.size() == layers.size(), layers.size(), " layers have ",
+      caches.size(), " caches; one each is expected");
   TORCH_CHECK_VALUE(
       x.dim() == 2 && x.size(0) == step.num_tokens(), "x has shape ", x.sizes(), "; [",
       step.num_tokens(), ", C] is expected");
@@ -216,8 +226,8 @@ inline void run_layers(
       TORCH_CHECK_VALUE(
           qkv.size(1) == 3 * num_heads * head_dim, "layer ", i, " makes ", qkv.size(1),
           " columns of qkv; 3 x ", num_heads, " x ", head_dim, " are expected");
-      const at::Tensor attended = step.attend(
-          qkv.view({x.size(0), num_heads, 3, head_dim}), caches[2 * i], caches[2 * i + 1]);
+      const at::Tensor attended =
+          step.attend(qkv.view({x.size(0), num_heads, 3, head_dim}), caches[i]);
       layers[i]->back(attended.view({x.size(0), num_heads * head_dim}), mlp, x);
     }
   });

@@ -16,11 +16,26 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <type_traits>
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#define GPTNEOX_NEON 1
+#else
+#define GPTNEOX_NEON 0
+#endif
+
+// bf16 dot products of AVX-512, and of NEON. Where there is either, Format<BFloat16> has two values
+// of K per lane.
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
 #define GPTNEOX_BF16_DOT 1
 #else
 #define GPTNEOX_BF16_DOT 0
+#endif
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define GPTNEOX_NEON_DOT 1
+#else
+#define GPTNEOX_NEON_DOT 0
 #endif
 
 namespace gptneox {
@@ -45,6 +60,15 @@ inline Vec load(const float* p) {
   return Vec::loadu(p);
 }
 
+#if GPTNEOX_NEON // ATen would widen one value at a time
+inline Vec load(const c10::Half* p) {
+  return vcvt_f32_f16(vld1_f16(reinterpret_cast<const float16_t*>(p)));
+}
+
+inline Vec load(const c10::BFloat16* p) {
+  return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16));
+}
+#else
 inline Vec load(const c10::Half* p) {
   Vec out;
   at::vec::load_fp32_from_fp16(p, out);
@@ -55,6 +79,28 @@ inline Vec load(const c10::BFloat16* p) {
   Vec out;
   at::vec::load_fp32_from_bf16(p, out);
   return out;
+}
+#endif
+
+inline Vec load(const int8_t* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#elif GPTNEOX_NEON
+  uint32_t bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  const int16x8_t pairs = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(bytes)));
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(pairs)));
+#else
+  float wide[kVec];
+  for (int i = 0; i < kVec; ++i) {
+    wide[i] = p[i];
+  }
+  return Vec::loadu(wide);
+#endif
 }
 
 // 2 kVec values rounded to bf16. The processor's instruction makes denormal numbers zero.
@@ -99,13 +145,14 @@ struct Format {
   }
 };
 
-#if GPTNEOX_BF16_DOT
+#if GPTNEOX_BF16_DOT || GPTNEOX_NEON_DOT
 // bf16 dot products: two values of K per lane; activations are rounded to bf16.
 template <>
 struct Format<c10::BFloat16> {
   using Weight = c10::BFloat16;
   using Scalar = uint32_t;
   static constexpr int kPerLane = 2;
+#if GPTNEOX_BF16_DOT
   using Operand = __m512bh;
   static Operand operand(const Weight* p) {
     return (__m512bh)_mm512_loadu_si512(p);
@@ -114,12 +161,26 @@ struct Format<c10::BFloat16> {
     return (Lanes)_mm512_dpbf16_ps(
         (__m512)c, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), b);
   }
+#else
+  using Operand = bfloat16x8_t;
+  static Operand operand(const Weight* p) {
+    return vld1q_bf16(reinterpret_cast<const bfloat16_t*>(p));
+  }
+  static Lanes multiply_add(Scalar a, Operand b, Lanes c) {
+    return (Lanes)vbfdotq_f32((float32x4_t)c, vreinterpretq_bf16_u32(vdupq_n_u32(a)), b);
+  }
+#endif
 };
 #endif
 
-// Half-precision weights that no dot-product instruction takes: they are widened to fp32.
+// Weights that no dot-product instruction takes, in half precision or of eight bits: they are
+// widened to fp32.
 template <typename F>
-constexpr bool kWidened = F::kPerLane == 1 && sizeof(typename F::Weight) == 2;
+constexpr bool kWidened = F::kPerLane == 1 && sizeof(typename F::Weight) < 4;
+
+// Weights of eight bits: each row of the matrix has a scale, which its sums are multiplied by.
+template <typename F>
+constexpr bool kRowScaled = std::is_same_v<typename F::Weight, int8_t>;
 
 // One tile: c [R][kCols] (+)= a * panel over `k_steps` K steps, a multiple of kChains. Rows of c
 // are `ldc` apart. a is transposed, [k_steps][R], or row-major with kRowStride where that is not 0.
@@ -137,7 +198,8 @@ inline void tile(
   constexpr int64_t kStride = kCols * F::kPerLane;
   // Prefetch distance in bytes, and whether to prefetch every cache line or one per K step: both
   // were measured for each number of rows.
-  constexpr int64_t kAhead = !kStreamed ? 2048 : R > 4 ? 8192 : R == 1 && kWidened<F> ? 256 : 2048;
+  constexpr bool kAlone = R == 1 && kWidened<F> && !kRowScaled<F>;
+  constexpr int64_t kAhead = !kStreamed ? 2048 : R > 4 ? 8192 : kAlone ? 256 : 2048;
   constexpr bool kEveryLine = kStreamed && (R <= 2 || R > 4);
   constexpr int64_t kFetched = kEveryLine ? kStride * sizeof(typename F::Weight) : 64;
   Lanes sum[kChains][R][2];
@@ -221,7 +283,7 @@ inline void run_tile(
 // The vectors and instructions that the library was compiled for.
 inline std::string describe() {
   std::string text = "vectors of " + std::to_string(kVec) + " floats";
-  return GPTNEOX_BF16_DOT ? text + ", bf16 dot products" : text;
+  return GPTNEOX_BF16_DOT || GPTNEOX_NEON_DOT ? text + ", bf16 dot products" : text;
 }
 
 } // namespace gptneox

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""W8A16 weights on the NPU: which kernels a layer reaches, and its logits against Hugging Face.
+
+The limit of an error is that of check_parity.py: what Hugging Face makes in half precision with
+the same weights as floats.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from steps import Sequences
+from support import checkpoints
+from transformers import GPTNeoXForCausalLM
+
+from gptneox.config.errors import ConfigError
+from gptneox.config.settings import QuantizeOptions
+from gptneox.devices.npu.device import NpuDevice
+from gptneox.engine.sequence import SamplingParams
+from gptneox.weights.quantize import dequantize_checkpoint, quantize_checkpoint
+
+HALF = torch.float16
+
+
+def write(name, folder, **options):
+    """A twin, quantized, and the floats that it stands for in Hugging Face."""
+    checkpoints.write_checkpoint(folder / "float", checkpoints.FAMILY[name], dtype=HALF)
+    quantize_checkpoint(
+        folder / "float", folder / "w8a16", QuantizeOptions(**options), lambda report: None
+    )
+    dequantize_checkpoint(folder / "w8a16", folder / "again")
+    model = GPTNeoXForCausalLM.from_pretrained(folder / "again", dtype=torch.float32).eval()
+    return folder / "w8a16", model
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gpt-neox-20b", {}),
+        ("gpt-neox-20b", {"disable_names": ("*.dense_4h_to_h",), "disable_last_linear": False}),
+        ("redpajama-incite-3b", {}),
+    ],
+)
+def test_logits_are_those_of_the_floats(name, options, npu, tmp_path):
+    path, model = write(name, tmp_path, **options)
+    engine = checkpoints.load_engine(path, npu, "auto", num_blocks=3)
+    [ids] = checkpoints.prompts([140], 288)
+    tokens = Sequences(engine, [ids])
+    for count in (128, 4, 1, 1):
+        tokens.step([count])
+    actual = torch.cat(tokens.logits[0])
+    with torch.inference_mode():
+        exact = model(torch.tensor([ids[:134]])).logits[0]
+        half = copy.deepcopy(model).to(HALF)(torch.tensor([ids[:134]])).logits[0].float()
+    error, allowed = actual - exact, half - exact
+    assert error.abs().max() <= 1.5 * allowed.abs().max()
+    assert error.square().mean().sqrt() <= 1.25 * allowed.square().mean().sqrt()
+
+
+def test_kernels_of_a_layer(npu, chip, trace, tmp_path):
+    """Four products, each with its scale and its bias."""
+    path, _ = write("gpt-neox-20b", tmp_path)
+    engine = checkpoints.load_engine(path, npu, "auto", num_blocks=3)
+    tokens = Sequences(engine, checkpoints.prompts([64, 64], 288))
+    tokens.step([20, 9])
+    layer, found = engine.model.gpt_neox.layers[1], []
+    handles = [
+        layer.register_forward_pre_hook(lambda *_: trace.clear()),
+        layer.register_forward_hook(lambda *_: found.append(trace.kernels())),
+    ]
+    tokens.step([1, 1])
+    for handle in handles:
+        handle.remove()
+    kernels = [kernel.removeprefix("aclnn") for kernel in found[0]]
+    products = [kernel for kernel in kernels if kernel.startswith("WeightQuantBatchMatmul")]
+    assert len(products) == 4, kernels
+    assert not [kernel for kernel in kernels if "Addmm" in kernel or "MatmulWeightNz" in kernel]
+    assert kernels.count("LayerNorm") == 2
+
+
+def test_scales_that_half_precision_cannot_hold(npu):
+    """They are a factor of the output; the operator itself gets normal numbers."""
+    ops = npu.operators()
+    device = npu.torch_device
+    values = torch.tensor([[100, -128, 3], [7, 0, 127], [0, 0, 0]], dtype=torch.int8)
+    scale = torch.tensor([2.0**-20, 0.01, 0.0])
+    bias = torch.tensor([0.0, 1.0, 2.0], dtype=HALF)
+    x = torch.tensor([[1.0, 2.0, -4.0], [50.0, 1.0, 0.5]], dtype=HALF)
+    packed = ops.pack_int8(values.to(device), scale.to(device), bias.to(device), HALF)
+    exact = x.double() @ (values.double() * scale.double()[:, None]).T + bias.double()
+    actual = packed.multiply(ops, x.to(device)).cpu().double()
+    torch.testing.assert_close(actual, exact, rtol=2e-3, atol=1e-7)
+
+
+def test_a_matrix_that_the_operator_does_not_take(npu):
+    values = torch.zeros(65536, 1, dtype=torch.int8, device=npu.torch_device)
+    with pytest.raises(ConfigError, match=r"at most 65535 .* --disable_names"):
+        npu.operators().pack_int8(values, values[:, 0].float(), None, HALF)
+
+
+def test_graphs_answer_as_steps_do(chip, tmp_path):
+    if chip != "A2":
+        pytest.skip("of an A2")
+    path, _ = write("gpt-neox-20b", tmp_path)
+    params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    prompts = checkpoints.prompts([3, 120], 288)
+    answers = []
+    for graphs in ("off", "on"):
+        device = NpuDevice()
+        device.setup(0)
+        settings = {"num_blocks": 6, "max_batch_size": 2, "graphs": graphs}
+        engine = checkpoints.load_engine(path, device, "auto", **settings)
+        answers.append([o.token_ids for o in engine.generate(prompts, params)])
+    assert answers[0] == answers[1]
