@@ -17,8 +17,9 @@ from starlette.types import ASGIApp
 
 from gptneox import __version__
 from gptneox.server.asgi import HEALTH_PATH, Guard, JsonAnswer, KeyCheck, no_answer
-from gptneox.server.dialects.base import Body, Context, Dialect
-from gptneox.server.dialects.openai import CompletionBody, DetokenizeBody, OpenAi, TokenizeBody
+from gptneox.server.dialects.base import Context, Dialect
+from gptneox.server.dialects.openai import OpenAi
+from gptneox.server.dialects.openai_chat import OpenAiChat
 from gptneox.server.errors import ClientGone, Kind, ServiceError
 from gptneox.server.service import LOADING_RETRY_S
 
@@ -27,7 +28,8 @@ NO_TELEMETRY: Any = dict.fromkeys(
     ("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False
 )
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-BODIES: tuple[type[Body], ...] = (CompletionBody, TokenizeBody, DetokenizeBody)
+# The first that owns a path gives its errors their form; the last owns every path.
+DIALECTS: tuple[type[Dialect], ...] = (OpenAiChat, OpenAi)
 
 
 class Application:
@@ -41,8 +43,7 @@ class Application:
             keys: those that clients may send; none: no key is needed.
         """
         self.context = context
-        # The first that owns a path gives its errors their form.
-        self.dialects: Seq[Dialect] = (OpenAi(context),)
+        self.dialects: Seq[Dialect] = [dialect(context) for dialect in DIALECTS]
         self.fastapi = FastAPI(
             title="gptneox",
             version=__version__,
@@ -149,7 +150,7 @@ class Application:
                 routes=self.fastapi.routes,
             )
             schemas = description.setdefault("components", {}).setdefault("schemas", {})
-            for body in BODIES:
+            for body in (body for dialect in self.dialects for body in dialect.bodies):
                 own = body.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas |= own.pop("$defs", {})
                 schemas[body.__name__] = own

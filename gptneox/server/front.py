@@ -27,6 +27,7 @@ from typing import Any
 import uvicorn
 
 import gptneox
+from gptneox.chat_templates import ChatTemplateError, find_template
 from gptneox.cli import Settings
 from gptneox.config.environment import variables
 from gptneox.config.errors import ConfigError
@@ -186,6 +187,13 @@ def open_model(settings: Settings, service: Service) -> tuple[Vocabulary, Contex
     )
     positions = config.positions(settings.engine.max_position_embeddings)
     vocabulary = Vocabulary(tokenizer, config.vocab_size, positions)
+    template, why_no_chat = None, ""
+    try:
+        template = find_template(settings.args.chat_template, tokenizer)
+    except ChatTemplateError as error:
+        if settings.args.chat_template:
+            raise
+        why_no_chat = str(error)
     context = Context(
         service=service,
         vocabulary=vocabulary,
@@ -193,6 +201,8 @@ def open_model(settings: Settings, service: Service) -> tuple[Vocabulary, Contex
         model_names=model_names(settings),
         created=int(time.time()),
         tokenizer_info=tokenizer_info(tokenizer),
+        chat_template=template,
+        why_no_chat=why_no_chat,
     )
     return vocabulary, context
 
