@@ -98,13 +98,7 @@ class Application:
 
     async def ready(self) -> Response:
         """200 where a request would be admitted now."""
-        service = self.context.service
-        reason = service.why_unready
-        if not reason and service.is_draining:
-            reason = "the service is ending"
-        if not reason and service.num_open >= self.context.settings.max_concurrent_requests:
-            reason = "there are too many requests"
-        return self._state(reason)
+        return self._state(self.context.service.why_refusing)
 
     def _state(self, reason: str) -> Response:
         if reason:

@@ -333,6 +333,16 @@ class Service:
         return "" if all(engine.limits for engine in self.engines) else "the model is being loaded"
 
     @property
+    def why_refusing(self) -> str:
+        """Empty when a request of one choice would be admitted now."""
+        if self.why_unready:
+            return self.why_unready
+        if self.is_draining:
+            return "the service is ending"
+        is_full = self.num_open >= self.settings.max_concurrent_requests
+        return "there are too many requests" if is_full else ""
+
+    @property
     def num_running(self) -> int:
         """Number of requests that have not ended."""
         return len(self._running)

@@ -17,14 +17,18 @@ from starlette.responses import Response
 from gptneox.chat_templates import ChatTemplate
 from gptneox.config.settings import ServerSection
 from gptneox.engine.sequence import InvalidParameter, SamplingParams, check_vocabulary
-from gptneox.server.asgi import read_json
+from gptneox.server.asgi import read_json, until_disconnect
 from gptneox.server.errors import Kind, ServiceError, invalid
-from gptneox.server.service import Service
+from gptneox.server.service import PING_S, Delta, Request, Running, Service
 from gptneox.server.vocabulary import Vocabulary
 
 MAX_STOP_CHARS = 512
 MAX_LOGPROBS = 20  # likeliest tokens at a position; Source: OpenAI's API reference
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; Source: OpenAI's own answers
+
+# A repetition would not help.
+_PERMANENT = {Kind.FAILED, Kind.TIMEOUT, Kind.INTERNAL}
+_CLOSING = {Kind.BODY_TOO_LARGE, Kind.SLOW_BODY}  # the rest of the body is not read
 
 
 class Body(BaseModel):
@@ -60,7 +64,18 @@ class Context:
         Raises:
             ServiceError: it is no such body.
         """
-        content = await read_json(request, self.settings.max_body_bytes)
+        return self.check(await self.read_content(request), kind)
+
+    async def read_content(self, request: HttpRequest) -> dict[str, Any]:
+        """The JSON object of a request, where its keys decide what body it is; see `check`."""
+        return await read_json(request, self.settings.max_body_bytes)
+
+    def check(self, content: dict[str, Any], kind: type[OneBody]) -> OneBody:
+        """The body that a JSON object makes.
+
+        Raises:
+            ServiceError: it is no such body.
+        """
         try:
             return kind.model_validate(content)
         except ValidationError as error:
@@ -137,6 +152,36 @@ class Context:
             raise invalid(own, f"{own}{str(error).removeprefix(error.param)}") from error
         return params
 
+    async def gather(self, http: HttpRequest, request: Request) -> list[Delta]:
+        """The whole answer to a request: one delta for each choice, in order.
+
+        Raises:
+            ServiceError: it failed.
+            ClientGone: the client went away.
+        """
+        running = self.service.open(request)
+        try:
+            return await until_disconnect(http, running.gather())
+        finally:
+            running.close()
+
+    async def begin(self, http: HttpRequest, request: Request) -> Running:
+        """A request whose answer has begun, or which has waited so long that a sign of life is due.
+
+        The caller closes it.
+
+        Raises:
+            ServiceError: it failed before.
+            ClientGone: the client went away.
+        """
+        running = self.service.open(request)
+        try:
+            await until_disconnect(http, running.wait(PING_S))
+        except BaseException:
+            running.close()
+            raise
+        return running
+
     def check_stop(self, stop: Seq[str], name: str = "stop") -> tuple[str, ...]:
         """Stop strings, which must not be long; their number is checked with the parameters."""
         if any(len(text) > MAX_STOP_CHARS for text in stop):
@@ -150,6 +195,26 @@ class Context:
             raise invalid(
                 param, f"{num_choices} choices (prompts times n) are asked for; {most} are the most"
             )
+
+
+def mean_logprob(delta: Delta) -> float:
+    """What best_of chooses by. Source: OpenAI's API reference, "log probability per token"."""
+    entries = [*delta.logprobs, *([delta.end_logprob] if delta.end_logprob else [])]
+    return sum(entry.logprob for entry in entries) / max(1, len(entries))
+
+
+def error_headers(error: ServiceError) -> dict[str, str]:
+    """The headers that tell a client what to do after an error."""
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(error.retry_after_s)
+    if error.kind in _PERMANENT:
+        headers["x-should-retry"] = "false"
+    if error.kind in _CLOSING:
+        headers["connection"] = "close"
+    if error.kind is Kind.UNAUTHORIZED:
+        headers["www-authenticate"] = "Bearer"
+    return headers
 
 
 class Dialect(ABC):

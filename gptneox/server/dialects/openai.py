@@ -27,9 +27,11 @@ from gptneox.server.dialects.base import (
     Context,
     Dialect,
     body_of,
+    error_headers,
+    mean_logprob,
 )
 from gptneox.server.errors import Kind, ServiceError, invalid
-from gptneox.server.service import PING_S, Delta, Request, Running
+from gptneox.server.service import Delta, Request, Running
 from gptneox.server.vocabulary import Offsets, Vocabulary
 
 DEFAULT_MAX_TOKENS = 16
@@ -53,9 +55,6 @@ _ERRORS: dict[Kind, tuple[int, str, str | None]] = {
     Kind.FAILED: (500, "server_error", "request_failed"),
     Kind.INTERNAL: (500, "server_error", "internal_error"),
 }
-# A repetition would not help.
-_PERMANENT = {Kind.FAILED, Kind.TIMEOUT, Kind.INTERNAL}
-_CLOSING = {Kind.BODY_TOO_LARGE, Kind.SLOW_BODY}  # the rest of the body is not read
 
 # What is not built, with the values that ask for nothing.
 UNBUILT: dict[str, tuple[Any, ...]] = {
@@ -275,16 +274,7 @@ class OpenAi(Dialect):
     def answer_error(self, error: ServiceError) -> Response:
         """See `Dialect`."""
         status, _, _ = _ERRORS[error.kind]
-        headers = {}
-        if error.retry_after_s is not None:
-            headers["retry-after"] = str(error.retry_after_s)
-        if error.kind in _PERMANENT:
-            headers["x-should-retry"] = "false"
-        if error.kind in _CLOSING:
-            headers["connection"] = "close"
-        if error.kind is Kind.UNAUTHORIZED:
-            headers["www-authenticate"] = "Bearer"
-        return JsonAnswer(error_body(error), status, headers)
+        return JsonAnswer(error_body(error), status, error_headers(error))
 
     def add_routes(self, app: FastAPI) -> None:
         """See `Dialect`."""
@@ -332,14 +322,7 @@ class OpenAi(Dialect):
 
     async def tokenize(self, request: HttpRequest) -> Response:
         """Token ids of a text."""
-        body = await self.context.read(request, TokenizeBody)
-        self.context.check_model(body.model)
-        ids = await self.context.vocabulary.encode(
-            body.prompt, "prompt", add_special_tokens=bool(body.add_special_tokens)
-        )
-        limits = self.context.service.engines[0].limits
-        most = limits.max_tokens if limits else None
-        return JsonAnswer({"tokens": ids, "count": len(ids), "max_model_len": most})
+        return await tokenize(self.context, await self.context.read(request, TokenizeBody))
 
     async def detokenize(self, request: HttpRequest) -> Response:
         """The text of token ids."""
@@ -373,6 +356,21 @@ def _model(context: Context, name: str) -> dict[str, Any]:
         "parent": None,
         "max_model_len": limits.max_tokens if limits else None,
     }
+
+
+async def tokenize(context: Context, body: TokenizeBody) -> Response:
+    """The answer of /tokenize.
+
+    Raises:
+        ServiceError: the body asks for what is wrong.
+    """
+    context.check_model(body.model)
+    ids = await context.vocabulary.encode(
+        body.prompt, "prompt", add_special_tokens=bool(body.add_special_tokens)
+    )
+    limits = context.service.engines[0].limits
+    most = limits.max_tokens if limits else None
+    return JsonAnswer({"tokens": ids, "count": len(ids), "max_model_len": most})
 
 
 def error_body(error: ServiceError) -> dict[str, Any]:
@@ -712,15 +710,9 @@ async def answer(context: Context, request: HttpRequest, plan: Plan) -> Response
         ServiceError: it failed before the first byte.
         ClientGone: the client went away.
     """
-    running = context.service.open(plan.request)
-    try:
-        if not plan.is_stream:
-            deltas = await until_disconnect(request, running.gather())
-            return JsonAnswer(whole_answer(plan, deltas))
-        await until_disconnect(request, running.wait(PING_S))
-    except BaseException:
-        running.close()
-        raise
+    if not plan.is_stream:
+        return JsonAnswer(whole_answer(plan, await context.gather(request, plan.request)))
+    running = await context.begin(request, plan.request)
     return EventStream(events(running, plan), running.deadline, running.close)
 
 
@@ -733,18 +725,12 @@ def whole_answer(plan: Plan, deltas: Seq[Delta]) -> dict[str, Any]:
     if plan.num_best < n:
         kept = []
         for first in range(0, len(deltas), n):
-            best = sorted(deltas[first : first + n], key=_mean_logprob, reverse=True)
+            best = sorted(deltas[first : first + n], key=mean_logprob, reverse=True)
             kept += best[: plan.num_best]
     choices = [writer.choice(delta) for delta in kept]
     for index, choice in enumerate(choices):
         choice["index"] = index
     return writer.whole(choices)
-
-
-def _mean_logprob(delta: Delta) -> float:
-    """What best_of chooses by. Source: OpenAI's API reference, "log probability per token"."""
-    entries = [*delta.logprobs, *([delta.end_logprob] if delta.end_logprob else [])]
-    return sum(entry.logprob for entry in entries) / max(1, len(entries))
 
 
 async def events(running: Running, plan: Plan) -> AsyncIterator[bytes]:
