@@ -48,7 +48,6 @@ class Application:
             title="gptneox",
             version=__version__,
             description="GPT-NeoX models over HTTP.",
-            root_path=context.settings.root_path,
             redirect_slashes=False,
             docs_url=None,  # its page would load scripts from elsewhere
             redoc_url=None,
@@ -59,6 +58,7 @@ class Application:
             dialect.add_routes(self.fastapi)
         self._add_own_routes()
         self.fastapi.add_exception_handler(ServiceError, self._on_service_error)
+        self.fastapi.add_exception_handler(Exception, self._on_fault)
         self.fastapi.add_exception_handler(ClientGone, self._on_client_gone)
         self.fastapi.add_exception_handler(HTTPException, self._on_http_error)
         inner: ASGIApp = KeyCheck(self.fastapi, keys, context.settings.root_path, self.answer_error)
@@ -71,7 +71,7 @@ class Application:
                 allow_headers=["authorization", "content-type", "x-request-id"],
                 expose_headers=["x-request-id", "retry-after"],
             )
-        self.asgi: ASGIApp = Guard(inner, self.answer_error)
+        self.asgi: ASGIApp = Guard(inner, context.settings.root_path, self.answer_error)
 
     def answer_error(self, path: str, error: ServiceError) -> Response:
         """The answer to an error at a path, in the form of its dialect."""
@@ -84,7 +84,7 @@ class Application:
     def _add_own_routes(self) -> None:
         def add(path: str, endpoint: Callable[..., Any], **options: Any) -> None:
             self.fastapi.add_api_route(
-                path, endpoint, methods=["GET", "HEAD"], response_model=None, **options
+                path, endpoint, methods=["GET"], response_model=None, **options
             )
 
         add(HEALTH_PATH, self.health, operation_id="health")
@@ -116,6 +116,11 @@ class Application:
         assert isinstance(error, ServiceError)
         return self.answer_error(request.scope["path"], error)
 
+    async def _on_fault(self, request: HttpRequest, error: Exception) -> Response:
+        """The error goes on to `Guard`, which logs it."""
+        own = ServiceError(Kind.INTERNAL, "the service has made a mistake; its log says more")
+        return self.answer_error(request.scope["path"], own)
+
     async def _on_client_gone(self, request: HttpRequest, error: Exception) -> Response:
         return no_answer()
 
@@ -142,6 +147,7 @@ class Application:
                 version=self.fastapi.version,
                 description=self.fastapi.description,
                 routes=self.fastapi.routes,
+                servers=[{"url": self.context.settings.root_path or "/"}],
             )
             schemas = description.setdefault("components", {}).setdefault("schemas", {})
             for body in (body for dialect in self.dialects for body in dialect.bodies):

@@ -36,7 +36,9 @@ from gptneox.config.model import ModelConfig
 from gptneox.config.settings import ServerSection
 from gptneox.devices.ranks import split_host
 from gptneox.engine.detokenizer import load_tokenizer
+from gptneox.server import wire
 from gptneox.server.app import Application
+from gptneox.server.asgi import MAX_HEAD_BYTES
 from gptneox.server.connection import Connection
 from gptneox.server.dialects.base import Context
 from gptneox.server.errors import Kind, ServiceError
@@ -48,7 +50,6 @@ from gptneox.server.vocabulary import Vocabulary
 logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 5
-HEADER_BYTES = 16 << 10
 # After the last answer is complete, clients get so long to read it.
 LAST_READ_S = 5
 MAX_SOCKET_PATH = 100  # of 107 that Linux takes; Source: unix(7)
@@ -285,7 +286,7 @@ class Front:
 
     def _uvicorn_config(self, application: Application) -> uvicorn.Config:
         own = self.own
-        logging.getLogger("uvicorn").setLevel(logging.ERROR)  # our own log has a line per request
+        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # `Guard` logs what happens
         return uvicorn.Config(
             application.asgi,
             http=Connection,
@@ -298,7 +299,7 @@ class Front:
             proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=LAST_READ_S,
-            h11_max_incomplete_event_size=HEADER_BYTES,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             ssl_certfile=own.ssl_certfile or None,
             ssl_keyfile=own.ssl_keyfile or None,
             ssl_ca_certs=own.ssl_ca_certs or None,
@@ -355,6 +356,8 @@ def rank_command(argv: Seq[str], path: Path, cores: Seq[int]) -> list[str]:
         cores: logical processors to stay on; none: any.
     """
     launcher = Path(gptneox.__file__).with_name("launch.py")
-    bound = ["--cores", ",".join(map(str, cores))] if cores else []
+    own = ["--log_dir", str(wire.log_dir(path))]
+    if cores:
+        own += ["--cores", ",".join(map(str, cores))]
     options = [*argv, "--server_socket", str(path)]
-    return [sys.executable, str(launcher), "ranks", "serve", *bound, *options]
+    return [sys.executable, str(launcher), "ranks", "serve", *own, *options]

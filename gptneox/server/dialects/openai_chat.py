@@ -64,8 +64,8 @@ class ChatBody(Sampling):
     """POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]] = Field(
-        description="Objects with role (system, developer, user or assistant) and content, which is "
-        'a text or a list of {"type": "text", "text": …}.'
+        description="Objects with role (system, developer, user or assistant) and content, a text "
+        'or a list of {"type": "text", "text": …}.'
     )
     max_completion_tokens: int | None = Field(None, ge=1, description="Goes before max_tokens.")
     logprobs: bool | None = None
