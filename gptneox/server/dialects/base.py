@@ -238,9 +238,8 @@ class Dialect(ABC):
         """The answer to a request that failed before its first byte."""
 
 
-def body_of(kind: type[Body]) -> dict[str, Any]:
-    """The description of a route's body, for `openapi_extra`; see `app.describe`."""
-    reference = {"$ref": f"#/components/schemas/{kind.__name__}"}
-    return {
-        "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}
-    }
+def body_of(*kinds: type[Body]) -> dict[str, Any]:
+    """The description of a route's body, for `openapi_extra`; several: one of them."""
+    references = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in kinds]
+    schema: dict[str, Any] = references[0] if len(references) == 1 else {"anyOf": references}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -149,7 +149,7 @@ class CompletionBody(Sampling):
 
 
 class TokenizeBody(Body):
-    """POST /tokenize."""
+    """POST /tokenize, whose route is TGI's too; see `gptneox.server.dialects.tgi`."""
 
     prompt: str
     model: str | None = None
@@ -288,7 +288,6 @@ class OpenAi(Dialect):
             "/v1/models/{model_id:path}", self.model, responses=model, response_model=None
         )
         self.add_post(app, "/v1/completions", self.completions, CompletionBody, Completion)
-        self.add_post(app, "/tokenize", self.tokenize, TokenizeBody, TokenList)
         self.add_post(app, "/detokenize", self.detokenize, DetokenizeBody, Text)
         app.add_api_route("/tokenizer_info", self.tokenizer_info, response_model=None)
 
@@ -319,10 +318,6 @@ class OpenAi(Dialect):
         """One of the models that are served."""
         self.context.check_model(model_id)
         return JsonAnswer(_model(self.context, model_id))
-
-    async def tokenize(self, request: HttpRequest) -> Response:
-        """Token ids of a text."""
-        return await tokenize(self.context, await self.context.read(request, TokenizeBody))
 
     async def detokenize(self, request: HttpRequest) -> Response:
         """The text of token ids."""
@@ -359,7 +354,7 @@ def _model(context: Context, name: str) -> dict[str, Any]:
 
 
 async def tokenize(context: Context, body: TokenizeBody) -> Response:
-    """The answer of /tokenize.
+    """The answer of /tokenize to a body of vLLM's.
 
     Raises:
         ServiceError: the body asks for what is wrong.
@@ -718,19 +713,24 @@ async def answer(context: Context, request: HttpRequest, plan: Plan) -> Response
 
 def whole_answer(plan: Plan, deltas: Seq[Delta]) -> dict[str, Any]:
     """The answer as one object."""
-    writer, n = plan.writer, plan.request.n
     for delta in deltas:
-        writer.count(delta)
-    kept = list(deltas)
-    if plan.num_best < n:
-        kept = []
-        for first in range(0, len(deltas), n):
-            best = sorted(deltas[first : first + n], key=mean_logprob, reverse=True)
-            kept += best[: plan.num_best]
-    choices = [writer.choice(delta) for delta in kept]
+        plan.writer.count(delta)
+    choices = [plan.writer.choice(delta) for delta in best_deltas(plan, deltas)]
     for index, choice in enumerate(choices):
         choice["index"] = index
-    return writer.whole(choices)
+    return plan.writer.whole(choices)
+
+
+def best_deltas(plan: Plan, deltas: Seq[Delta]) -> list[Delta]:
+    """The choices that the answer holds, prompt by prompt, the best ones first if some are left."""
+    n = plan.request.n
+    if plan.num_best == n:
+        return list(deltas)
+    kept: list[Delta] = []
+    for first in range(0, len(deltas), n):
+        best = sorted(deltas[first : first + n], key=mean_logprob, reverse=True)
+        kept += best[: plan.num_best]
+    return kept
 
 
 async def events(running: Running, plan: Plan) -> AsyncIterator[bytes]:
