@@ -25,6 +25,9 @@ from gptneox.server.vocabulary import Vocabulary
 MAX_STOP_CHARS = 512
 MAX_LOGPROBS = 20  # likeliest tokens at a position; Source: OpenAI's API reference
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; Source: OpenAI's own answers
+# In a body: the model at this address, whatever its name.
+# Source: huggingface_hub's providers/hf_inference.py; the examples of TGI's Messages API
+ANY_MODEL = ("dummy", "tgi")
 
 # A repetition would not help.
 _PERMANENT = {Kind.FAILED, Kind.TIMEOUT, Kind.INTERNAL}
@@ -95,6 +98,11 @@ class Context:
                 f"the model {name[:100]!r} does not exist; {', '.join(self.model_names)} is served",
                 param="model",
             )
+
+    def check_named_model(self, name: str | None) -> None:
+        """`check_model` for a body, where a client of TGI gives a name that stands for any."""
+        if name not in ANY_MODEL:
+            self.check_model(name)
 
     def room(self, prompts: Seq[Seq[int]], asked: int | None, default: int | None) -> int:
         """How many tokens to generate for each of the prompts.

@@ -322,7 +322,7 @@ class OpenAi(Dialect):
     async def detokenize(self, request: HttpRequest) -> Response:
         """The text of token ids."""
         body = await self.context.read(request, DetokenizeBody)
-        self.context.check_model(body.model)
+        self.context.check_named_model(body.model)
         size = self.context.vocabulary.size
         if wrong := [i for i in body.tokens if not 0 <= i < size]:
             raise invalid("tokens", f"tokens: {wrong[0]} is no id from 0 to {size - 1}")
@@ -359,7 +359,7 @@ async def tokenize(context: Context, body: TokenizeBody) -> Response:
     Raises:
         ServiceError: the body asks for what is wrong.
     """
-    context.check_model(body.model)
+    context.check_named_model(body.model)
     ids = await context.vocabulary.encode(
         body.prompt, "prompt", add_special_tokens=bool(body.add_special_tokens)
     )
@@ -454,7 +454,7 @@ async def plan_completion(context: Context, body: CompletionBody, request_id: st
     Raises:
         ServiceError: it asks for what is wrong, or not built.
     """
-    context.check_model(body.model)
+    context.check_named_model(body.model)
     refuse_unbuilt(body, UNBUILT)
     check_stream(body)
     n = body.n or 1

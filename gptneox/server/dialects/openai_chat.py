@@ -169,7 +169,7 @@ async def plan_chat(context: Context, body: ChatBody, request_id: str) -> Plan:
     Raises:
         ServiceError: it asks for what is wrong, or not built.
     """
-    context.check_model(body.model)
+    context.check_named_model(body.model)
     refuse_unbuilt(body, {**UNBUILT, **UNBUILT_IN_CHAT})
     check_stream(body)
     if body.top_logprobs is not None and not body.logprobs:

@@ -298,7 +298,7 @@ class Tgi(Dialect):
     async def chat_tokenize(self, request: HttpRequest) -> Response:
         """The prompt that a chat makes, and its tokens."""
         body = await self.context.read(request, ChatTokenizeBody)
-        self.context.check_model(body.model)
+        self.context.check_named_model(body.model)
         text = await chat_text(self.context, body.messages)
         tokens = await simple_tokens(self.context.vocabulary, text)
         return JsonAnswer({"tokenize_response": tokens, "templated_text": text})
