@@ -373,10 +373,15 @@ def error_body(error: ServiceError) -> dict[str, str]:
 def the_key(content: dict[str, Any], keys: tuple[str, ...]) -> str:
     """The one of the keys that a body has; it decides which dialect is spoken.
 
+    Those that are null are taken out, for the other dialects know no such field.
+
     Raises:
         ServiceError: the body has none of them, or several.
     """
-    found = [key for key in keys if content.get(key) is not None]
+    for key in keys:
+        if content.get(key, key) is None:
+            del content[key]
+    found = [key for key in keys if key in content]
     if len(found) != 1:
         wanted = " or ".join(keys)
         given = f"; both {' and '.join(found)} are given" if found else ""
