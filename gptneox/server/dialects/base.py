@@ -83,7 +83,9 @@ class Context:
             return kind.model_validate(content)
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-            param = str(first["loc"][0]) if first["loc"] else None
+            names = [str(name) for name in first["loc"]]
+            is_inner = names[:1] == ["parameters"]  # TGI's and Triton's fields lie in there
+            param = ".".join(names[: 1 + is_inner]) if names else None
             text = first["msg"].removeprefix("Value error, ")
             if first["type"] == "extra_forbidden":
                 text = "there is no such field"

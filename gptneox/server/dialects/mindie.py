@@ -143,6 +143,43 @@ class TokenTexts(BaseModel):
     tokens: list[str]
 
 
+class ServerMetadata(BaseModel):
+    """The answer of /v2."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class TensorMetadata(BaseModel):
+    """What a model takes or gives."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(BaseModel):
+    """The answer of /v2/models/{model}."""
+
+    name: str
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class ModelConfig(BaseModel):
+    """The answer of /v2/models/{model}/config."""
+
+    model_name: str
+    max_seq_len: int
+    max_batch_size: int
+    cache_block_size: int
+    world_size: int
+    data_type: str
+    device: str
+
+
 # -- the routes ----------------------------------------------------------------------------------
 
 
@@ -171,15 +208,12 @@ class MindIe(Dialect):
         tgi.add_post(app, model + "/generate_stream", self.triton_stream, triton, None)
         tokenizer = body_of(TokenizerBody)
         tgi.add_post(app, "/v1/tokenizer", self.tokenizer, tokenizer, TokenTexts)
-        for path, endpoint in (
-            ("/v2/health/live", self.live),
-            ("/v2/health/ready", self.ready),
-            ("/v2", self.server),
-            (model + "/ready", self.model_ready),
-            (model + "/config", self.model_config),
-            (model, self.model),
-        ):
-            app.add_api_route(path, endpoint, response_model=None)
+        tgi.add_get(app, "/v2/health/live", self.live, None)
+        tgi.add_get(app, "/v2/health/ready", self.ready, None)
+        tgi.add_get(app, "/v2", self.server, ServerMetadata)
+        tgi.add_get(app, model + "/ready", self.model_ready, None)
+        tgi.add_get(app, model + "/config", self.model_config, ModelConfig)
+        tgi.add_get(app, model, self.model, ModelMetadata)
 
     # -- /generate -------------------------------------------------------------------------------
 

@@ -32,7 +32,9 @@ from gptneox.server.dialects.base import (
 )
 from gptneox.server.dialects.openai import (
     PING,
+    Completion,
     CompletionBody,
+    ErrorAnswer,
     TokenizeBody,
     TokenList,
     answer,
@@ -41,7 +43,7 @@ from gptneox.server.dialects.openai import (
     refuse_unbuilt,
     tokenize,
 )
-from gptneox.server.dialects.openai_chat import ChatBody, chat_text, plan_chat
+from gptneox.server.dialects.openai_chat import ChatBody, ChatCompletion, chat_text, plan_chat
 from gptneox.server.errors import Kind, ServiceError, invalid
 from gptneox.server.service import Delta, Request, Running
 from gptneox.server.vocabulary import Vocabulary
@@ -64,6 +66,10 @@ _ERRORS: dict[Kind, tuple[int, str]] = {
     Kind.FAILED: (424, "generation"),
     Kind.INTERNAL: (500, "internal"),
 }
+
+# The statuses of errors, for the description.
+_GET, _POST = (404, 503), (400, 404, 408, 413, 422, 424, 429, 500, 503)
+_NO_JSON: dict[str, Any] = {"response_class": Response}  # what is described is all there is
 
 # What is not built, with the values that ask for nothing.
 _UNBUILT: dict[str, tuple[Any, ...]] = {
@@ -242,7 +248,7 @@ class Tgi(Dialect):
             "/invocations",
             self.invocations,
             body_of(GenerateBody, ChatBody, CompletionBody),
-            None,
+            list[Generated] | ChatCompletion | Completion,
         )
         add_post(
             app,
@@ -250,12 +256,12 @@ class Tgi(Dialect):
             self.tokenize,
             body_of(GenerateBody, TokenizeBody),
             list[SimpleToken] | TokenList,
+            TgiError | ErrorAnswer,
         )
         add_post(app, "/chat_tokenize", self.chat_tokenize, body_of(ChatTokenizeBody), ChatTokens)
-        info: dict[int | str, dict[str, Any]] = {200: {"model": Info}, 503: {"model": TgiError}}
-        app.add_api_route("/info", self.info, responses=info, response_model=None)
+        add_get(app, "/info", self.info, Info)
         for path in ("/", "/ping"):
-            app.add_api_route(path, self.health, response_model=None, include_in_schema=False)
+            add_get(app, path, self.health, None)
 
     async def compat(self, request: HttpRequest) -> Response:
         """Continue a text; the answer is a list of one object, or a stream."""
@@ -340,8 +346,25 @@ def check_health(reason: str) -> None:
         raise ServiceError(Kind.UNAVAILABLE, reason)
 
 
+def add_get(
+    app: FastAPI, path: str, endpoint: Callable[..., Any], model: type[BaseModel] | None
+) -> None:
+    """Add a route whose answer has a model, or else is empty."""
+    responses: dict[int | str, dict[str, Any]] = {status: {"model": TgiError} for status in _GET}
+    if model:
+        responses[200] = {"model": model}
+    app.add_api_route(
+        path, endpoint, response_model=None, responses=responses, **({} if model else _NO_JSON)
+    )
+
+
 def add_post(
-    app: FastAPI, path: str, endpoint: Callable[..., Any], body: dict[str, Any], model: Any
+    app: FastAPI,
+    path: str,
+    endpoint: Callable[..., Any],
+    body: dict[str, Any],
+    model: Any,
+    error: Any = TgiError,
 ) -> None:
     """Add a route that takes a body.
 
@@ -350,11 +373,13 @@ def add_post(
         path: of the route.
         endpoint: what answers.
         body: see `body_of`.
-        model: of the answer; None: it has no one model.
+        model: of a whole answer; None: the answer is an event stream.
+        error: the model of errors.
     """
-    responses: dict[int | str, dict[str, Any]] = {200: {"model": model} if model else {}}
-    for status in sorted({status for status, _ in _ERRORS.values()} - {401, 405}):
-        responses[status] = {"model": TgiError}
+    responses: dict[int | str, dict[str, Any]] = {status: {"model": error} for status in _POST}
+    responses[200] = {"content": {"text/event-stream": {}}}
+    if model is not None:
+        responses[200]["model"] = model
     app.add_api_route(
         path,
         endpoint,
@@ -362,6 +387,7 @@ def add_post(
         response_model=None,
         responses=responses,
         openapi_extra=body,
+        **(_NO_JSON if model is None else {}),
     )
 
 
