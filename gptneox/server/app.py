@@ -12,7 +12,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from gptneox import __version__
@@ -89,9 +89,10 @@ class Application:
                 path, endpoint, methods=["GET"], response_model=None, **options
             )
 
-        add(HEALTH_PATH, self.health, operation_id="health")
-        add("/ready", self.ready, operation_id="ready")
-        add("/metrics", self.metrics, operation_id="metrics")
+        states: dict[int | str, dict[str, Any]] = {503: {"description": "and why, in reason"}}
+        add(HEALTH_PATH, self.health, responses=states)
+        add("/ready", self.ready, responses=states)
+        add("/metrics", self.metrics, response_class=PlainTextResponse)
 
     async def health(self) -> Response:
         """200 while the engine lives; 503 while it loads, hangs or has gone. Needs no key."""
