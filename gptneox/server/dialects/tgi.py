@@ -45,7 +45,7 @@ from gptneox.server.dialects.openai import (
 )
 from gptneox.server.dialects.openai_chat import ChatBody, ChatCompletion, chat_text, plan_chat
 from gptneox.server.errors import Kind, ServiceError, invalid
-from gptneox.server.service import Delta, Request, Running
+from gptneox.server.service import LOADING_RETRY_S, Delta, Request, Running
 from gptneox.server.vocabulary import Vocabulary
 
 # Kind of error -> status, error_type. The client makes exceptions of the types; it takes a status
@@ -343,7 +343,7 @@ class Tgi(Dialect):
 def check_health(reason: str) -> None:
     """Raise ServiceError if there is a reason why the service is not well."""
     if reason:
-        raise ServiceError(Kind.UNAVAILABLE, reason)
+        raise ServiceError(Kind.UNAVAILABLE, reason, retry_after_s=LOADING_RETRY_S)
 
 
 def add_get(
