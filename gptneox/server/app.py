@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from typing import Any
@@ -16,7 +17,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from gptneox import __version__
-from gptneox.server.asgi import HEALTH_PATH, Guard, JsonAnswer, KeyCheck, no_answer
+from gptneox.server.asgi import HEALTH_PATH, Guard, JsonAnswer, KeyCheck, escaped, no_answer
 from gptneox.server.dialects.base import Context, Dialect
 from gptneox.server.dialects.mindie import MindIe
 from gptneox.server.dialects.openai import OpenAi
@@ -24,6 +25,8 @@ from gptneox.server.dialects.openai_chat import OpenAiChat
 from gptneox.server.dialects.tgi import Tgi
 from gptneox.server.errors import ClientGone, Kind, ServiceError
 from gptneox.server.service import LOADING_RETRY_S
+
+logger = logging.getLogger(__name__)
 
 # FastAPI from 0.163 on sends spans and logs where an SDK is installed; older ones do not know this.
 NO_TELEMETRY: Any = dict.fromkeys(
@@ -45,6 +48,8 @@ class Application:
             keys: those that clients may send; none: no key is needed.
         """
         self.context = context
+        if context.settings.log_prompts:
+            context.service.log_prompt = self._log_prompt
         self.dialects: Seq[Dialect] = [dialect(context) for dialect in DIALECTS]
         self.fastapi = FastAPI(
             title="gptneox",
@@ -80,6 +85,10 @@ class Application:
         path = path.removeprefix(self.context.settings.root_path)
         owner = next(dialect for dialect in self.dialects if dialect.owns(path))
         return owner.answer_error(error)
+
+    def _log_prompt(self, request_id: str, prompt: Seq[int]) -> None:
+        text = self.context.vocabulary.decode(prompt)
+        logger.info("%s prompt: %s", escaped(request_id), escaped(text))
 
     # -- routes of no dialect --------------------------------------------------------------------
 
