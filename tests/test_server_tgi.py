@@ -510,61 +510,66 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("tgi") / "model")
 
 
+async def ask_everywhere(
+    served: Stub, prompt: str, own: dict[str, Any], shared: dict[str, Any]
+) -> Any:
+    parameters = {"max_new_tokens": 24, "details": True, **shared, **own}
+    body = {"inputs": prompt, "parameters": parameters}
+    whole, streamed = await ask(served, WHOLE, body), await ask(served, STREAM, body)
+    assert whole.status == 200, whole.body
+    details, text = whole.json["details"], whole.json["generated_text"]
+    events = events_of(streamed)
+    assert [event["token"] for event in events] == details["tokens"]
+    assert events[-1]["generated_text"] == text
+    assert details["generated_tokens"] == len(events)
+    plain = [event["token"]["text"] for event in events if not event["token"]["special"]]
+    assert "".join(plain) == text
+    legacy = {"prompt": prompt, "max_tokens": 24, "include_stop_str_in_output": True, **shared}
+    openai = {"temperature": 0, "logprobs": 0, **legacy}
+    choice = (await ask(served, "/v1/completions", openai)).json["choices"][0]
+    assert choice["text"] == text
+    assert choice["finish_reason"] == ("length" if len(events) == 24 else "stop")
+    whole_tokens = len(choice["logprobs"]["token_logprobs"])
+    tokens = details["tokens"][:whole_tokens]
+    expected = pytest.approx(choice["logprobs"]["token_logprobs"], abs=1e-5)
+    assert [token["logprob"] for token in tokens] == expected
+    assert (await ask(served, WHOLE, legacy)).json["text"] == [prompt + text]
+    *pieces, _ = (await ask(served, WHOLE, {**legacy, "stream": True})).body.split(b"\0")
+    assert "".join(json.loads(piece)["text"][0] for piece in pieces) == text
+    if not shared.get("stop"):
+        body = {"text_input": prompt, "parameters": parameters}
+        triton = (await ask(served, f"/v2/models/{NAME}/generate", body)).json
+        assert triton["text_output"] == text
+        events = events_of(await ask(served, f"/v2/models/{NAME}/generate_stream", body))
+        assert "".join(event["text_output"] for event in events) == text
+    return text, details
+
+
 def test_every_way_to_ask_a_model_gives_the_same_text(model_path: Path) -> None:
     """Greedy and seeded, with stop strings from the texts, whole and in pieces, in each dialect."""
-
-    async def ask_all(
-        served: Stub, prompt: str, own: dict[str, Any], shared: dict[str, Any]
-    ) -> Any:
-        parameters = {"max_new_tokens": 24, "details": True, **shared, **own}
-        body = {"inputs": prompt, "parameters": parameters}
-        whole, streamed = await ask(served, WHOLE, body), await ask(served, STREAM, body)
-        assert whole.status == 200, whole.body
-        details, text = whole.json["details"], whole.json["generated_text"]
-        events = events_of(streamed)
-        assert [event["token"] for event in events] == details["tokens"]
-        assert events[-1]["generated_text"] == text
-        assert details["generated_tokens"] == len(events)
-        plain = [event["token"]["text"] for event in events if not event["token"]["special"]]
-        assert "".join(plain) == text
-        legacy = {"prompt": prompt, "max_tokens": 24, "include_stop_str_in_output": True, **shared}
-        openai = {"temperature": 0, "logprobs": 0, **legacy}
-        choice = (await ask(served, "/v1/completions", openai)).json["choices"][0]
-        assert choice["text"] == text
-        assert choice["finish_reason"] == ("length" if len(events) == 24 else "stop")
-        whole_tokens = len(choice["logprobs"]["token_logprobs"])
-        tokens = details["tokens"][:whole_tokens]
-        expected = pytest.approx(choice["logprobs"]["token_logprobs"], abs=1e-5)
-        assert [token["logprob"] for token in tokens] == expected
-        assert (await ask(served, WHOLE, legacy)).json["text"] == [prompt + text]
-        *pieces, _ = (await ask(served, WHOLE, {**legacy, "stream": True})).body.split(b"\0")
-        assert "".join(json.loads(piece)["text"][0] for piece in pieces) == text
-        if not shared.get("stop"):
-            body = {"text_input": prompt, "parameters": parameters}
-            triton = (await ask(served, f"/v2/models/{NAME}/generate", body)).json
-            assert triton["text_output"] == text
-            events = events_of(await ask(served, f"/v2/models/{NAME}/generate_stream", body))
-            assert "".join(event["text_output"] for event in events) == text
-        return text, details
 
     async def go(served: Stub) -> None:
         with model_engine(model_path) as engine:
             served.service.engines = [engine]
             special = special_tokens(served.application.context.vocabulary.tokenizer)
-            reasons = set()
+            reasons, num_parts = set(), 0
             for i in range(5):
                 prompt = f"the cat {'abcde'[i]}"
                 own = {"do_sample": False, "temperature": 0.9} if i % 2 else {}
                 shared = {} if i % 2 else {"temperature": 0.8, "seed": i}
-                text, details = await ask_all(served, prompt, own, {**shared})
+                text, details = await ask_everywhere(served, prompt, own, {**shared})
                 reasons.add(details["finish_reason"])
                 flags = [token["id"] in special for token in details["tokens"]]
                 assert [token["special"] for token in details["tokens"]] == flags
+                num_parts += sum(not token["text"] for token in details["tokens"])
                 stop = text[3:5] or text[:1]
-                stopped, details = await ask_all(served, prompt, own, {**shared, "stop": [stop]})
+                stopped, details = await ask_everywhere(
+                    served, prompt, own, {**shared, "stop": [stop]}
+                )
                 assert stopped == text[: text.find(stop) + len(stop)]
                 reasons.add(details["finish_reason"])
             assert {"length", "stop_sequence"} <= reasons
+            assert num_parts > 5, "parts of characters are tokens too"
 
     run_with(go)
 
