@@ -229,6 +229,8 @@ def test_pieces_and_tokens_of_a_stream_agree(include_stop: bool, path: Path) -> 
             num_stopped += 1
             assert end >= 0
             end += len(stop) if include_stop else 0
+            released = [token_id for step in steps for token_id in step.released_ids]
+            assert [*released, *last.cut_ids] == last.token_ids
         assert last.text == (text if end < 0 else text[:end])
     assert num_stopped > 16
 

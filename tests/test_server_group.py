@@ -148,7 +148,8 @@ def test_what_is_packed_is_unpacked() -> None:
     )
     entry = TokenLogprobs(5, -math.inf, {5: -math.inf, 3: -0.1})
     output = Output(
-        7, "\U0001f600", 2, [5], [entry], [entry], "stop", "a", 0, entry, "", 3, 0.5, 0.25
+        *(7, "\U0001f600", 2, [5], [entry], [entry], "stop", "a", 0, entry, [6, 7], [entry] * 2),
+        *("", 3, 0.5, 0.25),
     )
     first, second = socket.socketpair()
     with first, second:

@@ -220,7 +220,7 @@ def test_abort_and_end_may_cross() -> None:
 
 def test_comments_keep_a_waiting_stream_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service_module, "PING_S", 0.1)
-    monkeypatch.setattr("gptneox.server.dialects.openai.PING_S", 0.1)
+    monkeypatch.setattr("gptneox.server.dialects.base.PING_S", 0.1)
     body = {**LONG, "max_tokens": 2, "stream": True}
     answer = run_with(lambda served: ask(served, PATH, body), step_s=0.35)
     assert answer.body.startswith(b": ")

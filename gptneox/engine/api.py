@@ -48,6 +48,9 @@ class Completion:
     # `token_ids` without the end-of-text id and the tokens that a stop string cut.
     released_ids: list[int] = field(default_factory=list)
     released_logprobs: list[TokenLogprobs] = field(default_factory=list)  # rank 0, if asked for
+    # Set when finished: the tokens that a stop string cut. `text` has a part of theirs, or none.
+    cut_ids: list[int] = field(default_factory=list)
+    cut_logprobs: list[TokenLogprobs] = field(default_factory=list)  # rank 0, if asked for
     finish_reason: str = ""  # "stop" | "length" | "error"; "" while the request runs
     # With "stop": the stop string or the id of `stop_token_ids`; None for end-of-text.
     stop_reason: str | int | None = None

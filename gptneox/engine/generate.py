@@ -230,6 +230,7 @@ class _Row:
             new_text=text,
             new_token_ids=token_ids,
             released_ids=token_ids[: self.num_released],
+            cut_ids=token_ids[self.num_released :] if isinstance(self.stop_reason, str) else [],
             finish_reason=self.reason,
             stop_reason=self.stop_reason,
             error=self.error,

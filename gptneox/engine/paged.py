@@ -241,6 +241,9 @@ class PagedEngine(Engine):
         completion = self._completion(request, appended.text, new, appended.num_released)
         if appended.reason:
             completion.stop_reason = appended.stop_reason
+            if isinstance(appended.stop_reason, str):
+                completion.cut_ids = seq.output_ids[request.num_released :]
+                completion.cut_logprobs = seq.logprobs[request.num_released :]
             self._finish(request, completion, appended.reason)
         return completion
 

@@ -19,8 +19,10 @@ from starlette.types import ASGIApp
 from gptneox import __version__
 from gptneox.server.asgi import HEALTH_PATH, Guard, JsonAnswer, KeyCheck, escaped, no_answer
 from gptneox.server.dialects.base import Context, Dialect
+from gptneox.server.dialects.mindie import MindIe
 from gptneox.server.dialects.openai import OpenAi
 from gptneox.server.dialects.openai_chat import OpenAiChat
+from gptneox.server.dialects.tgi import Tgi
 from gptneox.server.errors import ClientGone, Kind, ServiceError
 from gptneox.server.service import LOADING_RETRY_S
 
@@ -32,7 +34,7 @@ NO_TELEMETRY: Any = dict.fromkeys(
 )
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # The first that owns a path gives its errors their form; the last owns every path.
-DIALECTS: tuple[type[Dialect], ...] = (OpenAiChat, OpenAi)
+DIALECTS: tuple[type[Dialect], ...] = (Tgi, MindIe, OpenAiChat, OpenAi)
 
 
 class Application:
@@ -108,18 +110,13 @@ class Application:
 
     async def ready(self) -> Response:
         """200 where a request would be admitted now."""
-        service = self.context.service
-        reason = service.why_unready
-        if not reason and service.is_draining:
-            reason = "the service is ending"
-        if not reason and service.num_open >= self.context.settings.max_concurrent_requests:
-            reason = "there are too many requests"
-        return self._state(reason)
+        return self._state(self.context.service.why_refusing)
 
     def _state(self, reason: str) -> Response:
         if reason:
             headers = {"retry-after": str(LOADING_RETRY_S)}
-            return JsonAnswer({"status": "unavailable", "reason": reason}, 503, headers)
+            content = {"status": "unavailable", "error": reason, "error_type": "healthcheck"}
+            return JsonAnswer(content, 503, headers)
         return JsonAnswer({"status": "ok"})
 
     async def metrics(self) -> Response:

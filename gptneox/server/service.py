@@ -73,7 +73,10 @@ class Delta:
     stop_reason: str | int | None = None  # a stop string, or an id of stop_token_ids
     end_id: int | None = None  # the token that ended the choice; it has no text
     end_logprob: TokenLogprobs | None = None
+    cut_ids: list[int] = field(default_factory=list)  # the tokens that a stop string cut
+    cut_logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_cached_tokens: int = 0  # of the prompt, from the prefix cache
+    queued_s: float = 0.0  # before the first step
 
     @classmethod
     def of(cls, index: int, output: Output) -> Delta:
@@ -89,7 +92,10 @@ class Delta:
             output.stop_reason,
             output.end_id,
             output.end_logprob,
+            list(output.cut_ids),
+            list(output.cut_logprobs),
             output.num_cached_tokens,
+            output.queued_s,
         )
 
     def add(self, later: Delta) -> None:
@@ -101,7 +107,9 @@ class Delta:
         self.prompt_logprobs += later.prompt_logprobs
         self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
         self.end_id, self.end_logprob = later.end_id, later.end_logprob
+        self.cut_ids, self.cut_logprobs = later.cut_ids, later.cut_logprobs
         self.num_cached_tokens = max(self.num_cached_tokens, later.num_cached_tokens)
+        self.queued_s = max(self.queued_s, later.queued_s)
 
 
 class Engine(Protocol):
@@ -324,6 +332,16 @@ class Service:
         if self.lost:
             return self.lost
         return "" if all(engine.limits for engine in self.engines) else "the model is being loaded"
+
+    @property
+    def why_refusing(self) -> str:
+        """Empty when a request of one choice would be admitted now."""
+        if self.why_unready:
+            return self.why_unready
+        if self.is_draining:
+            return "the service is ending"
+        is_full = self.num_open >= self.settings.max_concurrent_requests
+        return "there are too many requests" if is_full else ""
 
     @property
     def num_running(self) -> int:

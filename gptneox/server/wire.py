@@ -131,10 +131,15 @@ class Output:
     stop_reason: str | int | None = None
     end_id: int | None = None  # the end-of-text id, or that of stop_token_ids, that ended it
     end_logprob: TokenLogprobs | None = None
+    cut_ids: Seq[int] = ()  # the tokens that a stop string cut
+    cut_logprobs: Seq[TokenLogprobs] = ()
     error: str = ""
     num_cached_tokens: int = 0
     queued_s: float = 0.0
     prefill_s: float = 0.0
+
+
+_LOGPROBS = ("logprobs", "prompt_logprobs", "cut_logprobs")  # fields of an output
 
 
 def pack_params(params: SamplingParams) -> Message:
@@ -158,7 +163,7 @@ def pack_output(output: Output) -> Message:
         value = getattr(output, f.name)
         if f.default is MISSING or value != f.default:
             packed[f.name] = value
-    for name in ("logprobs", "prompt_logprobs"):
+    for name in _LOGPROBS:
         if name in packed:
             packed[name] = [_pack_logprobs(entry) for entry in packed[name]]
     if output.end_logprob:
@@ -169,8 +174,8 @@ def pack_output(output: Output) -> Message:
 def unpack_output(packed: Mapping[str, Any]) -> Output:
     """The inverse of `pack_output`."""
     output = Output(**packed)
-    output.logprobs = [_unpack_logprobs(entry) for entry in output.logprobs]
-    output.prompt_logprobs = [_unpack_logprobs(entry) for entry in output.prompt_logprobs]
+    for name in _LOGPROBS:
+        setattr(output, name, [_unpack_logprobs(entry) for entry in getattr(output, name)])
     if output.end_logprob:
         output.end_logprob = _unpack_logprobs(output.end_logprob)
     return output

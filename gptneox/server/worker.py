@@ -204,6 +204,8 @@ def make_output(number: int, completion: Completion) -> Output:
         prompt_logprobs=completion.prompt_logprobs,
         finish_reason=completion.finish_reason,
         stop_reason=completion.stop_reason,
+        cut_ids=completion.cut_ids,
+        cut_logprobs=completion.cut_logprobs,
         error=completion.error,
         num_cached_tokens=completion.num_cached_tokens,
         queued_s=completion.queued_s,

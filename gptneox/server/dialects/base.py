@@ -17,14 +17,21 @@ from starlette.responses import Response
 from gptneox.chat_templates import ChatTemplate
 from gptneox.config.settings import ServerSection
 from gptneox.engine.sequence import InvalidParameter, SamplingParams, check_vocabulary
-from gptneox.server.asgi import read_json
+from gptneox.server.asgi import read_json, until_disconnect
 from gptneox.server.errors import Kind, ServiceError, invalid
-from gptneox.server.service import Service
+from gptneox.server.service import PING_S, Delta, Request, Running, Service
 from gptneox.server.vocabulary import Vocabulary
 
 MAX_STOP_CHARS = 512
 MAX_LOGPROBS = 20  # likeliest tokens at a position; Source: OpenAI's API reference
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; Source: OpenAI's own answers
+# In a body: the model at this address, whatever its name.
+# Source: huggingface_hub's providers/hf_inference.py; the examples of TGI's Messages API
+ANY_MODEL = ("dummy", "tgi")
+
+# A repetition would not help.
+_PERMANENT = {Kind.FAILED, Kind.TIMEOUT, Kind.INTERNAL}
+_CLOSING = {Kind.BODY_TOO_LARGE, Kind.SLOW_BODY}  # the rest of the body is not read
 
 
 class Body(BaseModel):
@@ -60,12 +67,25 @@ class Context:
         Raises:
             ServiceError: it is no such body.
         """
-        content = await read_json(request, self.settings.max_body_bytes)
+        return self.check(await self.read_content(request), kind)
+
+    async def read_content(self, request: HttpRequest) -> dict[str, Any]:
+        """The JSON object of a request, where its keys decide what body it is; see `check`."""
+        return await read_json(request, self.settings.max_body_bytes)
+
+    def check(self, content: dict[str, Any], kind: type[OneBody]) -> OneBody:
+        """The body that a JSON object makes.
+
+        Raises:
+            ServiceError: it is no such body.
+        """
         try:
             return kind.model_validate(content)
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-            param = str(first["loc"][0]) if first["loc"] else None
+            names = [str(name) for name in first["loc"]]
+            is_inner = names[:1] == ["parameters"]  # TGI's and Triton's fields lie in there
+            param = ".".join(names[: 1 + is_inner]) if names else None
             text = first["msg"].removeprefix("Value error, ")
             if first["type"] == "extra_forbidden":
                 text = "there is no such field"
@@ -80,6 +100,11 @@ class Context:
                 f"the model {name[:100]!r} does not exist; {', '.join(self.model_names)} is served",
                 param="model",
             )
+
+    def check_named_model(self, name: str | None) -> None:
+        """`check_model` for a body, where a client of TGI gives a name that stands for any."""
+        if name not in ANY_MODEL:
+            self.check_model(name)
 
     def room(self, prompts: Seq[Seq[int]], asked: int | None, default: int | None) -> int:
         """How many tokens to generate for each of the prompts.
@@ -137,6 +162,36 @@ class Context:
             raise invalid(own, f"{own}{str(error).removeprefix(error.param)}") from error
         return params
 
+    async def gather(self, http: HttpRequest, request: Request) -> list[Delta]:
+        """The whole answer to a request: one delta for each choice, in order.
+
+        Raises:
+            ServiceError: it failed.
+            ClientGone: the client went away.
+        """
+        running = self.service.open(request)
+        try:
+            return await until_disconnect(http, running.gather())
+        finally:
+            running.close()
+
+    async def begin(self, http: HttpRequest, request: Request) -> Running:
+        """A request whose answer has begun, or which has waited so long that a sign of life is due.
+
+        The caller closes it.
+
+        Raises:
+            ServiceError: it failed before.
+            ClientGone: the client went away.
+        """
+        running = self.service.open(request)
+        try:
+            await until_disconnect(http, running.wait(PING_S))
+        except BaseException:
+            running.close()
+            raise
+        return running
+
     def check_stop(self, stop: Seq[str], name: str = "stop") -> tuple[str, ...]:
         """Stop strings, which must not be long; their number is checked with the parameters."""
         if any(len(text) > MAX_STOP_CHARS for text in stop):
@@ -150,6 +205,26 @@ class Context:
             raise invalid(
                 param, f"{num_choices} choices (prompts times n) are asked for; {most} are the most"
             )
+
+
+def mean_logprob(delta: Delta) -> float:
+    """What best_of chooses by. Source: OpenAI's API reference, "log probability per token"."""
+    entries = [*delta.logprobs, *([delta.end_logprob] if delta.end_logprob else [])]
+    return sum(entry.logprob for entry in entries) / max(1, len(entries))
+
+
+def error_headers(error: ServiceError) -> dict[str, str]:
+    """The headers that tell a client what to do after an error."""
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(error.retry_after_s)
+    if error.kind in _PERMANENT:
+        headers["x-should-retry"] = "false"
+    if error.kind in _CLOSING:
+        headers["connection"] = "close"
+    if error.kind is Kind.UNAUTHORIZED:
+        headers["www-authenticate"] = "Bearer"
+    return headers
 
 
 class Dialect(ABC):
@@ -173,9 +248,8 @@ class Dialect(ABC):
         """The answer to a request that failed before its first byte."""
 
 
-def body_of(kind: type[Body]) -> dict[str, Any]:
-    """The description of a route's body, for `openapi_extra`; see `app.describe`."""
-    reference = {"$ref": f"#/components/schemas/{kind.__name__}"}
-    return {
-        "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}
-    }
+def body_of(*kinds: type[Body]) -> dict[str, Any]:
+    """The description of a route's body, for `openapi_extra`; several: one of them."""
+    references = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in kinds]
+    schema: dict[str, Any] = references[0] if len(references) == 1 else {"anyOf": references}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -27,9 +27,11 @@ from gptneox.server.dialects.base import (
     Context,
     Dialect,
     body_of,
+    error_headers,
+    mean_logprob,
 )
 from gptneox.server.errors import Kind, ServiceError, invalid
-from gptneox.server.service import PING_S, Delta, Request, Running
+from gptneox.server.service import Delta, Request, Running
 from gptneox.server.vocabulary import Offsets, Vocabulary
 
 DEFAULT_MAX_TOKENS = 16
@@ -53,9 +55,6 @@ _ERRORS: dict[Kind, tuple[int, str, str | None]] = {
     Kind.FAILED: (500, "server_error", "request_failed"),
     Kind.INTERNAL: (500, "server_error", "internal_error"),
 }
-# A repetition would not help.
-_PERMANENT = {Kind.FAILED, Kind.TIMEOUT, Kind.INTERNAL}
-_CLOSING = {Kind.BODY_TOO_LARGE, Kind.SLOW_BODY}  # the rest of the body is not read
 
 # What is not built, with the values that ask for nothing.
 UNBUILT: dict[str, tuple[Any, ...]] = {
@@ -150,7 +149,7 @@ class CompletionBody(Sampling):
 
 
 class TokenizeBody(Body):
-    """POST /tokenize."""
+    """POST /tokenize, whose route is TGI's too; see `gptneox.server.dialects.tgi`."""
 
     prompt: str
     model: str | None = None
@@ -275,16 +274,7 @@ class OpenAi(Dialect):
     def answer_error(self, error: ServiceError) -> Response:
         """See `Dialect`."""
         status, _, _ = _ERRORS[error.kind]
-        headers = {}
-        if error.retry_after_s is not None:
-            headers["retry-after"] = str(error.retry_after_s)
-        if error.kind in _PERMANENT:
-            headers["x-should-retry"] = "false"
-        if error.kind in _CLOSING:
-            headers["connection"] = "close"
-        if error.kind is Kind.UNAUTHORIZED:
-            headers["www-authenticate"] = "Bearer"
-        return JsonAnswer(error_body(error), status, headers)
+        return JsonAnswer(error_body(error), status, error_headers(error))
 
     def add_routes(self, app: FastAPI) -> None:
         """See `Dialect`."""
@@ -298,7 +288,6 @@ class OpenAi(Dialect):
             "/v1/models/{model_id:path}", self.model, responses=model, response_model=None
         )
         self.add_post(app, "/v1/completions", self.completions, CompletionBody, Completion)
-        self.add_post(app, "/tokenize", self.tokenize, TokenizeBody, TokenList)
         self.add_post(app, "/detokenize", self.detokenize, DetokenizeBody, Text)
         app.add_api_route("/tokenizer_info", self.tokenizer_info, response_model=None)
 
@@ -331,21 +320,10 @@ class OpenAi(Dialect):
         self.context.check_model(model_id)
         return JsonAnswer(_model(self.context, model_id))
 
-    async def tokenize(self, request: HttpRequest) -> Response:
-        """Token ids of a text."""
-        body = await self.context.read(request, TokenizeBody)
-        self.context.check_model(body.model)
-        ids = await self.context.vocabulary.encode(
-            body.prompt, "prompt", add_special_tokens=bool(body.add_special_tokens)
-        )
-        limits = self.context.service.engines[0].limits
-        most = limits.max_tokens if limits else None
-        return JsonAnswer({"tokens": ids, "count": len(ids), "max_model_len": most})
-
     async def detokenize(self, request: HttpRequest) -> Response:
         """The text of token ids."""
         body = await self.context.read(request, DetokenizeBody)
-        self.context.check_model(body.model)
+        self.context.check_named_model(body.model)
         size = self.context.vocabulary.size
         if wrong := [i for i in body.tokens if not 0 <= i < size]:
             raise invalid("tokens", f"tokens: {wrong[0]} is no id from 0 to {size - 1}")
@@ -374,6 +352,21 @@ def _model(context: Context, name: str) -> dict[str, Any]:
         "parent": None,
         "max_model_len": limits.max_tokens if limits else None,
     }
+
+
+async def tokenize(context: Context, body: TokenizeBody) -> Response:
+    """The answer of /tokenize to a body of vLLM's.
+
+    Raises:
+        ServiceError: the body asks for what is wrong.
+    """
+    context.check_named_model(body.model)
+    ids = await context.vocabulary.encode(
+        body.prompt, "prompt", add_special_tokens=bool(body.add_special_tokens)
+    )
+    limits = context.service.engines[0].limits
+    most = limits.max_tokens if limits else None
+    return JsonAnswer({"tokens": ids, "count": len(ids), "max_model_len": most})
 
 
 def error_body(error: ServiceError) -> dict[str, Any]:
@@ -462,7 +455,7 @@ async def plan_completion(context: Context, body: CompletionBody, request_id: st
     Raises:
         ServiceError: it asks for what is wrong, or not built.
     """
-    context.check_model(body.model)
+    context.check_named_model(body.model)
     refuse_unbuilt(body, UNBUILT)
     check_stream(body)
     n = body.n or 1
@@ -713,39 +706,32 @@ async def answer(context: Context, request: HttpRequest, plan: Plan) -> Response
         ServiceError: it failed before the first byte.
         ClientGone: the client went away.
     """
-    running = context.service.open(plan.request)
-    try:
-        if not plan.is_stream:
-            deltas = await until_disconnect(request, running.gather())
-            return JsonAnswer(whole_answer(plan, deltas))
-        await until_disconnect(request, running.wait(PING_S))
-    except BaseException:
-        running.close()
-        raise
+    if not plan.is_stream:
+        return JsonAnswer(whole_answer(plan, await context.gather(request, plan.request)))
+    running = await context.begin(request, plan.request)
     return EventStream(events(running, plan), running.deadline, running.close)
 
 
 def whole_answer(plan: Plan, deltas: Seq[Delta]) -> dict[str, Any]:
     """The answer as one object."""
-    writer, n = plan.writer, plan.request.n
     for delta in deltas:
-        writer.count(delta)
-    kept = list(deltas)
-    if plan.num_best < n:
-        kept = []
-        for first in range(0, len(deltas), n):
-            best = sorted(deltas[first : first + n], key=_mean_logprob, reverse=True)
-            kept += best[: plan.num_best]
-    choices = [writer.choice(delta) for delta in kept]
+        plan.writer.count(delta)
+    choices = [plan.writer.choice(delta) for delta in best_deltas(plan, deltas)]
     for index, choice in enumerate(choices):
         choice["index"] = index
-    return writer.whole(choices)
+    return plan.writer.whole(choices)
 
 
-def _mean_logprob(delta: Delta) -> float:
-    """What best_of chooses by. Source: OpenAI's API reference, "log probability per token"."""
-    entries = [*delta.logprobs, *([delta.end_logprob] if delta.end_logprob else [])]
-    return sum(entry.logprob for entry in entries) / max(1, len(entries))
+def best_deltas(plan: Plan, deltas: Seq[Delta]) -> list[Delta]:
+    """The choices that the answer holds, prompt by prompt, the best ones first if some are left."""
+    n = plan.request.n
+    if plan.num_best == n:
+        return list(deltas)
+    kept: list[Delta] = []
+    for first in range(0, len(deltas), n):
+        best = sorted(deltas[first : first + n], key=mean_logprob, reverse=True)
+        kept += best[: plan.num_best]
+    return kept
 
 
 async def events(running: Running, plan: Plan) -> AsyncIterator[bytes]:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from gptneox.chat_templates import ChatTemplateError, render_chat
+from gptneox.chat_templates import ChatTemplate, ChatTemplateError, render_chat
 from gptneox.engine.sequence import TokenLogprobs
 from gptneox.server.asgi import until_disconnect
 from gptneox.server.dialects.base import MAX_LOGPROBS, Context
@@ -169,7 +169,7 @@ async def plan_chat(context: Context, body: ChatBody, request_id: str) -> Plan:
     Raises:
         ServiceError: it asks for what is wrong, or not built.
     """
-    context.check_model(body.model)
+    context.check_named_model(body.model)
     refuse_unbuilt(body, {**UNBUILT, **UNBUILT_IN_CHAT})
     check_stream(body)
     if body.top_logprobs is not None and not body.logprobs:
@@ -177,22 +177,8 @@ async def plan_chat(context: Context, body: ChatBody, request_id: str) -> Plan:
     n = body.n or 1
     context.check_choices(n)
     context.service.limits()  # before the work of tokenizing
-    if context.chat_template is None:
-        raise invalid("messages", context.why_no_chat)
-    template = context.chat_template
-    messages = plain_messages(body.messages)
-    num_chars = sum(len(message["content"]) for message in messages)
-    if num_chars > context.vocabulary.max_chars:
-        raise ServiceError(
-            Kind.TOO_LONG,
-            f"messages have {num_chars} characters; no text of more than "
-            f"{context.vocabulary.max_chars} fits the context",
-            param="messages",
-        )
-    try:
-        text = await context.vocabulary.in_thread(lambda: render_chat(messages, template))
-    except ChatTemplateError as error:
-        raise invalid("messages", str(error)) from error
+    template = template_of(context)
+    text = await chat_text(context, body.messages)
     prompt = await context.vocabulary.encode(text, "messages")
     names, asked = NAMES, body.max_tokens
     if body.max_completion_tokens is not None:
@@ -210,6 +196,39 @@ async def plan_chat(context: Context, body: ChatBody, request_id: str) -> Plan:
     request = Request(request_id, [prompt], params, n)
     writer = ChatWriter(context, request, logprobs=bool(body.logprobs))
     return make_plan(body, request, writer, n)
+
+
+def template_of(context: Context) -> ChatTemplate:
+    """The chat template.
+
+    Raises:
+        ServiceError: there is none.
+    """
+    if context.chat_template is None:
+        raise invalid("messages", context.why_no_chat)
+    return context.chat_template
+
+
+async def chat_text(context: Context, given: Seq[dict[str, Any]]) -> str:
+    """The prompt that messages make.
+
+    Raises:
+        ServiceError: there is no template, or the messages do not suit it.
+    """
+    template = template_of(context)
+    messages = plain_messages(given)
+    num_chars = sum(len(message["content"]) for message in messages)
+    if num_chars > context.vocabulary.max_chars:
+        raise ServiceError(
+            Kind.TOO_LONG,
+            f"messages have {num_chars} characters; no text of more than "
+            f"{context.vocabulary.max_chars} fits the context",
+            param="messages",
+        )
+    try:
+        return await context.vocabulary.in_thread(lambda: render_chat(messages, template))
+    except ChatTemplateError as error:
+        raise invalid("messages", str(error)) from error
 
 
 def plain_messages(given: Seq[dict[str, Any]]) -> list[dict[str, str]]:
