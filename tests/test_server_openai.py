@@ -429,7 +429,7 @@ def test_the_routes_of_lm_eval_s_remote_tokenizer() -> None:
         ("DELETE", "/v1/models", 405),
         ("GET", "/v1/nothing", 404),
         ("POST", "/v1/responses", 404),
-        ("GET", "/", 404),
+        ("PUT", "/", 405),
         ("GET", "/v1/models/", 404),
     ],
 )

@@ -12,7 +12,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp
 
 from gptneox import __version__
@@ -20,6 +20,8 @@ from gptneox.server.asgi import HEALTH_PATH, Guard, JsonAnswer, KeyCheck, no_ans
 from gptneox.server.dialects.base import Body, Context, Dialect
 from gptneox.server.dialects.openai import CompletionBody, DetokenizeBody, OpenAi, TokenizeBody
 from gptneox.server.errors import ClientGone, Kind, ServiceError
+from gptneox.server.page import PATH as PAGE_PATH
+from gptneox.server.page import Page
 from gptneox.server.service import LOADING_RETRY_S
 
 # FastAPI from 0.163 on sends spans and logs where an SDK is installed; older ones do not know this.
@@ -89,6 +91,8 @@ class Application:
         add(HEALTH_PATH, self.health, operation_id="health")
         add("/ready", self.ready, operation_id="ready")
         add("/metrics", self.metrics, operation_id="metrics")
+        page = Page(has_chat=bool(self.context.chat_template))
+        add(PAGE_PATH, page.show, operation_id="page", response_class=HTMLResponse)
 
     async def health(self) -> Response:
         """200 while the engine lives; 503 while it loads, hangs or has gone. Needs no key."""
