@@ -5,7 +5,7 @@
     python -m gptneox.launch flash SCRIPT INPUT_DIR OUTPUT_DIR WORLD_SIZE [--recut] [TASK [options]]
     python -m gptneox.launch modeltest SCRIPT [arguments of tests/modeltest/run.sh]
     python -m gptneox.launch serve SCRIPT [WEIGHT_DIR] [main.py's options]
-    python -m gptneox.launch ranks NAME [--cores 0,1] [main.py's options]
+    python -m gptneox.launch ranks NAME [--cores 0,1] [--log_dir DIR] [main.py's options]
 
 run_pa.sh, cut_model_and_run.sh, tests/modeltest/run.sh and serve.sh find a Python and start this
 module in it; their headers explain the variables. `ranks` is how the service starts its engines.
@@ -64,6 +64,7 @@ class Job:
     environ: dict[str, str]
     ranks: Ranks = field(default_factory=Ranks)
     arguments: list[str] = field(default_factory=list)  # of main.py
+    torchrun_options: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -160,9 +161,12 @@ def _serve(job: Job, arguments: list[str]) -> None:
 
 def _ranks(job: Job, arguments: list[str]) -> None:
     """The ranks of one engine of the service."""
-    if arguments[:1] == ["--cores"]:
-        bind([int(core) for core in arguments[1].split(",")])
-        arguments = arguments[2:]
+    while arguments[:1] in (["--cores"], ["--log_dir"]):
+        option, value, *arguments = arguments
+        if option == "--cores":
+            bind([int(core) for core in value.split(",")])
+        else:  # else torchrun makes one, and leaves it behind
+            job.torchrun_options = ["--log_dir", value]
     job.prepare("paged")
     job.arguments = ["--task", "serve", "--auto_attention", "paged", *arguments]
 
@@ -361,6 +365,7 @@ def start(job: Job) -> int:
         return run_task(job.arguments)
     options = [
         *job.ranks.options,
+        *job.torchrun_options,
         "--master_port",
         environ["MASTER_PORT"],
         *program,

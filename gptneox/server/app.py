@@ -17,8 +17,9 @@ from starlette.types import ASGIApp
 
 from gptneox import __version__
 from gptneox.server.asgi import HEALTH_PATH, Guard, JsonAnswer, KeyCheck, no_answer
-from gptneox.server.dialects.base import Body, Context, Dialect
-from gptneox.server.dialects.openai import CompletionBody, DetokenizeBody, OpenAi, TokenizeBody
+from gptneox.server.dialects.base import Context, Dialect
+from gptneox.server.dialects.openai import OpenAi
+from gptneox.server.dialects.openai_chat import OpenAiChat
 from gptneox.server.errors import ClientGone, Kind, ServiceError
 from gptneox.server.page import PATH as PAGE_PATH
 from gptneox.server.page import Page
@@ -29,7 +30,8 @@ NO_TELEMETRY: Any = dict.fromkeys(
     ("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False
 )
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-BODIES: tuple[type[Body], ...] = (CompletionBody, TokenizeBody, DetokenizeBody)
+# The first that owns a path gives its errors their form; the last owns every path.
+DIALECTS: tuple[type[Dialect], ...] = (OpenAiChat, OpenAi)
 
 
 class Application:
@@ -43,13 +45,11 @@ class Application:
             keys: those that clients may send; none: no key is needed.
         """
         self.context = context
-        # The first that owns a path gives its errors their form.
-        self.dialects: Seq[Dialect] = (OpenAi(context),)
+        self.dialects: Seq[Dialect] = [dialect(context) for dialect in DIALECTS]
         self.fastapi = FastAPI(
             title="gptneox",
             version=__version__,
             description="GPT-NeoX models over HTTP.",
-            root_path=context.settings.root_path,
             redirect_slashes=False,
             docs_url=None,  # its page would load scripts from elsewhere
             redoc_url=None,
@@ -60,6 +60,7 @@ class Application:
             dialect.add_routes(self.fastapi)
         self._add_own_routes()
         self.fastapi.add_exception_handler(ServiceError, self._on_service_error)
+        self.fastapi.add_exception_handler(Exception, self._on_fault)
         self.fastapi.add_exception_handler(ClientGone, self._on_client_gone)
         self.fastapi.add_exception_handler(HTTPException, self._on_http_error)
         inner: ASGIApp = KeyCheck(self.fastapi, keys, context.settings.root_path, self.answer_error)
@@ -72,7 +73,7 @@ class Application:
                 allow_headers=["authorization", "content-type", "x-request-id"],
                 expose_headers=["x-request-id", "retry-after"],
             )
-        self.asgi: ASGIApp = Guard(inner, self.answer_error)
+        self.asgi: ASGIApp = Guard(inner, context.settings.root_path, self.answer_error)
 
     def answer_error(self, path: str, error: ServiceError) -> Response:
         """The answer to an error at a path, in the form of its dialect."""
@@ -85,7 +86,7 @@ class Application:
     def _add_own_routes(self) -> None:
         def add(path: str, endpoint: Callable[..., Any], **options: Any) -> None:
             self.fastapi.add_api_route(
-                path, endpoint, methods=["GET", "HEAD"], response_model=None, **options
+                path, endpoint, methods=["GET"], response_model=None, **options
             )
 
         add(HEALTH_PATH, self.health, operation_id="health")
@@ -125,6 +126,11 @@ class Application:
         assert isinstance(error, ServiceError)
         return self.answer_error(request.scope["path"], error)
 
+    async def _on_fault(self, request: HttpRequest, error: Exception) -> Response:
+        """The error goes on to `Guard`, which logs it."""
+        own = ServiceError(Kind.INTERNAL, "the service has made a mistake; its log says more")
+        return self.answer_error(request.scope["path"], own)
+
     async def _on_client_gone(self, request: HttpRequest, error: Exception) -> Response:
         return no_answer()
 
@@ -151,9 +157,10 @@ class Application:
                 version=self.fastapi.version,
                 description=self.fastapi.description,
                 routes=self.fastapi.routes,
+                servers=[{"url": self.context.settings.root_path or "/"}],
             )
             schemas = description.setdefault("components", {}).setdefault("schemas", {})
-            for body in BODIES:
+            for body in (body for dialect in self.dialects for body in dialect.bodies):
                 own = body.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas |= own.pop("$defs", {})
                 schemas[body.__name__] = own

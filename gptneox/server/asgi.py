@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import json
 import logging
@@ -31,6 +30,7 @@ BODY_S, BODY_BYTES_PER_S = 10.0, 16 << 10
 MAX_DISCARDED_BYTES = 64 << 20
 # After the deadline of its request, what is written may take so much longer to be read.
 READ_GRACE_S = 10.0
+MAX_HEAD_BYTES = 16 << 10
 HEALTH_PATH = "/health"
 EVENT_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
@@ -226,40 +226,49 @@ def escaped(text: str) -> str:
 class Guard:
     """The outermost part: request ids, one log line for each request, faults of our own."""
 
-    def __init__(self, app: ASGIApp, answer: Callable[[str, ServiceError], Response]) -> None:
+    def __init__(
+        self, app: ASGIApp, root_path: str, answer: Callable[[str, ServiceError], Response]
+    ) -> None:
         """Wrap an application.
 
         Args:
             app: the application.
+            root_path: what a proxy has taken off the path, or left there.
             answer: the answer to an error, for a path.
         """
-        self._app, self._answer = app, answer
+        self._app, self._root_path, self._answer = app, root_path, answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         if scope["type"] != "http":
             return
+        scope["root_path"] = self._root_path
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        start, status = time.monotonic(), 0
+        start, status, is_complete = time.monotonic(), 0, False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_complete
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
+            elif message["type"] == "http.response.body":
+                is_complete = not message.get("more_body")
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            if _head_bytes(scope) > MAX_HEAD_BYTES:
+                error = ServiceError(
+                    Kind.INVALID, f"the head is too large; {MAX_HEAD_BYTES} bytes are the most"
+                )
+                await self._answer(scope["path"], error)(scope, receive, send_with_id)
+            else:
+                await self._app(scope, receive, send_with_id)
         except Exception:
             logger.exception("%s: a fault of the service", escaped(request_id))
-            if status:
+            if not is_complete:
                 raise  # the connection is closed in the middle of the answer
-            error = ServiceError(Kind.INTERNAL, "the service has made a mistake; its log says more")
-            with contextlib.suppress(OSError):
-                await self._answer(scope["path"], error)(scope, receive, send_with_id)
         finally:
             logger.info(
                 "%s %s %s %d %.0f ms",
@@ -269,6 +278,11 @@ class Guard:
                 status,
                 1000 * (time.monotonic() - start),
             )
+
+
+def _head_bytes(scope: Scope) -> int:
+    size = len(scope["raw_path"]) + len(scope["query_string"])
+    return size + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
 
 
 class KeyCheck:

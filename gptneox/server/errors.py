@@ -12,7 +12,6 @@ class Kind(enum.Enum):
     INVALID = "invalid"  # the request itself
     TOO_LONG = "too_long"  # prompt and answer exceed the context
     BODY_TOO_LARGE = "body_too_large"
-    MEDIA_TYPE = "media_type"
     SLOW_BODY = "slow_body"  # the body did not arrive in time
     UNAUTHORIZED = "unauthorized"
     NO_ROUTE = "no_route"

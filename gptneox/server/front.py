@@ -27,6 +27,7 @@ from typing import Any
 import uvicorn
 
 import gptneox
+from gptneox.chat_templates import ChatTemplateError, find_template
 from gptneox.cli import Settings
 from gptneox.config.environment import variables
 from gptneox.config.errors import ConfigError
@@ -35,7 +36,9 @@ from gptneox.config.model import ModelConfig
 from gptneox.config.settings import ServerSection
 from gptneox.devices.ranks import split_host
 from gptneox.engine.detokenizer import load_tokenizer
+from gptneox.server import wire
 from gptneox.server.app import Application
+from gptneox.server.asgi import MAX_HEAD_BYTES
 from gptneox.server.connection import Connection
 from gptneox.server.dialects.base import Context
 from gptneox.server.errors import Kind, ServiceError
@@ -47,7 +50,6 @@ from gptneox.server.vocabulary import Vocabulary
 logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 5
-HEADER_BYTES = 16 << 10
 # After the last answer is complete, clients get so long to read it.
 LAST_READ_S = 5
 MAX_SOCKET_PATH = 100  # of 107 that Linux takes; Source: unix(7)
@@ -186,6 +188,13 @@ def open_model(settings: Settings, service: Service) -> tuple[Vocabulary, Contex
     )
     positions = config.positions(settings.engine.max_position_embeddings)
     vocabulary = Vocabulary(tokenizer, config.vocab_size, positions)
+    template, why_no_chat = None, ""
+    try:
+        template = find_template(settings.args.chat_template, tokenizer)
+    except ChatTemplateError as error:
+        if settings.args.chat_template:
+            raise
+        why_no_chat = str(error)
     context = Context(
         service=service,
         vocabulary=vocabulary,
@@ -193,6 +202,8 @@ def open_model(settings: Settings, service: Service) -> tuple[Vocabulary, Contex
         model_names=model_names(settings),
         created=int(time.time()),
         tokenizer_info=tokenizer_info(tokenizer),
+        chat_template=template,
+        why_no_chat=why_no_chat,
     )
     return vocabulary, context
 
@@ -275,7 +286,7 @@ class Front:
 
     def _uvicorn_config(self, application: Application) -> uvicorn.Config:
         own = self.own
-        logging.getLogger("uvicorn").setLevel(logging.ERROR)  # our own log has a line per request
+        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # `Guard` logs what happens
         return uvicorn.Config(
             application.asgi,
             http=Connection,
@@ -288,7 +299,7 @@ class Front:
             proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=LAST_READ_S,
-            h11_max_incomplete_event_size=HEADER_BYTES,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             ssl_certfile=own.ssl_certfile or None,
             ssl_keyfile=own.ssl_keyfile or None,
             ssl_ca_certs=own.ssl_ca_certs or None,
@@ -345,6 +356,8 @@ def rank_command(argv: Seq[str], path: Path, cores: Seq[int]) -> list[str]:
         cores: logical processors to stay on; none: any.
     """
     launcher = Path(gptneox.__file__).with_name("launch.py")
-    bound = ["--cores", ",".join(map(str, cores))] if cores else []
+    own = ["--log_dir", str(wire.log_dir(path))]
+    if cores:
+        own += ["--cores", ",".join(map(str, cores))]
     options = [*argv, "--server_socket", str(path)]
-    return [sys.executable, str(launcher), "ranks", "serve", *bound, *options]
+    return [sys.executable, str(launcher), "ranks", "serve", *own, *options]

@@ -221,7 +221,15 @@ class EngineGroup:
     def _take(self, message: Message) -> None:
         if message["type"] == "ready":
             self.limits = Limits(**message["limits"])
-            logger.info("engine %s is ready: %s", self.name, self.limits)
+            logger.info(
+                "engine %s is ready: %s on %s, %d rank(s), %d KV-cache blocks of %d tokens",
+                self.name,
+                self.limits.dtype,
+                self.limits.device,
+                self.limits.world_size,
+                self.limits.num_blocks,
+                self.limits.block_size,
+            )
             return
         stats = Stats(**message["stats"])
         num_tokens = stats.num_computed_tokens - self.stats.num_computed_tokens

@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import codecs
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from gptneox.engine.detokenizer import special_tokens
 from gptneox.server.errors import Kind, ServiceError, invalid
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_Result = TypeVar("_Result")
 _BLANK = "\u2581"  # SentencePiece writes a space like this
 
 
@@ -97,10 +98,14 @@ class Vocabulary:
         def tokenize() -> list[int]:
             return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
-        token_ids = await asyncio.get_running_loop().run_in_executor(self._executor, tokenize)
+        token_ids = await self.in_thread(tokenize)
         if not token_ids:
             raise invalid(param, f"{param} has no token; at least one is expected")
         return token_ids
+
+    async def in_thread(self, work: Callable[[], _Result]) -> _Result:
+        """The result of work that takes time, from the tokenizer's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to a text; none for padding of the vocabulary."""

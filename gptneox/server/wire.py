@@ -20,6 +20,7 @@ import struct
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from gptneox.engine.sequence import SamplingParams, TokenLogprobs
@@ -28,6 +29,11 @@ MAX_MESSAGE_BYTES = 1 << 30
 _LENGTH = struct.Struct("!I")
 
 Message = dict[str, Any]
+
+
+def log_dir(path: Path) -> Path:
+    """Beside a socket, a folder for what torchrun writes."""
+    return path.with_suffix(".logs")
 
 
 def encode(message: Mapping[str, Any]) -> bytes:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import queue
+import shutil
 import socket
 import threading
 import time
@@ -80,7 +81,8 @@ class FrontLink:
         os._exit(1)
 
     def _remove_path(self) -> None:
-        """Remove the socket, and its folder if it was the last."""
+        """Remove the socket and what is beside it, and their folder if they were the last."""
+        shutil.rmtree(wire.log_dir(self._path), ignore_errors=True)
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
             self._path.parent.rmdir()

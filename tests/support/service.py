@@ -23,6 +23,7 @@ from typing import Any
 import uvicorn
 from transformers import PreTrainedTokenizerFast
 
+from gptneox.chat_templates import find_template
 from gptneox.config.settings import ServerSection
 from gptneox.engine.sequence import SamplingParams, TokenLogprobs
 from gptneox.server.app import Application
@@ -134,9 +135,14 @@ class Stub:
 
 @contextlib.asynccontextmanager
 async def stub(
-    *, keys: Seq[str] = (), num_engines: int = 1, step_s: float = 0.0, **settings: Any
+    *,
+    keys: Seq[str] = (),
+    num_engines: int = 1,
+    step_s: float = 0.0,
+    template: str = "",
+    **settings: Any,
 ) -> AsyncIterator[Stub]:
-    """A service over scripted engines; `settings` as in [server]."""
+    """A service over scripted engines; `template` as --chat_template, `settings` as in [server]."""
     own = ServerSection(**settings)
     engines = [ScriptedEngine(step_s) for _ in range(num_engines)]
     state = EngineState(Stats(num_free_blocks=64), 64, 0.0)
@@ -144,7 +150,8 @@ async def stub(
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=_backend(), eos_token="<|endoftext|>")
     vocabulary = Vocabulary(tokenizer, LIMITS.vocab_size, LIMITS.max_positions)
     info = {"eos_token": "<|endoftext|>"}
-    context = Context(service, vocabulary, own, (NAME, "an/alias"), 1, info)
+    chat = find_template(template, tokenizer) if template else None
+    context = Context(service, vocabulary, own, (NAME, "an/alias"), 1, info, chat)
     application = Application(context, keys)
     config = uvicorn.Config(
         application.asgi,

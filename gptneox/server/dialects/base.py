@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from gptneox.chat_templates import ChatTemplate
 from gptneox.config.settings import ServerSection
 from gptneox.engine.sequence import InvalidParameter, SamplingParams, check_vocabulary
 from gptneox.server.asgi import read_json
@@ -45,7 +46,8 @@ class Context:
     model_names: tuple[str, ...]  # the first is that of answers
     created: int  # seconds since 1970: when the service started
     tokenizer_info: Mapping[str, Any]  # of tokenizer_config.json
-    chat_template: str = ""
+    chat_template: ChatTemplate | None = None
+    why_no_chat: str = "the model has no chat template"  # where there is none
 
     @property
     def model_name(self) -> str:
@@ -152,6 +154,8 @@ class Context:
 
 class Dialect(ABC):
     """An API: its routes, and the form of its errors."""
+
+    bodies: tuple[type[Body], ...] = ()  # those that its routes take, for the description
 
     def __init__(self, context: Context) -> None:
         self.context = context

@@ -57,13 +57,8 @@ _ERRORS: dict[Kind, tuple[int, str, str | None]] = {
 _PERMANENT = {Kind.FAILED, Kind.TIMEOUT, Kind.INTERNAL}
 _CLOSING = {Kind.BODY_TOO_LARGE, Kind.SLOW_BODY}  # the rest of the body is not read
 
-# What these say changes nothing in an answer.
-_IGNORED = (
-    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
-    *("prompt_cache_retention", "prompt_cache_options", "include_obfuscation", "request_id"),
-)
 # What is not built, with the values that ask for nothing.
-_UNBUILT: dict[str, tuple[Any, ...]] = {
+UNBUILT: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
@@ -79,24 +74,6 @@ _UNBUILT: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1.0,),
     "prompt_logprobs": (),
 }
-_UNBUILT_CHAT: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"], []),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-    "moderation": (),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "documents": ([],),
-    "echo": (False,),
-    "continue_final_message": (False,),
-    "add_generation_prompt": (True,),
-}
-_IGNORED_CHAT = ("parallel_tool_calls", "reasoning_effort", "verbosity")
 
 
 class StreamOptions(Body):
@@ -107,7 +84,7 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None
 
 
-class _Sampling(Body):
+class Sampling(Body):
     """The fields that completions and chat share."""
 
     model: str | None = Field(None, description="A name that /v1/models lists.")
@@ -133,7 +110,7 @@ class _Sampling(Body):
     allowed_token_ids: list[int] | None = None
     logprob_token_ids: list[int] | None = None
     add_special_tokens: bool | None = None
-    # not built; see _UNBUILT
+    # not built; see UNBUILT
     suffix: Any = None
     skip_special_tokens: Any = None
     spaces_between_special_tokens: Any = None
@@ -148,7 +125,7 @@ class _Sampling(Body):
     use_beam_search: Any = None
     length_penalty: Any = None
     prompt_logprobs: Any = None
-    # ignored; see _IGNORED
+    # ignored: what these say changes nothing in an answer
     user: Any = None
     metadata: Any = None
     store: Any = None
@@ -161,7 +138,7 @@ class _Sampling(Body):
     request_id: Any = None
 
 
-class CompletionBody(_Sampling):
+class CompletionBody(Sampling):
     """POST /v1/completions."""
 
     prompt: str | list[int] | list[str] | list[list[int]] | None = Field(
@@ -289,6 +266,8 @@ class Text(BaseModel):
 class OpenAi(Dialect):
     """The routes below /v1, and the tokenizer's."""
 
+    bodies: tuple[type[Body], ...] = (CompletionBody, TokenizeBody, DetokenizeBody)
+
     def owns(self, path: str) -> bool:
         """It is the default form of errors."""
         return True
@@ -318,14 +297,15 @@ class OpenAi(Dialect):
         app.add_api_route(
             "/v1/models/{model_id:path}", self.model, responses=model, response_model=None
         )
-        self._add_post(app, "/v1/completions", self.completions, CompletionBody, Completion)
-        self._add_post(app, "/tokenize", self.tokenize, TokenizeBody, TokenList)
-        self._add_post(app, "/detokenize", self.detokenize, DetokenizeBody, Text)
+        self.add_post(app, "/v1/completions", self.completions, CompletionBody, Completion)
+        self.add_post(app, "/tokenize", self.tokenize, TokenizeBody, TokenList)
+        self.add_post(app, "/detokenize", self.detokenize, DetokenizeBody, Text)
         app.add_api_route("/tokenizer_info", self.tokenizer_info, response_model=None)
 
-    def _add_post(
+    def add_post(
         self, app: FastAPI, path: str, endpoint: Any, body: type[Body], answer: type[BaseModel]
     ) -> None:
+        """Add a route that takes a body."""
         responses: dict[int | str, dict[str, Any]] = {200: {"model": answer}}
         for status in (400, 404, 408, 413, 429, 500, 503, 504):
             responses[status] = {"model": ErrorAnswer}
@@ -377,7 +357,8 @@ class OpenAi(Dialect):
     async def completions(self, request: HttpRequest) -> Response:
         """Continue one or several prompts."""
         body = await self.context.read(request, CompletionBody)
-        plan = await plan_completion(self.context, body, request.scope["state"]["request_id"])
+        made = plan_completion(self.context, body, request.scope["state"]["request_id"])
+        plan = await until_disconnect(request, made)
         return await answer(self.context, request, plan)
 
 
@@ -426,7 +407,7 @@ def refuse_unbuilt(body: Body, unbuilt: dict[str, tuple[Any, ...]]) -> None:
             raise invalid(name, f"{name} is not supported; leave it out")
 
 
-def sampling_values(body: _Sampling) -> dict[str, Any]:
+def sampling_values(body: Sampling) -> dict[str, Any]:
     """The fields of SamplingParams that the body sets, without those about length and scores."""
     values: dict[str, Any] = {"temperature": 1.0 if body.temperature is None else body.temperature}
     own = {
@@ -460,7 +441,7 @@ def stop_strings(context: Context, stop: str | list[str] | None) -> tuple[str, .
 
 
 # What a body calls the fields of SamplingParams.
-_NAMES = {
+NAMES = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
     "include_stop": "include_stop_str_in_output",
@@ -468,7 +449,7 @@ _NAMES = {
 }
 
 
-def check_stream(body: _Sampling) -> None:
+def check_stream(body: Sampling) -> None:
     """Raise ServiceError for options of a stream without a stream."""
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options", "stream_options are for stream: true")
@@ -481,7 +462,7 @@ async def plan_completion(context: Context, body: CompletionBody, request_id: st
         ServiceError: it asks for what is wrong, or not built.
     """
     context.check_model(body.model)
-    refuse_unbuilt(body, _UNBUILT)
+    refuse_unbuilt(body, UNBUILT)
     check_stream(body)
     n = body.n or 1
     best_of = body.best_of or n
@@ -507,7 +488,7 @@ async def plan_completion(context: Context, body: CompletionBody, request_id: st
     if body.max_tokens == 0 and not body.echo:
         raise invalid("max_tokens", "max_tokens is 0, which needs echo: true")
     params = context.make_params(
-        _NAMES,
+        NAMES,
         max_new_tokens=context.room(prompts, body.max_tokens, DEFAULT_MAX_TOKENS),
         stop=stop_strings(context, body.stop),
         logprobs=0 if best_of > n and body.logprobs is None else body.logprobs,
@@ -517,7 +498,7 @@ async def plan_completion(context: Context, body: CompletionBody, request_id: st
     request = Request(request_id, prompts, params, best_of)
     shown = [text if isinstance(text, str) else None for text in texts]
     writer = CompletionWriter(context, request, shown, echo=bool(body.echo), logprobs=body.logprobs)
-    return _plan(body, request, writer, n)
+    return make_plan(body, request, writer, n)
 
 
 def _limited(values: dict[str, Any], max_tokens: int | None) -> dict[str, Any]:
@@ -527,7 +508,8 @@ def _limited(values: dict[str, Any], max_tokens: int | None) -> dict[str, Any]:
     return values
 
 
-def _plan(body: _Sampling, request: Request, writer: Writer, num_best: int) -> Plan:
+def make_plan(body: Sampling, request: Request, writer: Writer, num_best: int) -> Plan:
+    """A plan from the fields about streams."""
     options = body.stream_options or StreamOptions()
     return Plan(
         request=request,
