@@ -321,7 +321,7 @@ class KeyCheck:
     def _is_open(self, scope: Scope) -> bool:
         if scope["type"] != "http" or scope["path"] in self._open_paths:
             return True
-        return scope["path"] in self._page_paths and scope["method"] in ("GET", "HEAD")
+        return scope["path"] in self._page_paths and scope["method"] == "GET"
 
     def _is_accepted(self, headers: Headers) -> bool:
         scheme, _, given = headers.get("authorization", "").partition(" ")
