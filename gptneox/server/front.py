@@ -240,6 +240,9 @@ class Front:
         self.settings, self.own = settings, settings.server
         self.status = 0
         self._folder = folder
+        environ = dict(variables())
+        environ.pop("GPTNEOX_API_KEY", None)  # the ranks need none
+        self._shares = split_host(environ, self.own.replicas)
         self._stopping = asyncio.Event()
         self._signals = 0
         metrics = Metrics(self.own.metrics_prefix, model_names(settings)[0], self._engine_states)
@@ -307,10 +310,7 @@ class Front:
         )
 
     async def _start_engines(self) -> None:
-        environ = dict(variables())
-        environ.pop("GPTNEOX_API_KEY", None)  # the ranks need none
-        shares = split_host(environ, len(self.groups))
-        for group, share in zip(self.groups, shares, strict=True):
+        for group, share in zip(self.groups, self._shares, strict=True):
             command = rank_command(self.settings.argv, group.path, share.cores)
             await group.start(command, share.environ)
 

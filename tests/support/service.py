@@ -127,6 +127,7 @@ class Stub:
     service: Service
     engines: list[ScriptedEngine]
     application: Application
+    connections: Callable[[], set[Any]]  # that are open
 
     @property
     def engine(self) -> ScriptedEngine:
@@ -170,7 +171,7 @@ async def stub(
     await server.startup()  # without its main loop, which looks around ten times a second only
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield Stub(port, service, engines, application)
+        yield Stub(port, service, engines, application, lambda: server.server_state.connections)
     finally:
         for listener in server.servers:
             listener.close()
@@ -299,6 +300,7 @@ class Program:
     process: subprocess.Popen[str]
     lines: list[str] = field(default_factory=list)
     port: int = 0
+    key: str = ""
 
     @property
     def url(self) -> str:
@@ -328,10 +330,13 @@ class Program:
             self.lines.append(line)
 
     def get(self, path: str) -> Answer:
-        return self.send(urllib.request.Request(self.url + path))
+        headers = {"authorization": f"Bearer {self.key}"}
+        return self.send(urllib.request.Request(self.url + path, headers=headers))
 
     def post(self, path: str, body: Any) -> Answer:
-        return self.send(urllib.request.Request(self.url + path, json.dumps(body).encode(), JSON))
+        headers = {"authorization": f"Bearer {self.key}", **JSON}
+        data = json.dumps(body).encode()
+        return self.send(urllib.request.Request(self.url + path, data, headers))
 
     def send(self, made: urllib.request.Request) -> Answer:
         try:
