@@ -414,6 +414,32 @@ def test_a_server_that_dies_is_told_with_the_end_of_its_log(tmp_path: Path) -> N
     server.close()
 
 
+def test_a_peer_that_does_not_start_is_left_out_with_a_note(
+    scripted: Scripted, run_serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place of our own service the scripted one runs, in place of vLLM's a program that ends."""
+
+    def start(name: str, *_: Any) -> servers.Server:
+        code = "import time; time.sleep(60)" if name == "gptneox" else "raise SystemExit(3)"
+        log = tmp_path / f"{name}.log"
+        server = servers.Server(name, [sys.executable, "-c", code], {}, scripted.port, log)
+        if name == "gptneox":
+            server.wait_until_ready = lambda: None  # type: ignore[method-assign]
+        return server
+
+    monkeypatch.setattr(servers, "start", start)
+    monkeypatch.setattr(serving, "interpreter", lambda *_: Path(sys.executable))
+    shape = models.Shape(1, 32, 2, vocab_size=400, max_position_embeddings=128)
+    folder = models.make_checkpoint(tmp_path / "tiny", shape, "float32", str)
+    argv = ["--model", str(folder), "--against", "vllm", "--device", "cpu", "--requests", "3"]
+    status, result, out, err = run_serve(*argv, "--cache", str(tmp_path / "cache"))
+    assert status == 1
+    assert "vllm is left out" in err
+    assert "Note: vllm is left out (vllm: the service ended with status 3)." in out
+    assert list(result["engines"]) == list(result["cases"][0]["runs"]) == ["gptneox"]
+    assert str(tmp_path) not in json.dumps(result)
+
+
 @pytest.mark.slow
 def test_our_own_service_is_started_measured_and_ended(run_serve: Any, tmp_path: Path) -> None:
     shape = models.Shape(2, 32, 2, vocab_size=400, max_position_embeddings=128)

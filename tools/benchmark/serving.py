@@ -9,8 +9,8 @@ import os
 import resource
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from itertools import pairwise
 from typing import Any
@@ -53,7 +53,7 @@ def measure_service(args: Namespace, command: Sequence[str], say: Say) -> int:
     print(results.as_text(result))
     print("Files: " + ", ".join(map(str, files)))
     runs = [run for case in result["cases"] for run in case["runs"].values()]
-    return int(any(run["errors"] for run in runs))
+    return int(bool(bench.left_out) or any(run["errors"] for run in runs))
 
 
 def _allow_connections() -> None:
@@ -77,6 +77,7 @@ class ServiceBench:
         self.loads: list[Load] = [{"arrivals_per_s": rate} for rate in args.arrivals or ()]
         self.loads += [{"concurrency": number} for number in args.concurrency or ()]
         self.vocab_size = args.vocab_size or VOCAB_SIZE
+        self.left_out: list[str] = []  # services, with the reason
         self.words: list[str] = []
         if args.text:
             try:
@@ -109,7 +110,7 @@ class ServiceBench:
     def _notes(self) -> list[str]:
         """What a reader of the figures has to know."""
         runs = [run for case in self.cases for run in case["runs"].values()]
-        notes = []
+        notes = list(self.left_out)
         if any(run["client"]["cpu_share"] > 0.5 for run in runs):
             notes.append("the client used more than half a core, so latencies are partly its own")
         if any(run["num_short"] for run in runs):
@@ -148,12 +149,12 @@ class ServiceBench:
         for name in names:
             self.say(f"starting the service of {name}")
             server = servers.start(name, model, device.name, args.dtype, args.threads, args.cache)
-            with closing(server):
+            with closing(server), self._or_without(name):
                 server.wait_until_ready()
                 service = Service.of(server.url, "", args.timeout)
                 own = versions() if name == OURS else _version_of(service)
-                engines[name] = {"dtype": args.dtype, "versions": own}
                 self._measure_one(name, service, model.name)
+                engines[name] = {"dtype": args.dtype, "versions": own}
         return {
             "model": results.about_model(model),
             "dtype": args.dtype,
@@ -162,6 +163,19 @@ class ServiceBench:
             "threads": args.threads,
             "engines": engines,
         }
+
+    @contextmanager
+    def _or_without(self, name: str) -> Iterator[None]:
+        """Leave a peer that fails in the block out; reraise a failure of our own service."""
+        try:
+            yield
+        except WorkerError as error:
+            if name == OURS:
+                raise
+            self.say(f"{name} is left out: {error}")
+            self.left_out.append(f"{name} is left out ({error.reason})")
+            for case in self.cases:
+                case["runs"].pop(name, None)
 
     def _measure_one(self, name: str, service: Service, model: str | None) -> str:
         """Measure a service under every load; returns the model that was asked for.
