@@ -19,7 +19,8 @@ from types import FrameType
 from typing import Any
 
 import jinja2  # torch requires it
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gptneox.config.files import read_text
 
@@ -233,7 +234,9 @@ def render_chat(messages: Seq[Mapping[str, Any]], template: ChatTemplate) -> str
         raise ChatTemplateError("messages is empty; at least one message is expected")
     checked = []
     for i, message in enumerate(messages):
-        parts = {key: message.get(key) for key in ("role", "content")}
+        if not isinstance(message, Mapping):
+            raise ChatTemplateError(f"messages[{i}] is {message!r}; an object is expected")
+        parts: dict[str, Any] = {key: message.get(key) for key in ("role", "content")}
         for key, value in parts.items():
             if not isinstance(value, str):
                 raise ChatTemplateError(f"messages[{i}].{key} is {value!r}; a string is expected")

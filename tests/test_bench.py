@@ -743,6 +743,12 @@ def test_the_document_is_made_from_results(tmp_path):
     assert text.endswith("\n\nThe end.\n")
     assert "old" not in text
     assert text.count("### pythia-160m, bfloat16: speed") == 1
+    elsewhere = tmp_path / "b.json"
+    results.write(example(description="another processor", revision="def"), elsewhere)
+    assert bench.main(["--write-docs", str(document), "--from", str(elsewhere)]) == 0
+    text = document.read_text()
+    assert text.count("### pythia-160m, bfloat16: speed") == 2
+    assert text.index("a processor, cpu") < text.index("another processor, cpu")
     assert "python tools/bench.py --batch 8\n" in text
     assert "| ctranslate2 (float32) | 8 | 256 | 64 | 2.0 | 2.0 |" in text
     assert "| 2.50 (2.00 to 3.00) |" in text

@@ -146,6 +146,7 @@ def test_where_a_template_comes_from(tmp_path: Path, tokenizer: PreTrainedTokeni
     ("messages", "named"),
     [
         ([], "messages is empty"),
+        (["Hello!"], r"messages\[0\] is 'Hello!'; an object"),
         ([{"role": "user"}], r"messages\[0\].content is None"),
         ([*HELLO, {"role": 1, "content": "x"}], r"messages\[1\].role is 1"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\].content is \["),

@@ -407,7 +407,10 @@ def test_prompts_in_bf16_are_no_worse_than_torch(
         torch.nn.functional.scaled_dot_product_attention, is_causal=True, scale=scale
     )
     exact = attention(q.double(), k.double(), v.double())
-    torchs = attention(*(t[None].bfloat16() for t in (q, k, v)))[0]
+    try:
+        torchs = attention(*(t[None].bfloat16() for t in (q, k, v)))[0]
+    except RuntimeError as error:  # on an AMX processor that is told to use AVX2
+        pytest.skip(f"torch's own attention fails here: {error}")
     assert rms(actual - exact) <= rms(torchs.double() - exact)
 
 
@@ -451,6 +454,30 @@ def test_all_layers_in_one_call(
     for pair, other in zip(ours, theirs, strict=True):
         for cache, same in zip(pair, other, strict=True):
             torch.testing.assert_close(cache, same, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_step_repeats_bit_for_bit(
+    dtype: torch.dtype, num_threads: int, cpu: CompiledCpuOperators
+) -> None:
+    """Whichever thread takes which panel, and though torch takes the matrix units in between."""
+    torch.set_num_threads(num_threads)
+    batch = make_batch([(40, 1), (3, 1), (5, 70), (0, 600)], 16)
+    weights = [
+        random_layer(256, 256, 512, has_bias=True, dtype=dtype, activation="relu") for _ in "ab"
+    ]
+    layers = [cpu.pack_layer(each) for each in weights]
+    cache = make_cache(cpu, batch, 16, 4, 64, dtype).layers[0]
+    angles = randn(1024, 16, seed=1)
+    tables = RotaryTables(angles.cos(), angles.sin())
+    x, other = randn(672, 256), randn(64, 256).bfloat16()
+    product = torch.nn.functional.linear(other, other)
+    first = cpu.begin(batch, [cache] * 2, tables, 0.125).run(x.clone(), layers)
+    for _ in range(10):
+        again = cpu.begin(batch, [cache] * 2, tables, 0.125).run(x.clone(), layers)
+        assert torch.equal(again, first)
+        assert torch.equal(torch.nn.functional.linear(other, other), product)
 
 
 def test_layers_that_do_not_fit_are_refused(cpu: CompiledCpuOperators) -> None:

@@ -210,7 +210,7 @@ SCHEMATHESIS = (
 
 
 @pytest.mark.slow
-def test_schemathesis_finds_no_fault(served: Program) -> None:
+def test_schemathesis_finds_no_fault(served: Program, tmp_path: Path) -> None:
     """Random requests that fit the description, and some that do not."""
     pytest.importorskip("schemathesis")
     done = subprocess.run(
@@ -218,6 +218,7 @@ def test_schemathesis_finds_no_fault(served: Program) -> None:
          "--checks", ",".join(SCHEMATHESIS), "--max-examples", "40", "--seed", "1", "--phases",
          "examples,fuzzing", "--suppress-health-check", "all",
          "--header", f"authorization: Bearer {KEY}"],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=280,

@@ -316,6 +316,15 @@ def test_the_log_holds_no_control_characters_and_no_prompts(
     assert not any("red" in message for message in messages)
 
 
+def test_prompts_are_logged_where_that_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    async def go(served: Stub) -> None:
+        await ask(served, PATH, {"prompt": "red\x1b[31m", "max_tokens": 2})
+
+    with caplog.at_level(logging.INFO, logger="gptneox"):
+        run_with(go, log_prompts=True)
+    assert "prompt: red\\x1b[31m" in caplog.text
+
+
 def test_a_fault_of_our_own_is_logged_and_says_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

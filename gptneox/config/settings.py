@@ -381,7 +381,7 @@ class ServerSection(Section):
         parse=given,
         placeholder="NAME",
     )
-    log_prompts: bool = setting(False, "Log prompts too.")
+    log_prompts: bool = setting(False, "Log the beginning of every prompt.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

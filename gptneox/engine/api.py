@@ -54,7 +54,7 @@ class Completion:
     error: str = ""  # why it failed; tokens generated before the failure are kept
     # Paged engine: set from the first completion on, each rank by its own clock.
     num_cached_tokens: int = 0  # prompt tokens that came from the prefix cache
-    queued_s: float = 0.0  # from the request's arrival to its first step
+    queued_s: float = 0.0  # from the request's addition to the engine to its first step
     prefill_s: float = 0.0  # from its first step to the end of the step that computed the prompt
     # Set when finished. `token_ids` includes the end-of-text id that ended the answer, if any.
     text: str = ""

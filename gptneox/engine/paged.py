@@ -246,13 +246,13 @@ class PagedEngine(Engine):
     ) -> Completion:
         """The part of an answer that this step added."""
         seq, first = request.seq, request.num_released
-        request.num_released += num_released
+        request.num_released = end = first + num_released
         completion = Completion(
             seq.request_id,
             text,
             new,
-            released_ids=seq.output_ids[first : request.num_released],
-            released_logprobs=seq.logprobs[first : request.num_released],
+            released_ids=seq.token_ids[seq.num_prompt_tokens + first : seq.num_prompt_tokens + end],
+            released_logprobs=seq.logprobs[first:end],
             num_cached_tokens=request.num_cached_tokens,
             queued_s=request.start - request.arrival,
         )

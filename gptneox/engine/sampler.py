@@ -52,14 +52,16 @@ class Sampler:
 
     def _choose(self, logits: Tensor, seq: Sequence) -> Tensor:
         logits = adjust(logits, seq)
-        is_empty = logits.max() == -math.inf
         if seq.params.temperature == 0:
-            return logits.argmax().masked_fill(is_empty, -1)
-        probs = filtered_probs(logits, seq.params)
-        # The method of torch.multinomial for one token, with the sequence's own generator.
-        noise = torch.empty(probs.shape).exponential_(generator=self._generator(seq))
-        choice = (probs / noise.to(probs.device, non_blocking=True)).argmax()
-        return choice.masked_fill(is_empty, -1)
+            choice = logits.argmax()
+        else:
+            probs = filtered_probs(logits, seq.params)
+            # The method of torch.multinomial for one token, with the sequence's own generator.
+            noise = torch.empty(probs.shape).exponential_(generator=self._generator(seq))
+            choice = (probs / noise.to(probs.device, non_blocking=True)).argmax()
+        if seq.is_limited:
+            choice = choice.masked_fill(logits.max() == -math.inf, -1)
+        return choice
 
     def _generator(self, seq: Sequence) -> torch.Generator:
         if seq.request_id not in self._generators:

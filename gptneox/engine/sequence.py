@@ -46,7 +46,7 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] = ()  # no other token is sampled; empty: all are allowed
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    include_stop: bool = False  # the stop string stays in the text
+    include_stop: bool = False  # the stop string stays in the text, without its special tokens
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_new_tokens: int = 0  # neither end-of-text nor `stop_token_ids` come earlier
@@ -206,6 +206,12 @@ class Sequence:
         if self.num_output_tokens < self.params.min_new_tokens:
             banned.update(self.eos_token_ids, self.params.stop_token_ids)
         return forced, banned
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether tokens may be forced or forbidden."""
+        params = self.params
+        return bool(self.rules.restricts or params.allowed_token_ids or params.min_new_tokens)
 
     @property
     def output_ids(self) -> list[int]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from typing import Any
@@ -12,11 +13,11 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from gptneox import __version__
-from gptneox.server.asgi import HEALTH_PATH, Guard, JsonAnswer, KeyCheck, no_answer
+from gptneox.server.asgi import HEALTH_PATH, Guard, JsonAnswer, KeyCheck, escaped, no_answer
 from gptneox.server.dialects.base import Context, Dialect
 from gptneox.server.dialects.openai import OpenAi
 from gptneox.server.dialects.openai_chat import OpenAiChat
@@ -24,6 +25,8 @@ from gptneox.server.errors import ClientGone, Kind, ServiceError
 from gptneox.server.page import PATH as PAGE_PATH
 from gptneox.server.page import Page
 from gptneox.server.service import LOADING_RETRY_S
+
+logger = logging.getLogger(__name__)
 
 # FastAPI from 0.163 on sends spans and logs where an SDK is installed; older ones do not know this.
 NO_TELEMETRY: Any = dict.fromkeys(
@@ -45,6 +48,8 @@ class Application:
             keys: those that clients may send; none: no key is needed.
         """
         self.context = context
+        if context.settings.log_prompts:
+            context.service.log_prompt = self._log_prompt
         self.dialects: Seq[Dialect] = [dialect(context) for dialect in DIALECTS]
         self.fastapi = FastAPI(
             title="gptneox",
@@ -81,6 +86,10 @@ class Application:
         owner = next(dialect for dialect in self.dialects if dialect.owns(path))
         return owner.answer_error(error)
 
+    def _log_prompt(self, request_id: str, prompt: Seq[int]) -> None:
+        text = self.context.vocabulary.decode(prompt)
+        logger.info("%s prompt: %s", escaped(request_id), escaped(text))
+
     # -- routes of no dialect --------------------------------------------------------------------
 
     def _add_own_routes(self) -> None:
@@ -89,11 +98,12 @@ class Application:
                 path, endpoint, methods=["GET"], response_model=None, **options
             )
 
-        add(HEALTH_PATH, self.health, operation_id="health")
-        add("/ready", self.ready, operation_id="ready")
-        add("/metrics", self.metrics, operation_id="metrics")
+        states: dict[int | str, dict[str, Any]] = {503: {"description": "and why, in reason"}}
+        add(HEALTH_PATH, self.health, responses=states)
+        add("/ready", self.ready, responses=states)
+        add("/metrics", self.metrics, response_class=PlainTextResponse)
         page = Page(has_chat=bool(self.context.chat_template))
-        add(PAGE_PATH, page.show, operation_id="page", response_class=HTMLResponse)
+        add(PAGE_PATH, page.show, response_class=HTMLResponse)
 
     async def health(self) -> Response:
         """200 while the engine lives; 503 while it loads, hangs or has gone. Needs no key."""

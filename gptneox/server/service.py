@@ -306,6 +306,7 @@ class Service:
 
     def __init__(self, settings: ServerSection, engines: Seq[Engine], metrics: Metrics) -> None:
         self.settings, self.engines, self.metrics = settings, engines, metrics
+        self.log_prompt: Callable[[str, Seq[int]], None] | None = None  # of request id and prompt
         self.num_open = 0  # choices that run or wait
         self.is_draining = False
         self.lost = ""  # why there is no engine any more
@@ -363,6 +364,9 @@ class Service:
                 f"{self.num_open} choices run or wait, {limit} are the most; try again later",
                 retry_after_s=self._retry_after_s(request.num_choices),
             )
+        if self.log_prompt:
+            for prompt in request.prompts:
+                self.log_prompt(request.request_id, prompt)
         running = Running(self, request)
         self.num_open += request.num_choices
         self._running.add(running)
@@ -372,6 +376,8 @@ class Service:
 
     def choose(self, prompt: Seq[int]) -> Engine:
         """The engine that suits a prompt best."""
+        if len(self.engines) == 1:
+            return self.engines[0]
         return min(self.engines, key=lambda engine: engine.cost(prompt))
 
     def release(self, num_choices: int) -> None:

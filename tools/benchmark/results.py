@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -394,7 +395,10 @@ END = "<!-- results: end -->"
 
 
 def write_docs(document: Path, sources: Sequence[Path]) -> None:
-    """Put the results between the two marks of a document, in the order given.
+    """Put the results between the two marks of a document.
+
+    A result takes the place of an earlier one of the same command on the same processor; the
+    others stay. New ones follow in the order given.
 
     Raises:
         UsageError: a source is not a result, or the document does not have both marks once.
@@ -410,9 +414,17 @@ def write_docs(document: Path, sources: Sequence[Path]) -> None:
             "this order"
         )
     before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    body = "\n\n".join(_section(result) for result in results)
+    kept, after = rest.split(END)
+    sections = {_what_and_where(s): s for s in re.split(r"^(?=### )", kept, flags=re.M)[1:]}
+    sections |= {_what_and_where(s): s for s in map(_section, results)}
+    body = "\n\n".join(section.strip() for section in sections.values())
     write_file(document, f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")
+
+
+def _what_and_where(section: str) -> tuple[str, str, str]:
+    """The heading of a section, the processor and threads below it, and the command."""
+    heading, facts, command = [*section.strip().split("\n\n"), "", ""][:3]
+    return heading, facts.partition(";")[0], command
 
 
 def _section(result: Result) -> str:

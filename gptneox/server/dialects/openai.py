@@ -306,7 +306,8 @@ class OpenAi(Dialect):
         self, app: FastAPI, path: str, endpoint: Any, body: type[Body], answer: type[BaseModel]
     ) -> None:
         """Add a route that takes a body."""
-        responses: dict[int | str, dict[str, Any]] = {200: {"model": answer}}
+        stream: dict[str, Any] = {"text/event-stream": {}} if "stream" in body.model_fields else {}
+        responses: dict[int | str, dict[str, Any]] = {200: {"model": answer, "content": stream}}
         for status in (400, 404, 408, 413, 429, 500, 503, 504):
             responses[status] = {"model": ErrorAnswer}
         app.add_api_route(

@@ -415,7 +415,10 @@ void decode(
 // probabilities, before they are normalised) are rounded to it. Otherwise all four are fp32.
 template <typename C, bool kBlocked>
 class PrefillTask {
+ public:
   using F = std::conditional_t<Format<C>::kPerLane == 2, Format<C>, Format<float>>;
+
+ private:
   using Weight = typename F::Weight;
   using Scalar = typename F::Scalar; // one fp32 value or two of bf16
   static constexpr int64_t kPerLane = F::kPerLane;
@@ -576,7 +579,7 @@ class PrefillTask {
     const int64_t num_keys = std::min(kKeys, round_up(visible + rows - 1 - position, kCols));
     if constexpr (kBlocked) {
       block_product<F>(
-          rows, q_.block(b), q_.k_steps, k_.data(), kKeys, num_keys, q_.k_steps, s, kKeys, false);
+          rows, q_.block(b), q_.stride(), k_.data(), kKeys, num_keys, q_.k_steps, s, kKeys, false);
     } else {
       for (int64_t i = 0; i < num_keys; i += kCols) {
         run_tile<F>(rows, k_.data() + i * padded_, q_.block(b), q_.k_steps, s + i, kKeys, false);
@@ -611,7 +614,10 @@ class PrefillTask {
     const auto* probs = reinterpret_cast<const Scalar*>(s);
     if constexpr (kPerLane == 2) {
       for (int r = 0; r < rows; ++r) {
-        store_rounded(s + r * kKeys, num_keys, p_.data() + r * kKeys);
+        for (int64_t i = 0; i < num_keys; i += kCols) {
+          const float* from = s + r * kKeys + i;
+          store_bf16(load(from), load(from + kVec), p_.data() + r * kKeys + i);
+        }
       }
       probs = reinterpret_cast<const Scalar*>(p_.data());
     }
@@ -679,9 +685,6 @@ void prefill_by(
           w.head, w.first, w.last, step.context_lens[w.seq] - length,
           step.starts ? step.starts[w.seq] : 0, y + row * stride);
     }
-    if constexpr (kBlocked) {
-      at::native::cpublas::brgemm_release(true);
-    }
   });
 }
 
@@ -690,8 +693,9 @@ void prefill_by(
 template <typename Y, typename C>
 void prefill(
     const Step& step, const float* q, const Cache<C>& keys, const Cache<C>& values, Y* y) {
-  if constexpr (Format<C>::kPerLane == 2) {
-    if (is_blocked<Format<C>>(step.num_tokens - step.num_decodes, step.head_dim)) {
+  using F = typename PrefillTask<C, true>::F;
+  if constexpr (kCanBlock<F>) {
+    if (is_blocked<F>(step.num_tokens - step.num_decodes, step.head_dim)) {
       return prefill_by<true>(step, q, keys, values, y);
     }
   }

@@ -14,6 +14,30 @@
 
 namespace gptneox {
 
+// While one lives, brgemm may leave the matrix units of this thread configured for its next call;
+// the outermost one releases them, because other products on the thread configure them anew.
+class MatrixUnitScope {
+ public:
+  MatrixUnitScope() {
+    ++depth_;
+  }
+  ~MatrixUnitScope() {
+    if (--depth_ == 0 && used_) {
+      used_ = false;
+      at::native::cpublas::brgemm_release(true);
+    }
+  }
+  MatrixUnitScope(const MatrixUnitScope&) = delete;
+  MatrixUnitScope& operator=(const MatrixUnitScope&) = delete;
+  static void mark_used() {
+    used_ = true;
+  }
+
+ private:
+  static inline thread_local int depth_ = 0;
+  static inline thread_local bool used_ = false;
+};
+
 // Rows of a row block: two AMX tiles.
 constexpr int64_t kBlockedRows = 32;
 constexpr int64_t kNever = int64_t{1} << 62;
@@ -61,8 +85,7 @@ inline void write_row(const float* x, int64_t count, int64_t plane, void* out) {
     int64_t i = 0;
     if constexpr (std::is_same_v<typename F::Weight, c10::BFloat16>) {
       for (; i + 2 * kVec <= count; i += 2 * kVec) {
-        at::vec::convert_float_bfloat16(Vec::loadu(x + i), Vec::loadu(x + i + kVec))
-            .store(high + i);
+        store_bf16(Vec::loadu(x + i), Vec::loadu(x + i + kVec), high + i);
       }
       for (; i < count; ++i) {
         high[i] = static_cast<c10::BFloat16>(x[i]);
@@ -71,10 +94,8 @@ inline void write_row(const float* x, int64_t count, int64_t plane, void* out) {
       auto* low = high + plane;
       for (; i + 2 * kVec <= count; i += 2 * kVec) {
         const Vec a = Vec::loadu(x + i), b = Vec::loadu(x + i + kVec);
-        const auto rounded = at::vec::convert_float_bfloat16(a, b);
-        rounded.store(high + i);
-        const auto [wide_a, wide_b] = at::vec::convert_bfloat16_float(rounded);
-        at::vec::convert_float_bfloat16(a - wide_a, b - wide_b).store(low + i);
+        store_bf16(a, b, high + i);
+        store_bf16(a - load(high + i), b - load(high + i + kVec), low + i);
       }
       for (; i < count; ++i) {
         high[i] = static_cast<c10::BFloat16>(x[i]);
@@ -89,24 +110,24 @@ inline void write_row(const float* x, int64_t count, int64_t plane, void* out) {
 // [count / 2][kCols][2].
 inline void split_weights(
     const c10::Half* panel, int64_t count, c10::BFloat16* high, c10::BFloat16* low) {
-  const auto pairs = [](const Vec& even, const Vec& odd, c10::BFloat16* out) {
-    // The even row fills the low halves of the 32-bit lanes, the odd row the high halves.
-    const auto bits = [](const Vec& v) { return _mm512_castps_si512(__m512(v)); };
-    _mm512_storeu_si512(
-        out, _mm512_or_si512(_mm512_srli_epi32(bits(even), 16), bits(odd)));
+  const auto widened = [](__m256i half) { // bf16 to fp32
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
   };
-  const auto rounded = [](const Vec& v) { // to bf16, as fp32 with the low bits zero
-    const __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(__m512(v)));
-    return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
-  };
+  // Column j of the even row (0 to 15) and of the odd row (16 to 31) become pair j.
+  const __m512i to_pairs = _mm512_set_epi16(
+      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
+      3, 18, 2, 17, 1, 16, 0);
   for (int64_t k = 0; k < count; k += 2, panel += 2 * kCols) {
     __builtin_prefetch(reinterpret_cast<const char*>(panel) + 4096, 0, 2);
     __builtin_prefetch(reinterpret_cast<const char*>(panel) + 4096 + 64, 0, 2);
     for (int64_t j = 0; j < kCols; j += kVec, high += 2 * kVec, low += 2 * kVec) {
-      const Vec even = load(panel + j), odd = load(panel + kCols + j);
-      const Vec even_high = rounded(even), odd_high = rounded(odd);
-      pairs(even_high, odd_high, high);
-      pairs(rounded(even - even_high), rounded(odd - odd_high), low);
+      const __m512 even = load(panel + j), odd = load(panel + kCols + j);
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even); // rounded
+      const __m512 even_rest = _mm512_sub_ps(even, widened(_mm512_castsi512_si256(both)));
+      const __m512 odd_rest = _mm512_sub_ps(odd, widened(_mm512_extracti64x4_epi64(both, 1)));
+      const __m512i rest = (__m512i)_mm512_cvtne2ps_pbh(odd_rest, even_rest);
+      _mm512_storeu_si512(high, _mm512_permutexvar_epi16(to_pairs, both));
+      _mm512_storeu_si512(low, _mm512_permutexvar_epi16(to_pairs, rest));
     }
   }
 }
@@ -114,19 +135,25 @@ inline void split_weights(
 
 // c [rows][columns] (+)= a * panel over `k_steps` K steps. Rows of a are `stride` K steps apart,
 // rows of c `ldc` values. The panel is `width` columns wide; the first `columns` are multiplied.
+// brgemm compiles a kernel for every number of rows, so rows go in a few fixed heights and a
+// remainder below 32. Large heights read the panel again from a near cache.
 template <typename F>
 inline void block_product(
     int64_t rows, const void* a, int64_t stride, const void* panel, int64_t width, int64_t columns,
     int64_t k_steps, float* c, int64_t ldc, bool accumulate) {
-  using at::native::cpublas::brgemm;
-  if constexpr (std::is_same_v<typename F::Weight, float>) {
-    brgemm(
-        rows, columns, k_steps, stride, width, ldc, accumulate, static_cast<const float*>(a),
-        static_cast<const float*>(panel), c, false);
-  } else {
-    brgemm(
-        rows, columns, k_steps * 2, stride * 2, width, ldc, accumulate,
-        static_cast<const c10::BFloat16*>(a), static_cast<const c10::BFloat16*>(panel), c, true);
+  using T = std::conditional_t<std::is_same_v<typename F::Weight, float>, float, c10::BFloat16>;
+  constexpr int64_t kValues = std::is_same_v<T, float> ? 1 : 2; // of a K step
+  const T* x = static_cast<const T*>(a);
+  MatrixUnitScope::mark_used();
+  for (int64_t height = 256; rows > 0; height /= 2) {
+    const int64_t m = height < kBlockedRows ? rows : height;
+    for (; rows > 0 && rows >= m; rows -= m) {
+      at::native::cpublas::brgemm(
+          m, columns, k_steps * kValues, stride * kValues, width, ldc, accumulate, x,
+          static_cast<const T*>(panel), c, kValues == 2);
+      x += m * stride * kValues;
+      c += m * ldc;
+    }
   }
 }
 

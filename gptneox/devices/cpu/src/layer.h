@@ -89,7 +89,8 @@ struct Layer {
       second.activation = activation;
       using Scalar = typename F::Scalar;
       static_assert(sizeof(Scalar) == sizeof(int32_t));
-      mlp = workspace(1, {RowBlocks<F>::num_scalars(count, up->features)}, at::kInt);
+      mlp = workspace(
+          1, {RowBlocks<F>::num_scalars(count, up->features, back_is_blocked<F>(count))}, at::kInt);
       if (round_up(up->features, kCols) < round_up(up->features, kDepth)) {
         mlp.zero_(); // the panels end before the padded K of the next product
       }
@@ -122,7 +123,8 @@ struct Layer {
       fill_blocks(first, a, back_is_blocked<F>(a.size(0)));
       TORCH_CHECK_VALUE(
           mlp.scalar_type() == at::kInt && mlp.is_contiguous() &&
-              mlp.numel() == RowBlocks<F>::num_scalars(a.size(0), down->depth),
+              mlp.numel() ==
+                  RowBlocks<F>::num_scalars(a.size(0), down->depth, first.blocked),
           "mlp is not what `front` returned for the ", a.size(0), " rows of attended");
       RowBlocks<F> second;
       second.bind(

@@ -55,14 +55,16 @@ struct Output {
 // Apply bias and activation to a tile c [rows][kCols] in place. Columns beyond `width` stay zero.
 template <Activation kind>
 void activate_tile(const float* bias, int64_t width, int rows, float* c) {
-  Vec halves[2] = {Vec(0.f), Vec(0.f)};
+  Vec low(0.f), high(0.f);
   if (bias) {
-    for (int j = 0; j < 2 && j * kVec < width; ++j) {
-      halves[j] = Vec::loadu(bias + j * kVec, std::min<int64_t>(kVec, width - j * kVec));
+    low = Vec::loadu(bias, std::min<int64_t>(kVec, width));
+    if (width > kVec) {
+      high = Vec::loadu(bias + kVec, width - kVec);
     }
   }
-  for (int i = 0; i < 2 * rows; ++i, c += kVec) {
-    activate<kind>(Vec::loadu(c) + halves[i % 2]).store(c);
+  for (int r = 0; r < rows; ++r, c += kCols) {
+    activate<kind>(Vec::loadu(c) + low).store(c);
+    activate<kind>(Vec::loadu(c + kVec) + high).store(c + kVec);
   }
 }
 
@@ -76,7 +78,7 @@ void finish(const Output<F>& out, int64_t panel, int64_t b, float* c) {
   const float* bias = out.bias ? out.bias + first : nullptr;
   switch (out.activation) {
     case Activation::kNone:
-      if (bias) {
+      if (bias && out.packed) {
         activate_tile<Activation::kNone>(bias, width, rows, c);
       }
       break;
@@ -97,19 +99,31 @@ void finish(const Output<F>& out, int64_t panel, int64_t b, float* c) {
     out.packed->fill_tile(b, first, c, kCols);
     return;
   }
+  if (out.activation != Activation::kNone) {
+    bias = nullptr; // added before the activation
+  }
   const int64_t offset = b * x->height * features + first;
+  if (width == kCols) {
+    const Vec low = bias ? Vec::loadu(bias) : Vec(0.f);
+    const Vec high = bias ? Vec::loadu(bias + kVec) : Vec(0.f);
+    for (int r = 0; r < rows; ++r, c += kCols) {
+      float* y = out.y + offset + r * features;
+      Vec left = Vec::loadu(c) + low, right = Vec::loadu(c + kVec) + high;
+      if (out.residual) {
+        const float* residual = out.residual + offset + r * features;
+        left = left + Vec::loadu(residual);
+        right = right + Vec::loadu(residual + kVec);
+      }
+      left.store(y);
+      right.store(y + kVec);
+    }
+    return;
+  }
   for (int r = 0; r < rows; ++r, c += kCols) {
-    float* y = out.y + offset + r * features;
-    const float* residual = out.residual ? out.residual + offset + r * features : nullptr;
-    if (width == kCols) {
-      for (int j = 0; j < kCols; j += kVec) {
-        const Vec value = Vec::loadu(c + j);
-        (residual ? value + Vec::loadu(residual + j) : value).store(y + j);
-      }
-    } else {
-      for (int64_t j = 0; j < width; ++j) {
-        y[j] = residual ? c[j] + residual[j] : c[j];
-      }
+    for (int64_t j = 0; j < width; ++j) {
+      const int64_t i = offset + r * features + j;
+      const float value = c[j] + (bias ? bias[j] : 0.f);
+      out.y[i] = out.residual ? value + out.residual[i] : value;
     }
   }
 }
@@ -178,48 +192,55 @@ void panel_many(
   }
 }
 
-// As `panel_many`, by the blocked kernels. fp16 weights are split once per chunk (blocked.h).
+// The blocked kernels take at most this many rows and this many panels at once.
+constexpr int64_t kBlockedSweep = 512, kBlockedPanels = 4;
+// Of these rows, a chunk of K of this size is multiplied by all panels before the next one: it
+// stays in the second-level cache, as all of K does not for the wide products of large models.
+constexpr int64_t kResidentBytes = int64_t{1} << 20;
+
+// Panels [panel, end) of an output, row blocks [first, last), by the blocked kernels. fp16 weights
+// are split once per chunk (blocked.h). c has room for the sums of all panels.
 template <typename F>
-void panel_blocked(
-    const Output<F>& out, int64_t panel, int64_t first, int64_t last, float* c, float* wide) {
+void panels_blocked(
+    const Output<F>& out, int64_t panel, int64_t end, int64_t first, int64_t last, float* c,
+    float* wide) {
   using W = typename F::Weight;
+  const auto& x0 = *out.terms[0].x;
+  const int64_t rows = std::min(last * x0.height, x0.rows) - first * x0.height;
+  const int64_t resident = kResidentBytes / (rows * sizeof(typename F::Scalar)) / 32 * 32;
+  const int64_t chunk = std::clamp<int64_t>(resident, 256, kChunk);
   bool accumulate = false;
   for (const auto& term : out.terms) {
     const W* weight = term.weight->panels.template const_data_ptr<W>();
-    weight += panel * term.weight->padded() * kCols;
-    const int64_t k_steps = term.x->k_steps;
-    for (int64_t k = 0; k < k_steps; k += kChunk) {
-      const int64_t count = std::min(kChunk, k_steps - k);
-      const W* chunk = weight + k * kCols * F::kPerLane;
-      if constexpr (kWidened<F>) {
-        auto* high = reinterpret_cast<c10::BFloat16*>(wide);
-        auto* low = high + kChunk * kCols;
-        split_weights(chunk, count, high, low);
-        for (int64_t b = first; b < last; ++b) {
-          const int rows = term.x->rows_of(b);
-          const auto* a = reinterpret_cast<const c10::BFloat16*>(term.x->block(b)) + k;
-          const auto* a_low = a + rows * k_steps;
-          float* tile_c = c + (b - first) * kBlockedRows * kCols;
-          const auto add = [&](const void* x, const void* w, bool sums) {
-            block_product<F>(
-                rows, x, k_steps / 2, w, kCols, kCols, count / 2, tile_c, kCols, sums);
+    const int64_t k_steps = term.x->k_steps, stride = term.x->stride();
+    for (int64_t k = 0; k < k_steps; k += chunk, accumulate = true) {
+      const int64_t count = std::min(chunk, k_steps - k);
+      for (int64_t p = panel; p < end; ++p) {
+        const W* part = weight + (p * term.weight->padded() + k * F::kPerLane) * kCols;
+        float* sums = c + (p - panel) * rows * kCols;
+        if constexpr (kWidened<F>) {
+          auto* high = reinterpret_cast<c10::BFloat16*>(wide);
+          auto* low = high + kChunk * kCols;
+          split_weights(part, count, high, low);
+          const auto* a = reinterpret_cast<const c10::BFloat16*>(term.x->block(first)) + k;
+          const auto add = [&](const void* x, const void* w, bool adds) {
+            block_product<F>(rows, x, stride, w, kCols, kCols, count / 2, sums, kCols, adds);
           };
           add(a, high, accumulate);
-          add(a_low, high, true);
           add(a, low, true);
-        }
-      } else {
-        for (int64_t b = first; b < last; ++b) {
+          add(a + k_steps, high, true);
+        } else {
           block_product<F>(
-              term.x->rows_of(b), term.x->block(b) + k, k_steps, chunk, kCols, kCols, count,
-              c + (b - first) * kBlockedRows * kCols, kCols, accumulate);
+              rows, term.x->block(first) + k, stride, part, kCols, kCols, count, sums, kCols,
+              accumulate);
         }
       }
-      accumulate = true;
     }
   }
   for (int64_t b = first; b < last; ++b) {
-    finish(out, panel, b, c + (b - first) * kBlockedRows * kCols);
+    for (int64_t p = panel; p < end; ++p) {
+      finish(out, p, b, c + ((p - panel) * rows + (b - first) * x0.height) * kCols);
+    }
   }
 }
 
@@ -242,39 +263,48 @@ void multiply(const std::vector<Output<F>>& outputs) {
   };
   const bool blocked = outputs[0].terms[0].x->blocked;
   const bool few = !blocked && rows <= 2 * kRows;
-  int64_t bytes = 0;
+  int64_t bytes = 0, deepest = 0; // of all rows; of one row of a term
   for (const auto& term : outputs[0].terms) {
-    bytes += rows * term.x->k_steps * static_cast<int64_t>(sizeof(typename F::Scalar));
+    const int64_t row_bytes = term.x->k_steps * static_cast<int64_t>(sizeof(typename F::Scalar));
+    bytes += rows * row_bytes;
+    deepest = std::max(deepest, row_bytes);
   }
-  const int64_t sweeps = few ? 1 : std::min((bytes + kSpanBytes - 1) / kSpanBytes, num_blocks);
+  const int64_t wanted = blocked ? (rows + kBlockedSweep - 1) / kBlockedSweep
+                         : few   ? 1
+                                 : (bytes + kSpanBytes - 1) / kSpanBytes;
+  const int64_t sweeps = std::max<int64_t>(1, std::min(wanted, num_blocks));
   const int64_t span = (num_blocks + sweeps - 1) / sweeps;
-  WorkQueue queue(total * sweeps, few ? 16 : 1);
+  WorkQueue queue(total * sweeps, few ? 16 : blocked ? kBlockedPanels : 1);
   on_all_threads([&] {
     static thread_local std::vector<float> c, wide;
     if (!few) {
-      c.resize(std::max<size_t>(c.size(), span * (blocked ? kBlockedRows : kRows) * kCols));
+      const int64_t sums = blocked ? kBlockedPanels * kBlockedRows : kRows;
+      c.resize(std::max<size_t>(c.size(), span * sums * kCols));
       wide.resize(std::max<size_t>(wide.size(), F::kPerLane == 1 ? kChunk * kCols : 0));
     }
     int64_t begin, end;
     while (queue.take(begin, end)) {
-      for (int64_t i = begin; i < end; ++i) {
+      for (int64_t i = begin, count = 1; i < end; i += count) {
         const auto [which, panel] = locate(i % total);
-        if (few) {
-          panel_few(outputs[which], panel);
-        } else {
-          const int64_t first = i / total * span, last = std::min(first + span, num_blocks);
-          if constexpr (kCanBlock<F>) {
-            if (blocked) {
-              panel_blocked(outputs[which], panel, first, last, c.data(), wide.data());
-              continue;
+        const Output<F>& out = outputs[which];
+        const int64_t first = i / total * span, last = std::min(first + span, num_blocks);
+        if constexpr (kCanBlock<F>) {
+          if (blocked) {
+            // Of the panels taken, those of this output; where all of K stays in the cache, one
+            // after another, from front to back.
+            if (deepest * std::min(rows, kBlockedSweep) > kResidentBytes) {
+              count = std::min(end - i, out.terms[0].weight->num_panels() - panel);
             }
+            panels_blocked(out, panel, panel + count, first, last, c.data(), wide.data());
+            continue;
           }
-          panel_many(outputs[which], panel, first, last, c.data(), wide.data());
+        }
+        if (few) {
+          panel_few(out, panel);
+        } else {
+          panel_many(out, panel, first, last, c.data(), wide.data());
         }
       }
-    }
-    if (blocked) {
-      at::native::cpublas::brgemm_release(true);
     }
   });
 }

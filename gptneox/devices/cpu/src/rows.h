@@ -47,7 +47,8 @@ inline void to_columns(const float* rows, int count, int64_t width, float* out) 
 // Activations [T, K] in row blocks. K is padded with zeros to a multiple of kDepth.
 // For the register tile, a row block is transposed: [K / kPerLane][rows][kPerLane]. The rows are
 // spread evenly over the fewest blocks of at most kRows.
-// For the blocked kernels, a row block is kBlockedRows rows, row-major (`write_row`).
+// For the blocked kernels, all rows are row-major (`write_row`), a cache line apart: rows at a
+// distance of 4096 bytes would compete for the same lines of the first-level cache.
 template <typename F>
 struct RowBlocks {
   using Scalar = typename F::Scalar;
@@ -57,12 +58,12 @@ struct RowBlocks {
   // Use memory of its own, which later calls reuse.
   void resize(int64_t num_rows, int64_t depth, bool for_blocked) {
     bind(nullptr, num_rows, depth, for_blocked);
-    if (static_cast<int64_t>(own_.size()) < rows * k_steps) {
-      own_.resize(rows * k_steps);
+    if (static_cast<int64_t>(own_.size()) < rows * stride()) {
+      own_.resize(rows * stride());
     }
     data_ = own_.data();
   }
-  // Use the caller's memory of `num_scalars(num_rows, depth)` scalars.
+  // Use the caller's memory of `num_scalars(num_rows, depth, for_blocked)` scalars.
   void bind(Scalar* data, int64_t num_rows, int64_t depth, bool for_blocked) {
     data_ = data;
     rows = num_rows;
@@ -75,15 +76,19 @@ struct RowBlocks {
     const int64_t blocks = std::max<int64_t>(1, (rows + kRows - 1) / kRows);
     height = std::max<int64_t>(1, (rows + blocks - 1) / blocks);
   }
-  static int64_t num_scalars(int64_t num_rows, int64_t depth) {
-    return num_rows * (round_up(depth, kDepth) / F::kPerLane);
+  static int64_t num_scalars(int64_t num_rows, int64_t depth, bool for_blocked) {
+    return num_rows * (round_up(depth, kDepth) / F::kPerLane + (for_blocked ? kGap : 0));
+  }
+  // Scalars of a row; for the blocked kernels, also from one row to the next.
+  int64_t stride() const {
+    return k_steps + (blocked ? kGap : 0);
   }
   // Block `index` starts at row height * index.
   Scalar* block(int64_t index) {
-    return data_ + index * height * k_steps;
+    return data_ + index * height * stride();
   }
   const Scalar* block(int64_t index) const {
-    return data_ + index * height * k_steps;
+    return data_ + index * height * stride();
   }
   int rows_of(int64_t index) const {
     return static_cast<int>(std::min<int64_t>(height, rows - index * height));
@@ -135,8 +140,9 @@ struct RowBlocks {
         if constexpr (F::kPerLane == 1) {
           Vec::loadu(from).store(entries + r * kVec);
         } else {
-          at::vec::convert_float_bfloat16(Vec::loadu(from), Vec::loadu(from + kVec))
-              .store(entries + r * kVec);
+          store_bf16(
+              Vec::loadu(from), Vec::loadu(from + kVec),
+              reinterpret_cast<c10::BFloat16*>(entries + r * kVec));
         }
       }
       to_columns(
@@ -148,13 +154,12 @@ struct RowBlocks {
  private:
   // Write columns [k, k + count) of row r of a block, for the blocked kernels.
   void write(int64_t index, int r, int64_t k, const float* x, int64_t count) {
-    const int64_t plane = rows_of(index) * k_steps; // values of x_hi, which x_lo follows
-    // A row takes 4 bytes per K step; of two planes, each takes 2.
-    const int64_t row_bytes = kWidened<F> ? 2 * k_steps : 4 * k_steps;
-    const int64_t value_bytes = kWidened<F> ? 2 : 4 / F::kPerLane;
-    auto* out = reinterpret_cast<char*>(block(index)) + r * row_bytes + k * value_bytes;
-    write_row<F>(x, count, plane, out);
+    const int64_t value_bytes = kWidened<F> ? 2 : sizeof(Scalar) / F::kPerLane;
+    auto* out = reinterpret_cast<char*>(block(index) + r * stride()) + k * value_bytes;
+    write_row<F>(x, count, k_steps, out); // of two planes, x_lo follows x_hi in the row
   }
+
+  static constexpr int64_t kGap = 64 / sizeof(Scalar);
 
   Scalar* data_ = nullptr;
   std::vector<Scalar> own_;

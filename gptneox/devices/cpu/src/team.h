@@ -12,6 +12,8 @@
 #include <thread>
 #include <utility>
 
+#include "blocked.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -45,6 +47,7 @@ class Team {
   // thread.
   template <typename Leader>
   static void lead(Leader&& leader) {
+    const MatrixUnitScope units;
     const int threads = at::get_num_threads();
     if (threads == 1 || current_ || at::in_parallel_region()) {
       leader();
@@ -109,6 +112,7 @@ class Team {
   };
 
   void follow() {
+    const MatrixUnitScope units;
     int64_t last_id = 0;
     for (SpinWait spin; !ended_.load(std::memory_order_relaxed);) {
       const int64_t id = task_id_.load(std::memory_order_relaxed);
@@ -177,9 +181,11 @@ inline void on_all_threads(Body&& body) {
   if (Team* team = Team::current()) {
     team->run(body);
   } else if (threads == 1) {
+    const MatrixUnitScope units;
     body();
   } else {
     at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      const MatrixUnitScope units;
       for (int64_t i = begin; i < end; ++i) {
         body();
       }

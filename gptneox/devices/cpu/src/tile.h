@@ -57,6 +57,15 @@ inline Vec load(const c10::BFloat16* p) {
   return out;
 }
 
+// 2 kVec values rounded to bf16. The processor's instruction makes denormal numbers zero.
+inline void store_bf16(const Vec& a, const Vec& b, c10::BFloat16* out) {
+#if GPTNEOX_BF16_DOT
+  _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+#else
+  at::vec::convert_float_bfloat16(a, b).store(out);
+#endif
+}
+
 // The compiler's vector type. Arrays of it stay in registers; arrays of Vec do not.
 typedef float Lanes __attribute__((vector_size(kVec * sizeof(float))));
 
