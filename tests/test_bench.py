@@ -20,12 +20,13 @@ from support.processes import REPO
 sys.path.append(str(REPO / "tools"))
 
 import bench
-from benchmark import arguments, engines, figures, models, results, seal, tasks
+from benchmark import arguments, engines, figures, models, results, seal, tasks, traffic
 from benchmark.arguments import Case
 from benchmark.engines import OURS, Engine
 from benchmark.errors import UsageError, WorkerError
 from benchmark.process import WorkerProcess, worker_environment
 from benchmark.session import Contestant, Options, Session, prompts
+from benchmark.traffic import Lengths
 from benchmark.workers.tensors import Tensors, query_key_value
 from benchmark.workers.worker import SteppingWorker
 
@@ -185,7 +186,8 @@ def test_cases_of_curves_end_where_the_positions_end():
 
 def test_the_document_names_real_flags_only():
     text = (REPO / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    known = {flag for action in arguments.parser()._actions for flag in action.option_strings}
+    flags = (arguments.parser(), arguments.service_parser())
+    known = {flag for each in flags for action in each._actions for flag in action.option_strings}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--task"}
     assert named <= known, named - known
     assert known - {"-h", "--help", "--install", "--max-batch"} <= named | {"--no"}, known - named
@@ -388,8 +390,8 @@ def test_first_tokens_of_requests_count_from_their_arrival():
 
 
 def test_requests_are_drawn_alike_every_time():
-    requests = tasks.draw_requests(400, 4.0, 16, 8, 96)
-    assert requests == tasks.draw_requests(400, 4.0, 16, 8, 96)
+    requests = traffic.draw_requests(400, 4.0, Lengths(16, 8), 96)
+    assert requests == traffic.draw_requests(400, 4.0, Lengths(16, 8), 96)
     moments = [at for at, _, _ in requests]
     assert moments[0] == 0
     assert moments == sorted(moments)
@@ -619,7 +621,7 @@ def test_requests_over_time_become_a_table(session, fake, tmp_path):
     argv = ["--curve", "requests", "--points", "1,7", "--prompt", "4", "--output", "3"]
     args = arguments.parse([*argv, "--runs", "2"])
     session.load([Contestant(OURS, fake)], [Case(8, 7, 5)], 4)
-    requests = tasks.draw_requests(7, args.arrivals, args.prompt, args.output, 96)
+    requests = traffic.draw_requests(7, args.arrivals, Lengths(args.prompt, args.output), 96)
     served = session.serve(requests, 2)
     assert served["requests"] == 7
     assert [run["first_token_ms"]["p50"] for run in served["runs"][OURS]] == [500, 500]

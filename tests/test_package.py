@@ -108,6 +108,7 @@ def test_the_package_is_the_installed_one(run: Run, target: Path) -> None:
         assert (shipped / name).read_bytes() == (REPO / name).read_bytes()
     assert not (shipped / "weights/neox-mini/part_model").exists()
     assert (shipped / "weights/neox-mini/eval/boolq/dev.jsonl").is_file()
+    assert (target / "gptneox/server/page.html").is_file()
 
 
 def test_the_command_runs_both_paths(run: Run, target: Path, tmp_path: Path) -> None:

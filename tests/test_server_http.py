@@ -184,7 +184,7 @@ def test_old_pipelined_and_closing_requests() -> None:
 KEYS = ("secret-1", "pässwörd")
 
 
-def test_every_route_but_health_needs_a_key() -> None:
+def test_every_route_but_health_and_the_page_needs_a_key() -> None:
     async def go(served: Stub) -> None:
         routes = [r for r in served.application.fastapi.routes if hasattr(r, "methods")]
         paths = {route.path.replace("{model_id:path}", "neox") for route in routes}
@@ -194,6 +194,9 @@ def test_every_route_but_health_needs_a_key() -> None:
                 answer = await ask(served, path, method=method)
                 if path == "/health":
                     assert answer.status in (200, 405)
+                    continue
+                if (method, path) == ("GET", "/"):  # the page, which asks for the key
+                    assert answer.headers["content-type"].startswith("text/html")
                     continue
                 assert answer.status == 401, (method, path)
                 assert answer.headers["www-authenticate"] == "Bearer"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmark of GPT-NeoX on this machine: alone, over a range of sizes, or against other engines.
+"""Benchmark of GPT-NeoX on this machine: alone, over sizes, against other engines, or as a service.
 
 See docs/benchmarks.md, or `python tools/bench.py --help`. Exit status: 0 done, 1 something failed
 (what could be measured is written), 2 wrong usage.
@@ -49,14 +49,15 @@ def run(argv: Sequence[str]) -> int:
         ValueError, OSError, RuntimeError: with a message for the user.
     """
     prepare_streams()
+    if argv[:1] == ["serve"]:
+        return run_serve(argv[1:])
     args = arguments.parse(argv)
     if missing := [name for name in REQUIRED if importlib.util.find_spec(name) is None]:
         raise UsageError(
             f"{sys.executable} has no {', '.join(missing)}; run this with the Python of the "
             "environment that the launchers use (.venv/bin/python)"
         )
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib; pip install .[plot] adds it")
+    check_plot(args.plot)
     if args.write_docs:
         from benchmark.results import write_docs
 
@@ -78,6 +79,21 @@ def run(argv: Sequence[str]) -> int:
     from benchmark.tasks import measure  # imports torch, so only after the flags are checked
 
     return measure(args, list(argv), say)
+
+
+def run_serve(argv: Sequence[str]) -> int:
+    """`bench.py serve`; against a URL it needs no torch."""
+    args = arguments.parse_service(argv)
+    check_plot(args.plot)
+    from benchmark.serving import measure_service
+
+    return measure_service(args, argv, say)
+
+
+def check_plot(is_wanted: bool) -> None:
+    """Raise UsageError where pictures cannot be drawn."""
+    if is_wanted and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib; pip install .[plot] adds it")
 
 
 if __name__ == "__main__":

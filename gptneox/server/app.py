@@ -13,7 +13,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from gptneox import __version__
@@ -24,6 +24,8 @@ from gptneox.server.dialects.openai import OpenAi
 from gptneox.server.dialects.openai_chat import OpenAiChat
 from gptneox.server.dialects.tgi import Tgi
 from gptneox.server.errors import ClientGone, Kind, ServiceError
+from gptneox.server.page import PATH as PAGE_PATH
+from gptneox.server.page import Page
 from gptneox.server.service import LOADING_RETRY_S
 
 logger = logging.getLogger(__name__)
@@ -102,6 +104,8 @@ class Application:
         add(HEALTH_PATH, self.health, responses=states)
         add("/ready", self.ready, responses=states)
         add("/metrics", self.metrics, response_class=PlainTextResponse)
+        page = Page(has_chat=bool(self.context.chat_template))
+        add(PAGE_PATH, page.show, response_class=HTMLResponse)
 
     async def health(self) -> Response:
         """200 while the engine lives; 503 while it loads, hangs or has gone. Needs no key."""

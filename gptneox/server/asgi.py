@@ -20,6 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptneox.server.errors import ClientGone, Kind, ServiceError
+from gptneox.server.page import PATH as PAGE_PATH
 
 logger = logging.getLogger(__name__)
 
@@ -285,7 +286,7 @@ def _head_bytes(scope: Scope) -> int:
 
 
 class KeyCheck:
-    """Every path but /health needs a key, those that do not exist too."""
+    """All but /health and the page at / needs a key, paths that do not exist too."""
 
     def __init__(
         self,
@@ -305,17 +306,22 @@ class KeyCheck:
         self._app, self._answer = app, answer
         self._keys = [key.encode() for key in keys]
         self._open_paths = (HEALTH_PATH, root_path + HEALTH_PATH)
+        self._page_paths = (PAGE_PATH, root_path + PAGE_PATH)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 401."""
-        is_guarded = scope["type"] == "http" and scope["path"] not in self._open_paths
-        if self._keys and is_guarded and not self._is_accepted(Headers(scope=scope)):
+        if self._keys and not self._is_open(scope) and not self._is_accepted(Headers(scope=scope)):
             error = ServiceError(
                 Kind.UNAUTHORIZED, "a valid key is needed: Authorization: Bearer KEY"
             )
             await self._answer(scope["path"], error)(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+    def _is_open(self, scope: Scope) -> bool:
+        if scope["type"] != "http" or scope["path"] in self._open_paths:
+            return True
+        return scope["path"] in self._page_paths and scope["method"] == "GET"
 
     def _is_accepted(self, headers: Headers) -> bool:
         scheme, _, given = headers.get("authorization", "").partition(" ")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -33,6 +33,13 @@ examples:
   python tools/bench.py --overhead
   python tools/bench.py --guard
   python tools/bench.py --write-docs docs/benchmarks.md --from benchmark_result/*.json
+  python tools/bench.py serve --help
+"""
+SERVICE_EXAMPLES = """\
+examples:
+  python tools/bench.py serve --url http://127.0.0.1:8000 --arrivals 1,2,4
+  python tools/bench.py serve --model pythia-160m --concurrency 1,8,32 --plot
+  python tools/bench.py serve --model pythia-160m --against vllm --arrivals 2
 """
 
 
@@ -88,16 +95,94 @@ def parser() -> argparse.ArgumentParser:
         "cost of a long queue")  # fmt: skip
     add("--guard", action="store_true", help="the CPU kernels against plain torch over numbers of "
         "rows; exit status 1 if a point is slower")  # fmt: skip
-    add = flags.add_argument_group("files").add_argument
-    add("--output-dir", default=Path("benchmark_result"), type=Path, help="for the JSON and PNG")
-    add("--plot", action="store_true", help="also draw a PNG (extra: plot)")
-    add("--cache", default=default_cache(os.environ), type=Path, metavar="DIR",
-        help="for weights and installed engines (%(default)s)")  # fmt: skip
+    add = _add_file_flags(flags)
     add("--timeout", default=3600.0, type=_positive, help="seconds for each answer of an engine")
     add("--write-docs", type=Path, metavar="FILE", help="replace the results in a document")
     add("--from", dest="sources", nargs="+", default=[], type=Path, metavar="JSON",
         help="the results that --write-docs puts there")  # fmt: skip
     return flags
+
+
+def service_parser() -> argparse.ArgumentParser:
+    """Every flag of `bench.py serve` with its default."""
+    flags = _Parser(
+        prog="bench.py serve",
+        description="How a service does under load: many clients that stream completions from an "
+        "OpenAI-compatible URL, or from a service that is started for the run.",
+        epilog=SERVICE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = flags.add_argument_group("which service").add_argument
+    add("--url", help="of a running one, with or without /v1; its key comes from OPENAI_API_KEY")
+    add("--served-model", metavar="NAME", help="that requests name (the first of /v1/models)")
+    add("--model", help="start this toolkit's service with a directory, or a shape: "
+        f"{', '.join(SHAPES)}")  # fmt: skip
+    add("--against", choices=("vllm",), help="with --model: then vLLM's service, too")
+    add("--dtype", default="bfloat16", choices=DTYPES, help="with --model")
+    add("--device", default="auto", choices=DEVICES, help="with --model")
+    add("--threads", default=usable_cores(), type=_number, help="with --model (%(default)s)")
+    add = flags.add_argument_group("load").add_argument
+    add("--arrivals", type=_rates, metavar="RATES", help="requests per second of Poisson arrivals; "
+        "several are measured one after another")  # fmt: skip
+    add("--concurrency", type=_numbers, help="requests under way at any time, instead (8)")
+    add("--requests", default=100, type=_number, help="of each measurement (%(default)s)")
+    add("--warmup", default=2, type=_number, help="requests before the first one (%(default)s)")
+    add("--prompt", default=256, type=_number, help="tokens of a prompt (%(default)s)")
+    add("--output", default=64, type=_number, help="tokens of an answer (%(default)s)")
+    add("--lengths", default="fixed", choices=("fixed", "uniform"), help="uniform: from 1 to twice "
+        "that (%(default)s)")  # fmt: skip
+    add("--text", type=Path, metavar="FILE", help="take prompts from a text, in words, instead of "
+        "random token ids")  # fmt: skip
+    add("--vocab-size", type=_number, help="random ids are below it (50254; with --model: its own)")
+    add("--stop-at-eos", action="store_true", help="answers end at end-of-text; the field "
+        "ignore_eos, which other services may not know, is not sent")  # fmt: skip
+    add("--seed", default=0, type=_whole, help="of prompts and arrivals (%(default)s)")
+    add = flags.add_argument_group("what counts").add_argument
+    add("--ttft-limit", type=_positive, metavar="MS", help="a good answer's first token comes in "
+        "time")  # fmt: skip
+    add("--itl-limit", type=_positive, metavar="MS", help="and its others, on average, after each "
+        "other")  # fmt: skip
+    add("--timeout", default=600.0, type=_positive, help="seconds for a request (%(default)s)")
+    _add_file_flags(flags)
+    return flags
+
+
+def _add_file_flags(flags: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
+    add = flags.add_argument_group("files").add_argument
+    add("--output-dir", default=Path("benchmark_result"), type=Path, help="for the JSON and PNG")
+    add("--plot", action="store_true", help="also draw a PNG (extra: plot)")
+    add("--cache", default=default_cache(os.environ), type=Path, metavar="DIR",
+        help="for weights and installed engines (%(default)s)")  # fmt: skip
+    return add
+
+
+def parse_service(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags of `bench.py serve`, checked.
+
+    Raises:
+        UsageError: with a line for the user.
+    """
+    args = service_parser().parse_args(argv)
+    _expand(args)
+    if bool(args.url) == bool(args.model):
+        raise UsageError("give --url of a running service, or --model to start one; see --help")
+    if args.against and not args.model:
+        raise UsageError("--against is for services that are started here; add --model, not --url")
+    if args.against and args.served_model:
+        raise UsageError("--served-model is for --url; services started here take any name")
+    if args.arrivals and args.concurrency:
+        raise UsageError("--arrivals and --concurrency are two kinds of load; give one of them")
+    if args.text and args.vocab_size:
+        raise UsageError("--vocab-size is for random token ids; leave --text or it out")
+    if not args.arrivals:
+        args.concurrency = args.concurrency or [8]
+    return args
+
+
+def _expand(args: argparse.Namespace) -> None:
+    args.cache = args.cache.expanduser().resolve()
+    args.output_dir = args.output_dir.expanduser().resolve()
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -107,8 +192,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         UsageError: with a line for the user.
     """
     args = parser().parse_args(argv)
-    args.cache = args.cache.expanduser().resolve()
-    args.output_dir = args.output_dir.expanduser().resolve()
+    _expand(args)
     if bool(args.write_docs) != bool(args.sources):
         raise UsageError("--write-docs FILE and --from JSON... only go together")
     if args.points and not args.curve:
@@ -206,6 +290,14 @@ def _numbers(text: str) -> list[int]:
     if len(set(numbers)) < len(numbers):
         raise argparse.ArgumentTypeError(f"{text!r} names a number twice")
     return numbers
+
+
+def _whole(text: str) -> int:
+    return 0 if text == "0" else _number(text)
+
+
+def _rates(text: str) -> list[float]:
+    return [_positive(item.strip()) for item in text.split(",")]
 
 
 def _positive(text: str) -> float:

@@ -33,7 +33,12 @@ Result = Mapping[str, Any]
 
 def write_plot(data: Path, result: Result) -> list[Path]:
     """Draw a result beside its JSON file; returns the files."""
-    draw = {"cases": _cases, "requests": _requests, "overhead": _overhead}[result["kind"]]
+    draw = {
+        "cases": _cases,
+        "requests": _requests,
+        "overhead": _overhead,
+        "serve": _serve,
+    }[result["kind"]]
     if result.get("curve") in ("batch", "context", "prompt"):
         draw = _curve
     path = data.with_suffix(".png")
@@ -141,6 +146,30 @@ def _requests(figure: Figure, result: Result) -> None:
         axes.set_xlabel(f"requests, {result['arrivals_per_s']:g} per second")
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=8)
+
+
+def _serve(figure: Figure, result: Result) -> None:
+    """Throughput, time to the first token and time between tokens over the load."""
+    axes = figure.subplots(1, 3)
+    (kind,) = {name for case in result["cases"] for name in case["load"]}
+    for i, name in enumerate(result["engines"]):
+        cases = [case for case in result["cases"] if case["runs"][name]["answered"]]
+        xs = [case["load"][kind] for case in cases]
+        runs = [case["runs"][name] for case in cases]
+        marker, text = _MARKERS[i % len(_MARKERS)], label(dict(result), name)
+        rates = [run["output_tokens_per_s"] for run in runs]
+        axes[0].plot(xs, rates, marker=marker, color=f"C{i}", label=text)
+        for panel, key in ((axes[1], "first_token_ms"), (axes[2], "inter_token_ms")):
+            for style, p in (("-", "p50"), ("--", "p90"), (":", "p99")):
+                ys = [run[key][p] if run[key] else 0.0 for run in runs]
+                panel.plot(xs, ys, style, marker=marker, color=f"C{i}", label=f"{text}, {p}")
+    titles = ("new tokens per second", "time to the first token (ms)", "time between tokens (ms)")
+    what = {"arrivals_per_s": "requests per second", "concurrency": "requests at a time"}[kind]
+    for panel, text in zip(axes, titles, strict=True):
+        panel.set_title(text)
+        panel.set_xlabel(what)
+        panel.set_ylim(bottom=0)
+        panel.legend(fontsize=8)
 
 
 def _overhead(figure: Figure, result: Result) -> None:

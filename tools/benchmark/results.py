@@ -30,20 +30,33 @@ Draw = Callable[[Row, Sequence[Row]], str]
 
 
 def describe(model: Model, command: Sequence[str]) -> Result:
-    """What every result begins with."""
+    """What every result of a model begins with."""
+    return head(command, model.name) | {"model": about_model(model)}
+
+
+def head(command: Sequence[str], model_name: str) -> Result:
+    """When, how and on what a result was made."""
     return {
         "format": FORMAT,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shareable(command, model.name),
+        "command": shareable(command, model_name),
         "revision": revision(),
         "machine": machine(),
-        "model": {
-            "name": model.name,
-            "num_parameters": model.config.num_parameters,
-            "num_layers": model.config.num_layers,
-            "hidden_size": model.config.hidden_size,
-        },
     }
+
+
+def about_model(model: Model) -> dict[str, Any]:
+    """A model's name and size."""
+    return {
+        "name": model.name,
+        "num_parameters": model.config.num_parameters,
+        "num_layers": model.config.num_layers,
+        "hidden_size": model.config.hidden_size,
+    }
+
+
+# What is shown of a flag whose value is of one machine; "" stands for the model's name.
+_STANDS_FOR = {"--model": "", "--url": "URL", "--text": "FILE"}
 
 
 def shareable(command: Sequence[str], model_name: str) -> str:
@@ -54,11 +67,11 @@ def shareable(command: Sequence[str], model_name: str) -> str:
         flag, sign, _ = item.partition("=")
         if flag in ("--plot", "--install"):
             continue
-        if flag in ("--model", "--output-dir", "--cache", "--timeout"):
+        if flag in ("--model", "--output-dir", "--cache", "--timeout", "--url", "--text"):
             if not sign:
                 next(rest, None)
-            if flag == "--model":
-                shown += [flag, model_name]
+            if flag in _STANDS_FOR:
+                shown += [flag, _STANDS_FOR[flag] or model_name]
             continue
         shown.append(item)
     return shlex.join(shown)
@@ -131,6 +144,8 @@ def markdown_table(header: Row, rows: Sequence[Row]) -> str:
 
 def title(result: Result) -> str:
     """Model, machine, device and how it was run."""
+    if not result["device"]:
+        return f"{result['model']['name']}, served at a URL"
     return (
         f"{result['model']['name']} in {result['dtype']} on {result['description']} "
         f"({result['device']}, {counted(result['threads'], 'thread')})"
@@ -148,7 +163,12 @@ def as_markdown(result: Result) -> str:
 
 
 def _blocks(result: Result, draw: Draw) -> list[str]:
-    blocks = {"cases": _cases, "requests": _requests, "overhead": _overhead}[result["kind"]]
+    blocks = {
+        "cases": _cases,
+        "requests": _requests,
+        "overhead": _overhead,
+        "serve": _serve,
+    }[result["kind"]]
     lines = [*blocks(result, draw)]
     lines += [f"Note: {note}." for note in result["notes"]]
     return lines
@@ -300,6 +320,74 @@ def _overhead(result: Result, draw: Draw) -> list[str]:
     ]
 
 
+def load_text(load: Mapping[str, float]) -> str:
+    """A load in words."""
+    if "arrivals_per_s" in load:
+        return f"{load['arrivals_per_s']:g} per second"
+    return f"{load['concurrency']:g} at a time"
+
+
+def _serve(result: Result, draw: Draw) -> list[str]:
+    lengths, limits = result["lengths"], result["limits"]
+    spread = "of exactly" if not lengths["is_uniform"] else "of up to twice"
+    what = (
+        f"{counted(result['requests'], 'request')} for each row, prompts {spread} "
+        f"{lengths['prompt']} {lengths['unit']} and answers {spread} {lengths['output']} tokens."
+    )
+    bounds = [
+        f"{text} {limits[key]:g} ms"
+        for key, text in (
+            ("first_token_ms", "the first token within"),
+            ("inter_token_ms", "the others on average within"),
+        )
+        if limits[key]
+    ]
+    if bounds:
+        what += f" Good: {', '.join(bounds)}."
+    rates, times, notes = [], [], []
+    for case in result["cases"]:
+        for name, run in case["runs"].items():
+            row = [label(result, name), load_text(case["load"])]
+            rates.append([*row, *_rate_cells(run)])
+            times.append([*row, *_time_cells(run)])
+            if run["errors"]:
+                counts = ", ".join(f"{kind} ({n})" for kind, n in run["errors"].items())
+                notes.append(f"Failed, {row[0]} at {row[1]}: {counts}.")
+    rate_header = ("service", "load", "answered", "failed", "seconds", "requests/s", "prompt tok/s",
+        "new tok/s", "good/s")  # fmt: skip
+    shown = [f"{what} {p}" for what in ("first", "token", "whole") for p in ("p50", "p90", "p99")]
+    header = ("service", "load", *shown)
+    return [what, draw(rate_header, rates), "In milliseconds:", draw(header, times), *notes,
+        _client_line(result)]  # fmt: skip
+
+
+def _rate_cells(run: Mapping[str, Any]) -> list[str]:
+    failed = sum(run["errors"].values())
+    keys = ("seconds", "requests_per_s", "prompt_tokens_per_s", "output_tokens_per_s")
+    cells = [number(run[key], 1 if key != "requests_per_s" else 2) for key in keys]
+    return [str(run["answered"]), str(failed), *cells, number(run["goodput_per_s"])]
+
+
+def _time_cells(run: Mapping[str, Any]) -> list[str]:
+    keys = ("first_token_ms", "inter_token_ms", "whole_ms")
+    return [number(run[key] and run[key][p], 1) for key in keys for p in ("p50", "p90", "p99")]
+
+
+def _client_line(result: Result) -> str:
+    """What the client itself took, at most."""
+    clients = [run["client"] for case in result["cases"] for run in case["runs"].values()]
+
+    def most(key: str) -> float:
+        return max((each[key] or {}).get("p99", 0.0) for each in clients)
+
+    return (
+        f"The client itself used up to {max(each['cpu_share'] for each in clients):.0%} of a core, "
+        f"{max(each['us_per_token'] for each in clients):.0f} µs per token; 99% of its moments are "
+        f"less than {most('lag_ms'):.1f} ms late, and so many requests were sent within "
+        f"{most('late_ms'):.1f} ms of their arrival."
+    )
+
+
 # -- the document --------------------------------------------------------------------------------
 
 BEGIN = "<!-- results: begin (made by tools/bench.py --write-docs) -->"
@@ -341,19 +429,24 @@ def _what_and_where(section: str) -> tuple[str, str, str]:
 
 def _section(result: Result) -> str:
     """One result under a heading, with the command that reproduces it."""
-    kind = {"cases": "speed", "requests": "requests over time", "overhead": "time beside the model"}
+    kind = {"cases": "speed", "requests": "requests over time", "overhead": "time beside the model",
+        "serve": "a service under load"}  # fmt: skip
     what = f"{result['curve']} curve" if result.get("curve") else kind[result["kind"]]
     versions = "; ".join(
-        f"{name} ({', '.join(f'{k} {v}' for k, v in about['versions'].items())})"
+        f"{name} ({', '.join(f'{k} {v}' for k, v in about['versions'].items()) or 'unknown'})"
         for name, about in result["engines"].items()
     )
-    where = f"{result['description']}, {result['device']}, {counted(result['threads'], 'thread')}"
-    facts = [where, f"{result['date'][:10]}, commit {result['revision'] or 'unknown'}", versions]
-    if result["kind"] != "overhead":
-        facts.insert(2, f"{counted(result['runs'], 'round')}")
+    facts = [f"{result['date'][:10]}, commit {result['revision'] or 'unknown'}", versions]
+    if result["kind"] in ("cases", "requests"):
+        facts.insert(1, f"{counted(result['runs'], 'round')}")
+    dtype = ""
+    if result["device"]:
+        threads = counted(result["threads"], "thread")
+        facts.insert(0, f"{result['description']}, {result['device']}, {threads}")
+        dtype = f", {result['dtype']}"
     return "\n\n".join(
         [
-            f"### {result['model']['name']}, {result['dtype']}: {what}",
+            f"### {result['model']['name']}{dtype}: {what}",
             f"{'; '.join(facts)}.",
             f"```shell\npython tools/bench.py {result['command']}\n```",
             as_markdown(result),

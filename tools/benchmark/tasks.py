@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import random
 from argparse import Namespace
 from collections.abc import Sequence
 from datetime import datetime
@@ -23,9 +22,9 @@ from benchmark.session import (
     Session,
     contestants,
 )
+from benchmark.traffic import Lengths, draw_requests
 from gptneox.files import check_writable, safe_name
 
-REQUEST_SEED = 2
 QUEUE_SIZES = (1000, 10000)
 _OVERHEAD = "benchmark.workers.overhead"
 
@@ -132,30 +131,11 @@ def _measure_requests(
         "mean_lengths": [args.prompt, args.output],
         "cases": [],
     }
+    lengths = Lengths(args.prompt, args.output)
     for count in args.points or arguments.CURVES["requests"]:
-        requests = draw_requests(
-            count, args.arrivals, args.prompt, args.output, session.model.config.vocab_size
-        )
+        requests = draw_requests(count, args.arrivals, lengths, session.model.config.vocab_size)
         result["cases"].append(session.serve(requests, args.runs))
         results.write(result, path)
-
-
-def draw_requests(
-    count: int, per_second: float, prompt: int, output: int, vocab_size: int
-) -> list[tuple[float, list[int], int]]:
-    """Requests of a Poisson process: moment in seconds, prompt, new tokens.
-
-    Lengths are uniform from 1 to 2 n - 1, so n on average; the first request arrives at 0.
-    """
-    generator = random.Random(REQUEST_SEED)
-    requests = []
-    now = 0.0
-    for _ in range(count):
-        length = generator.randint(1, 2 * prompt - 1)
-        ids = [generator.randrange(1, vocab_size) for _ in range(length)]
-        requests.append((now, ids, generator.randint(1, 2 * output - 1)))
-        now += generator.expovariate(per_second)
-    return requests
 
 
 # -- what a step costs beside the model ----------------------------------------------------------
