@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from benchmark.errors import UsageError, WorkerError
 
-LAG_EVERY_S = 0.01
+LAG_EVERY_S = 0.05  # rare, for its own cost is the client's
 _LINE_BYTES = 1 << 20
 _DONE = b"[DONE]"
 # What is wrong with an answer that does not follow HTTP, or is no JSON of a completion.
