@@ -777,6 +777,8 @@ def test_what_does_not_fit_is_refused(cpu: CompiledCpuOperators) -> None:
     with pytest.raises(ValueError, match=r"bias has shape \[4\]"):
         cpu.kernels.linear(torch.ones(2, 8), weight, torch.ones(4), 0)
     with pytest.raises(TypeError, match="float32, float16 or bfloat16"):
+        cpu.pack_linear(torch.ones(5, 8, dtype=torch.int16), None)
+    with pytest.raises(ValueError, match="int8 weights have scales"):
         cpu.pack_linear(torch.ones(5, 8, dtype=torch.int8), None)
     with pytest.raises(ValueError, match="shift has 3"):
         cpu.layer_norm(torch.ones(2, 8), torch.ones(8), torch.ones(3), 1e-5)

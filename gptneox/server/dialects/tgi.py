@@ -260,8 +260,7 @@ class Tgi(Dialect):
         )
         add_post(app, "/chat_tokenize", self.chat_tokenize, body_of(ChatTokenizeBody), ChatTokens)
         add_get(app, "/info", self.info, Info)
-        for path in ("/", "/ping"):
-            add_get(app, path, self.health, None)
+        add_get(app, "/ping", self.health, None)  # GET / is the page
 
     async def compat(self, request: HttpRequest) -> Response:
         """Continue a text; the answer is a list of one object, or a stream."""
