@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 
 from gptneox import interpreter
-from gptneox.cli import Settings, read_settings, setup_logging
+from gptneox.cli import Settings, read_settings, setup_logging, with_checkpoint
 from gptneox.config.environment import disable_device_autoload
 from gptneox.config.places import shipped
 from gptneox.files import prepare_streams
@@ -70,6 +70,8 @@ def main(argv: list[str]) -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # rank 0 says that a run was interrupted
     interpreter.require(["main.py", *argv])
     try:
+        if settings.args.task != "compare":
+            settings = with_checkpoint(settings)
         status = run(settings)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`

@@ -34,6 +34,7 @@ from gptneox.config.settings import (
     resolve_model_path,
 )
 from gptneox.engine.sequence import SamplingParams
+from gptneox.hub import find_checkpoint, is_model_id
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +151,24 @@ def read_model_section(
     if model.model_path and sources["model_path"] == "config.ini":
         model = replace(model, model_path=resolve_model_path(model.model_path, config))
     return model, sources, ini
+
+
+def place_of(model: ModelSection, environment: Environment) -> str:
+    """The checkpoint's folder, empty for the embedded one; a model on a hub is downloaded first.
+
+    Raises:
+        ConfigError, HubError: see `find_checkpoint`.
+    """
+    path, from_modelscope = model.model_path, environment.use_modelscope
+    if not is_model_id(path) and not model.revision:
+        return path
+    return str(find_checkpoint(path, model.revision, from_modelscope=from_modelscope))
+
+
+def with_checkpoint(settings: Settings) -> Settings:
+    """The settings with the checkpoint's folder; see `place_of`."""
+    path = place_of(settings.model, settings.environment)
+    return replace(settings, model=replace(settings.model, model_path=path))
 
 
 def _sampling_params(max_new_tokens: int, chosen: Generation) -> SamplingParams:

@@ -50,6 +50,7 @@ from gptneox.devices.ranks import (
 )
 from gptneox.devices.switches import has_driver, set_deterministic, set_switches
 from gptneox.files import is_unused
+from gptneox.hub import is_model_id
 
 FLASH_TASKS = ("inference", "precision", "performance")
 MODELTEST_PORT = "12345"  # over several hosts, as its README says
@@ -114,7 +115,9 @@ def main(argv: list[str]) -> int:
 
 
 def _folder(path: str, what: str, remedy: str) -> str:
-    """The absolute path of a folder that exists."""
+    """The absolute path of a folder that exists; a model's id on a hub stays as it is."""
+    if is_model_id(path):
+        return path
     if not path or not Path(path).is_dir():
         raise FileNotFoundError(
             f"{what} '{path}' is not a folder that exists (seen from {Path.cwd()}); {remedy}"
@@ -230,6 +233,8 @@ def _flash(job: Job, arguments: list[str], *, only_check: bool) -> int:
         return 0 if only_check else start(job)
     cut = _read_cut(job, (input_dir, output_dir, world_size), options)
     cut.recut = recut
+    if not only_check:
+        cut.input_dir = _download(cut.input_dir, options)
     is_needed = cut.is_needed()
     if task or not is_needed:  # it will run: wrong settings are found before the long cut
         _prepare_flash(job, cut.world_size)
@@ -287,11 +292,13 @@ def _read_cut(job: Job, given: tuple[str, str, str], options: list[str]) -> Cut:
         )
     remedy = "set input_dir, or [model] model_path in config.ini"
     folder = Path(_folder(input_dir, "input_dir", remedy))
+    is_downloaded = is_model_id(input_dir)
     if folder.name == "part_model":
         folder = folder.parent
-    # nothing is written into an installed package
+    # nothing is written into an installed package, nor into the cache of a hub
     is_installed = CHECKOUT is None and folder == EMBEDDED_CHECKPOINT
-    output_dir = output_dir or str((Path() if is_installed else folder) / "part_model")
+    place = Path() if is_installed or is_downloaded else folder
+    output_dir = output_dir or str(place / "part_model")
     return Cut(str(folder), output_dir, int(world_size), False, job.environ)
 
 
@@ -349,6 +356,8 @@ def start(job: Job) -> int:
     this process, which saves a start of Python.
     """
     environ, local = job.environ, job.ranks.local
+    if job.ranks.total > 1:  # once for this host, not once for each rank
+        job.arguments = _with_download(job.arguments)
     _preload_libgomp(environ)
     if local > 1 and not environ.get("OMP_NUM_THREADS"):  # torchrun alone would set 1
         environ["OMP_NUM_THREADS"] = str(threads_per_rank(local))
@@ -379,6 +388,30 @@ def start(job: Job) -> int:
         return _become([python, start_ranks.__file__, *options], job)
     set_variables(environ)
     return start_ranks.main(options)
+
+
+def _download(model_path: str, options: list[str]) -> str:
+    """The folder of a checkpoint, downloaded if it is an id on a hub and not in the cache."""
+    from gptneox.cli import make_parser, place_of, read_model_section
+    from gptneox.config.environment import Environment
+
+    args = make_parser().parse_args([*options, "--model_path", model_path])
+    model, _, _ = read_model_section(args, shipped("config.ini"))
+    return place_of(model, Environment.read())
+
+
+def _with_download(arguments: list[str]) -> list[str]:
+    """main.py's arguments with the folder in place of a model's id."""
+    from gptneox.cli import make_parser, read_model_section
+
+    if HELP & set(arguments):
+        return arguments
+    args = make_parser().parse_args(arguments)
+    model, _, _ = read_model_section(args, shipped("config.ini"))
+    if not is_model_id(model.model_path):
+        return arguments
+    folder = _download(model.model_path, arguments)
+    return [*arguments, "--model_path", folder, "--revision", ""]
 
 
 def _python(environ: dict[str, str]) -> str:

@@ -26,7 +26,7 @@ COLUMNS = (
     {"model", "weights"},
     {"layers", "kv_cache"},
     {"devices", "parallel"},
-    {"config", "files", "interpreter"},
+    {"config", "files", "hub", "interpreter"},
     {"file_faults"},
 )
 WITHOUT_TORCH = ("engine/sequence.py", "engine/block_manager.py", "engine/scheduler.py")

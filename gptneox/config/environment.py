@@ -88,6 +88,11 @@ class Environment:
         "1: the weights must be quantized, float ones are an error. Nothing is converted.",
         env="IS_QUANT",
     )
+    use_modelscope: bool = setting(
+        False,
+        "1 takes models named OWNER/NAME from ModelScope instead of Hugging Face.",
+        env="USE_MODELSCOPE",
+    )
     benchmark_enabled: bool = setting(
         False, "1 writes the times of the steps to a CSV file.", env="ATB_LLM_BENCHMARK_ENABLE"
     )

@@ -26,6 +26,7 @@ from gptneox.config.files import read_text
 from gptneox.config.model import DTYPES, MAX_POSITIONS
 from gptneox.config.places import shipped
 from gptneox.config.schema import setting, settings_of
+from gptneox.hub import is_model_id
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +73,13 @@ class ModelSection(Section):
 
     model_path: str = setting(
         "",
-        "Checkpoint directory; default: the embedded weights/neox-mini.",
+        "Checkpoint directory, or OWNER/NAME on a hub; default: the embedded weights/neox-mini.",
         "A path in config.ini is relative to that file. For tensor parallelism on the flash path: "
-        "the parent of part_model.",
+        "the parent of part_model. A model that is not in the cache yet is downloaded.",
         parse=given,
         placeholder="DIR",
     )
+    revision: str = setting("", "Branch, tag or commit of a model on a hub; empty: main.")
     device: str = setting(
         "auto",
         "Device to run on.",
@@ -429,8 +431,9 @@ def parse_device_ids(text: str) -> list[int]:
 
 
 def resolve_model_path(text: str, ini: Path) -> str:
-    """config.ini's model_path, which is relative to the file; empty stays empty."""
-    return str(ini.resolve().parent / Path(text).expanduser()) if text else ""
+    """config.ini's model_path, which is relative to the file; empty and OWNER/NAME stay."""
+    path = ini.resolve().parent / Path(text).expanduser()
+    return text if not text or (is_model_id(text) and not path.exists()) else str(path)
 
 
 # Forms of quantized checkpoints that can be written.

@@ -33,6 +33,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from gptneox.cli import read_settings
+from gptneox.config.environment import Environment
 from gptneox.config.errors import ConfigError
 from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EMBEDDED_CHECKPOINT
@@ -41,6 +42,7 @@ from gptneox.engine.loop import EngineLoop
 from gptneox.engine.paged import PagedEngine
 from gptneox.engine.sequence import SamplingParams
 from gptneox.evaluation.lm_eval_options import MAX_GEN_TOKS, read_options
+from gptneox.hub import find_checkpoint
 from gptneox.session import load_engine, start
 
 AUTO_BATCH_SIZE = 16
@@ -72,7 +74,7 @@ class GPTNeoXLM(TemplateLM):  # type: ignore[misc]  # lm_eval is optional and ha
         """Load a checkpoint.
 
         Args:
-            pretrained: checkpoint directory; empty for the embedded checkpoint.
+            pretrained: checkpoint directory, or OWNER/NAME on a hub; empty: the embedded one.
             dtype: auto, float16, bfloat16 or float32.
             device: as [model] device; a suffix such as ":0" is ignored. None for auto.
             batch_size: maximum number of requests in a batch, or "auto".
@@ -87,7 +89,10 @@ class GPTNeoXLM(TemplateLM):  # type: ignore[misc]  # lm_eval is optional and ha
         super().__init__()
         if str(batch_size).startswith("auto"):
             batch_size = min(AUTO_BATCH_SIZE, max_batch_size or AUTO_BATCH_SIZE)
-        path = Path(pretrained).expanduser() if pretrained else EMBEDDED_CHECKPOINT
+        path = EMBEDDED_CHECKPOINT
+        if pretrained:
+            from_modelscope = Environment.read().use_modelscope
+            path = find_checkpoint(pretrained, from_modelscope=from_modelscope)
         config = ModelConfig.from_pretrained(path)
         # With dynamic rope, `max_position_embeddings` below cannot exceed config.json's value.
         default_length = config.max_position_embeddings - config.rope_is_dynamic

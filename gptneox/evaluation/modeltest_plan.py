@@ -24,9 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptneox.config.environment import Environment
 from gptneox.config.errors import ConfigError
 from gptneox.config.files import read_text
 from gptneox.config.model import ModelConfig
+from gptneox.hub import find_checkpoint
 
 TYPES = {"pa_fp16": "float16", "pa_bf16": "bfloat16", "fa": ""}
 DATASETS = ("BoolQ", "MMLU", "CEval", "CMMLU", "GSM8K")
@@ -349,7 +351,7 @@ def _model_name(reader: _Reader) -> str:
 
 
 def _model_path(word: str, kind: str) -> Path:
-    path = Path(word).expanduser().resolve()
+    path = find_checkpoint(word, from_modelscope=Environment.read().use_modelscope).resolve()
     config = ModelConfig.from_pretrained(path)
     dtype = TYPES[kind]
     if dtype and config.dtype != dtype:
