@@ -28,18 +28,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import checkpoints
 from support.checkpoints import copy_checkpoint
-from support.logits import paged_logits
+from support.logits import divergence, gate_ids, gate_logits, paged_logits, plant_outliers
 from support.processes import clean_environ
 from torch import Tensor
-from transformers import AutoTokenizer, GPTNeoXForCausalLM
+from transformers import GPTNeoXForCausalLM
 
 from gptneox.__main__ import main
 from gptneox.config.model import ModelConfig
-from gptneox.config.settings import EMBEDDED_CHECKPOINT, EngineSection, QuantizeOptions
-from gptneox.devices import create
+from gptneox.config.settings import EMBEDDED_CHECKPOINT, QuantizeOptions
 from gptneox.devices.device import Device, Memory
 from gptneox.devices.operators import Operators, PackedInt8
-from gptneox.engine.paged import PagedEngine
 from gptneox.files import UNFINISHED
 from gptneox.layers import Linear
 from gptneox.model import GPTNeoX
@@ -316,7 +314,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "two descriptions": (
         lambda p: (p / "quant_model_description_x.json").write_text("{}"), r"found quant_model_",
     ),
-    "another scheme": (describe(model_quant_type="W8A8"), r"is quantized \(W8A8, as quant_model"),
+    "another scheme": (describe(model_quant_type="W8A8SC"), r"\(W8A8SC, as quant_.*CANN"),
     "groups": (describe(group_size=64), r"group_size is 64"),
     "a quantized cache": (describe(kv_quant_type="C8"), r"'C8': a quantized KV cache is not"),
     "cards": (describe(reduce_quant_type="per_channel"), r"scales for each card"),
@@ -648,55 +646,6 @@ def test_is_quant_asks_for_quantized_weights(
 # -- the quality gate ----------------------------------------------------------------------------
 
 KL_BAR, OUTLIER_BAR = 0.0002, 0.01
-NUM_OUTLIERS, FACTOR = 3, 100.0
-
-
-def gate_ids() -> list[int]:
-    """A thousand tokens of the embedded checkpoint's language."""
-    lines = (EMBEDDED_CHECKPOINT / "eval/boolq/dev.jsonl").read_text("utf-8").splitlines()
-    passages = "\n".join(json.loads(line)["passage"] for line in lines[:60])
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_CHECKPOINT)
-    ids = tokenizer.encode(passages)[:1024]
-    assert len(ids) == 1024
-    return ids
-
-
-def gate_logits(path: Path, ids: list[int]) -> Tensor:
-    settings = EngineSection(num_blocks=9)
-    engine = PagedEngine.from_pretrained(
-        path, settings, create("cpu"), dtype="float32", with_tokenizer=False
-    )
-    return paged_logits(engine, ids, len(ids)).double()
-
-
-def divergence(expected: Tensor, actual: Tensor) -> tuple[float, float]:
-    """Mean KL(expected || actual) in nats, and how often the likeliest token is the same."""
-    p, q = expected.log_softmax(-1), actual.log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1).mean().item()
-    return kl, (p.argmax(-1) == q.argmax(-1)).double().mean().item()
-
-
-def plant_outliers(path: Path) -> None:
-    """Make three channels of each normalisation a hundred times as large, in the same function.
-
-    Scale and shift are multiplied, and the columns of the weight behind them divided, in fp32.
-    """
-    tensors = {n: t.float() for n, t in load_file(path / "model.safetensors").items()}
-    config = json.loads((path / "config.json").read_text())
-    generator = torch.Generator().manual_seed(0)
-    for layer in range(config["num_hidden_layers"]):
-        for norm, linear in (
-            ("input_layernorm", "attention.query_key_value"),
-            ("post_attention_layernorm", "mlp.dense_h_to_4h"),
-        ):
-            channels = torch.randperm(config["hidden_size"], generator=generator)[:NUM_OUTLIERS]
-            prefix = f"gpt_neox.layers.{layer}."
-            for part in ("weight", "bias"):
-                tensors[f"{prefix}{norm}.{part}"][channels] *= FACTOR
-            tensors[f"{prefix}{linear}.weight"][:, channels] /= FACTOR
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    config["torch_dtype"] = config["dtype"] = "float32"
-    (path / "config.json").write_text(json.dumps(config))
 
 
 def careless(weight: Tensor, dtype: torch.dtype) -> Int8Weight:

@@ -66,6 +66,10 @@ class ModelConfig:
     kv_cache_dtype: str = "auto"  # as [engine] kv_cache_dtype, which goes before it
     part_world_size: int = 1  # above 1: the files are one rank's part of a cut checkpoint
 
+    def has_bias(self, linear: str) -> bool:
+        """Whether a linear layer has one, by its full name."""
+        return ".mlp." in linear or (self.attention_bias and ".attention." in linear)
+
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""

@@ -438,7 +438,14 @@ def resolve_model_path(text: str, ini: Path) -> str:
 
 # Forms of quantized checkpoints that can be written.
 MSMODELSLIM, COMPRESSED_TENSORS = "ascend", "compressed-tensors"
-QUANT_TYPES = ("w8a16",)
+QUANT_TYPES = ("w8a16", "w8a8_dynamic", "w8a8")
+
+
+def disable_level(text: str) -> str:
+    """L and a number."""
+    if not re.fullmatch(r"L\d+", text):
+        raise ValueError(f"{text!r} is not L and a number, such as L5")
+    return text
 
 
 def part_size(text: str) -> float:
@@ -463,7 +470,8 @@ class QuantizeOptions:
     )
     quant_type: str = setting(
         "w8a16",
-        "Scheme: weights of eight bits with a scale for each output; no calibration.",
+        "Scheme: weights of eight bits with a scale for each output, and inputs as floats (w8a16), "
+        "as integers with a scale for each token (w8a8_dynamic) or for each layer (w8a8).",
         choices=QUANT_TYPES,
     )
     form: str = setting(
@@ -477,6 +485,25 @@ class QuantizeOptions:
         "Linear layers that stay float, such as gpt_neox.layers.0.mlp.dense_4h_to_h; * stands for "
         "any part of a name.",
     )
+    disable_level: str = setting(
+        "L0",
+        "Ln: the n linear layers with the largest errors stay float; not of w8a16.",
+        parse=disable_level,
+        placeholder="Ln",
+    )
+    calib_file: Path | None = setting(
+        None,
+        "Sample text of the w8a8 types: lines of JSON with inputs_pretokenized or text. Default: "
+        "English text that comes with the toolkit.",
+        parse=given_path,
+        placeholder="FILE",
+    )
+    anti_method: str = setting(
+        "m1",
+        "How the w8a8 types keep outliers of inputs small: SmoothQuant, with the best of several "
+        "exponents for each layer (m1), or not at all.",
+        choices=("m1", "none"),
+    )
     disable_last_linear: bool = setting(True, "True: the output head stays float.", parse=boolean)
     part_file_size: float | None = setting(
         None,
@@ -487,6 +514,11 @@ class QuantizeOptions:
     dequantize: bool = setting(
         False, "Write the float checkpoint that the quantized one at --model_path stands for."
     )
+
+    @property
+    def num_disabled(self) -> int:
+        """The n of `disable_level`."""
+        return int(self.disable_level[1:])
 
     @property
     def part_bytes(self) -> int:

@@ -11,13 +11,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptneox.devices.cache import CacheShape, KVFormat, LayerCache
+from gptneox.devices.cache import CacheShape, KVFormat, LayerCache, quantize
 from gptneox.devices.device import Device, Finding
 from gptneox.devices.step import (
     ForwardBatch,
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 class LinearWeight(ABC):
     """The weight [F, K] of a linear layer on the device, in the format it was loaded in."""
 
+    quantizes_inputs: ClassVar[bool] = False  # the product is one of integers
+
     @property
     @abstractmethod
     def out_features(self) -> int:
@@ -46,6 +48,10 @@ class LinearWeight(ABC):
     @abstractmethod
     def take_rows(self, order: Tensor) -> LinearWeight:
         """The rows `order` [F'] of the weight, in the same format."""
+
+    def stack(self, below: LinearWeight) -> LinearWeight | None:
+        """One weight of these rows and those of `below`; None: they need two products."""
+        return None
 
 
 class FoldableWeight(LinearWeight):
@@ -82,6 +88,26 @@ class PackedInt8(PackedLinear):
     def multiply(self, ops: Operators, x: Tensor) -> Tensor:
         """By `Operators.linear_int8`."""
         return ops.linear_int8(x, self)
+
+
+class InputRange(NamedTuple):
+    """How all inputs of a layer become integers: round(x / scale + offset), -128 to 127."""
+
+    scale: float
+    offset: int
+
+
+@dataclass
+class PackedIntegers(PackedLinear):
+    """Weights of eight bits whose inputs become integers, too: a product of integers."""
+
+    scale: Tensor  # [F], base: fp32; of a weight, or with `inputs` of a product
+    inputs: InputRange | None  # None: every row has a scale of its own
+    start: Tensor | None  # int32 [F], what a sum begins with; None: 0
+
+    def multiply(self, ops: Operators, x: Tensor) -> Tensor:
+        """By `Operators.linear_integers`."""
+        return ops.linear_integers(x, self)
 
 
 @dataclass
@@ -134,12 +160,13 @@ class PackedLayer:
 class FourProducts:
     """A parallel-residual layer whose matrices stay apart: the `front` and `back` of a PackedLayer.
 
-    Each has its own normalisation and its own format.
+    Each has its own normalisation and its own format. Where both normalisations are one and the
+    rows behind them may be stacked, `qkv` has those of both products.
     """
 
     norms: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # of qkv and up: scale, shift [C]
-    qkv: PackedLinear  # [3W, C]
-    up: PackedLinear  # [F, C]
+    qkv: PackedLinear  # [3W, C], or [3W + F, C]
+    up: PackedLinear | None  # [F, C]; None: its rows are the last of `qkv`
     dense: PackedLinear  # [C, W], without a bias
     down: PackedLinear  # [C, F], with both biases
 
@@ -223,6 +250,46 @@ class Operators:
         weight = (packed.weight.float() * packed.scale.unsqueeze(1)).to(x.dtype)
         return F.linear(x, weight, packed.bias)
 
+    def pack_integers(
+        self,
+        values: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        inputs: InputRange | None = None,
+        start: Tensor | None = None,
+    ) -> PackedLinear:
+        """Copy a weight whose inputs become integers into the layout of its product.
+
+        Args:
+            values: int8 [F, K], from -128 to 127; they may alias a mapped file.
+            scale: fp32 [F]; of the weight, or with `inputs` of the product: both scales in one.
+            bias: [F].
+            dtype: that the model computes in.
+            inputs: how inputs become integers; None: each row by its own largest value.
+            start: int32 [F], what the sums of integers begin with.
+        """
+        sizes = values.shape[1], values.shape[0]
+        copied = None if start is None else start.clone()
+        return PackedIntegers(
+            values.clone(), bias, *sizes, scale=scale.clone(), inputs=inputs, start=copied
+        )
+
+    def linear_integers(self, x: Tensor, packed: PackedIntegers) -> Tensor:
+        """x [T, K]; returns [T, F]. The sums of integers are exact, then scaled in fp32.
+
+        A row that holds a value which is not finite gives NaN; no row depends on another.
+        """
+        if packed.inputs is None:
+            values, row_scale = quantize(x)
+        else:
+            values, row_scale = quantize_by(x, packed.inputs)
+        sums = integer_product(values, packed.weight)
+        if packed.start is not None:
+            sums += packed.start
+        y = sums.float() * packed.scale * row_scale.unsqueeze(1)
+        return (y if packed.bias is None else y + packed.bias.float()).to(x.dtype)
+
     def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
         """Rows `ids` [T] of weight [V, C]: the residual stream, in the dtype this device keeps."""
         return F.embedding(ids, weight)
@@ -278,10 +345,15 @@ class Operators:
         qkv, qkv_bias = weights.query_key_value
         up, up_bias = weights.dense_h_to_4h
         bias = weights.back_bias().to(up_bias.dtype)
+        norms = weights.norm_attention, weights.norm_mlp
+        front = qkv.stack(up) if all(map(torch.equal, *norms)) else None
+        if front is not None:
+            first = up_bias.new_zeros(qkv.out_features) if qkv_bias is None else qkv_bias
+            qkv_bias = torch.cat((first, up_bias))
         four = FourProducts(
-            (weights.norm_attention, weights.norm_mlp),
-            qkv.pack(self, qkv_bias),
-            up.pack(self, up_bias),
+            norms,
+            (front or qkv).pack(self, qkv_bias),
+            None if front else up.pack(self, up_bias),
             weights.dense[0].pack(self, None),
             weights.dense_4h_to_h[0].pack(self, bias),
         )
@@ -295,9 +367,12 @@ class Operators:
         """
         front = packed.front
         if isinstance(front, FourProducts):
-            normed = [self.layer_norm(x, *norm, packed.eps) for norm in front.norms]
-            qkv, up = front.qkv.multiply(self, normed[0]), front.up.multiply(self, normed[1])
-            return qkv, packed.activation(up)
+            n = packed.qkv_width
+            y = front.qkv.multiply(self, self.layer_norm(x, *front.norms[0], packed.eps))
+            if front.up is None:
+                return y[:, :n], packed.activation(y[:, n:])
+            up = front.up.multiply(self, self.layer_norm(x, *front.norms[1], packed.eps))
+            return y, packed.activation(up)
         x = F.layer_norm(x, x.shape[-1:], packed.scale, packed.shift, packed.eps)
         y = self.linear(x, front)
         n = packed.qkv_width
@@ -426,6 +501,36 @@ class Operators:
                 "graphs are on, but %s has none: steps run as they are", self.device.name
             )
         return forward
+
+
+# -- integers ------------------------------------------------------------------------------------
+
+# Products of int8 values that fp32 adds up exactly, in any order: 1024 * 128 * 128 = 2^24.
+_EXACT_TERMS = 1024
+
+
+def quantize_by(x: Tensor, inputs: InputRange) -> tuple[Tensor, Tensor]:
+    """Round x [T, K] by a given scale and offset; what lies outside takes the nearest value.
+
+    Returns:
+        int8 [T, K], and fp32 [T]: 1, or NaN for a row that holds a value which is not finite.
+    """
+    wide = x.float()
+    values = (wide / inputs.scale + inputs.offset).round_()
+    values = torch.nan_to_num_(values, 0.0).clamp_(-128, 127).to(torch.int8)
+    return values, torch.where(wide.isfinite().all(1), 1.0, math.nan)
+
+
+def integer_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x int8 [T, K] times weight int8 [F, K]: the exact sums, int32 [T, F].
+
+    Without rounding up to K = 131,071. fp32 products are the only fast ones on every device.
+    """
+    sums = torch.zeros(len(x), len(weight), dtype=torch.int32, device=x.device)
+    for k in range(0, x.shape[1], _EXACT_TERMS):
+        part = slice(k, k + _EXACT_TERMS)
+        sums += torch.mm(x[:, part].float(), weight[:, part].float().T).to(torch.int32)
+    return sums
 
 
 def dense_visibility(

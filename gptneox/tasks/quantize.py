@@ -1,18 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--task quantize`: write a checkpoint with weights of eight bits, or floats of one again."""
+"""`--task quantize`: write a checkpoint with weights of eight bits, or floats of one again.
+
+The w8a8 types look at sample text: lines of JSON, each with `inputs_pretokenized` or `text`, as
+msmodelslim's calibration sets have them.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from gptneox.cli import Settings
 from gptneox.config.errors import ConfigError
+from gptneox.config.files import read_text
+from gptneox.config.model import ModelConfig
+from gptneox.config.settings import EMBEDDED_CHECKPOINT
+from gptneox.engine.detokenizer import load_tokenizer
+from gptneox.prompts import encode
 from gptneox.weights.quantize import (
     LinearReport,
     Outcome,
     dequantize_checkpoint,
     quantize_checkpoint,
 )
+
+KEYS = ("inputs_pretokenized", "text")  # of a line, in this order
+# English passages, the last of which are the default sample.
+DEFAULT_TEXT, NUM_DEFAULT = EMBEDDED_CHECKPOINT / "eval/boolq/dev.jsonl", 128
 
 
 def run(settings: Settings) -> None:
@@ -34,12 +48,46 @@ def run(settings: Settings) -> None:
         outcome = dequantize_checkpoint(source, target, options.part_bytes)
         _finish(outcome, target, "Float weights have been successfully saved.")
         return
-    outcome = quantize_checkpoint(source, target, options, _print)
+    texts: list[list[int]] = []
+    if options.quant_type != "w8a16":
+        tokenizer = load_tokenizer(source, ModelConfig.from_pretrained(source).vocab_size)
+        texts = [encode(tokenizer, t, "sample text") for t in sample_texts(options.calib_file)]
+    outcome = quantize_checkpoint(source, target, options, _print, texts)
     _finish(outcome, target, "Quantized weights have been successfully saved.")
+
+
+def sample_texts(path: Path | None) -> list[str]:
+    """The texts of a file, or those that come with the toolkit; blank lines are left out.
+
+    Raises:
+        FileNotFoundError, ConfigError: there is no such file; or a line is not as described, with
+            its number.
+    """
+    if path is None:
+        lines = read_text(DEFAULT_TEXT).splitlines()[-NUM_DEFAULT:]
+        return [json.loads(line)["passage"] for line in lines]
+    texts = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{where} is not JSON: {error}") from error
+        key = next((k for k in KEYS if isinstance(entry, dict) and k in entry), None)
+        if key is None:
+            raise ConfigError(f"{where} has neither {' nor '.join(KEYS)}")
+        if not isinstance(entry[key], str) or not entry[key]:
+            raise ConfigError(f"{where}: {key} is not a text")
+        texts.append(entry[key])
+    return texts
 
 
 def _print(report: LinearReport) -> None:
     error = f", relative error {report.error:.5f}" if report.scheme != "float" else ""
+    if report.output_error:
+        error += f", of outputs {report.output_error:.5f}"
     print(
         f"{report.name}: {report.scheme}, range {report.lowest:.4g} to {report.highest:.4g}{error}",
         flush=True,

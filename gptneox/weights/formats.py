@@ -18,7 +18,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gptneox.devices.operators import FoldableWeight, LinearWeight, Operators, PackedLinear
+from gptneox.devices.operators import (
+    FoldableWeight,
+    InputRange,
+    LinearWeight,
+    Operators,
+    PackedLinear,
+)
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -49,8 +55,9 @@ class StoredTensor:
 class WeightFormat(ABC):
     """One way to store the weight of a linear layer."""
 
-    tensors: ClassVar[tuple[StoredTensor, ...]]
+    tensors: tuple[StoredTensor, ...]
     scheme: ClassVar[str] = ""  # of quantization, as directories and messages name it
+    has_bias: ClassVar[bool] = False  # the layer's bias is among the tensors of the weight
 
     @abstractmethod
     def shapes(self, num_outputs: int, num_inputs: int) -> dict[str, tuple[int, ...]]:
@@ -150,7 +157,7 @@ class Int8Rows(WeightFormat):
     """
 
     scheme = "w8a16"
-    tensors: ClassVar[tuple[StoredTensor, ...]] = (
+    tensors = (
         StoredTensor("weight", (0, 1), (torch.int8,)),
         StoredTensor("weight_scale", (0, None), FLOATS),
     )
@@ -202,10 +209,163 @@ class Int8RowsWithOffset(Int8Rows):
         return super().load(stored, device, dtype)
 
 
+@dataclass(frozen=True)
+class IntegerWeight(LinearWeight):
+    """A weight of eight bits whose inputs become integers, for a model that computes in `dtype`.
+
+    `inputs`, `start` and what `scale` belongs to: see `Operators.pack_integers`.
+    """
+
+    quantizes_inputs = True
+
+    values: Tensor  # int8 [F, K]
+    scale: Tensor  # fp32 [F]
+    dtype: torch.dtype
+    inputs: InputRange | None = None
+    start: Tensor | None = None  # int32 [F]
+
+    @property
+    def out_features(self) -> int:
+        """F."""
+        return self.values.shape[0]
+
+    def pack(self, ops: Operators, bias: Tensor | None) -> PackedLinear:
+        """By `Operators.pack_integers`."""
+        return ops.pack_integers(self.values, self.scale, bias, self.dtype, self.inputs, self.start)
+
+    def take_rows(self, order: Tensor) -> IntegerWeight:
+        """The rows `order` [F'] with their scales and starts."""
+        start = None if self.start is None else self.start.index_select(0, order)
+        values, scale = (t.index_select(0, order) for t in (self.values, self.scale))
+        return IntegerWeight(values, scale, self.dtype, self.inputs, start)
+
+    def stack(self, below: LinearWeight) -> IntegerWeight | None:
+        """Of rows whose inputs become the same integers."""
+        if not isinstance(below, IntegerWeight) or self.inputs != below.inputs:
+            return None
+        start = None
+        if self.start is not None and below.start is not None:
+            start = torch.cat((self.start, below.start))
+        return IntegerWeight(
+            torch.cat((self.values, below.values)),
+            torch.cat((self.scale, below.scale)),
+            self.dtype,
+            self.inputs,
+            start,
+        )
+
+
+class Int8Dynamic(Int8RowsWithOffset):
+    """The tensors of W8A16, for a product of integers: each row of inputs finds its own scale.
+
+    A row-parallel part's inputs find theirs on each rank, from its own columns; sums of ranks are
+    right, as each rank scales its own first, but they differ with the number of ranks.
+
+    Source: msmodelslim, tag W8A8_DYNAMIC.
+    """
+
+    scheme = "w8a8_dynamic"
+
+    def load(
+        self, stored: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+    ) -> LinearWeight:
+        """As `Int8RowsWithOffset`."""
+        weight = super().load(stored, device, dtype)
+        return IntegerWeight(weight.values, weight.scale, dtype)
+
+
+# npu_trans_quant_param sets bit 46 beside the bits of a number.
+_MARK = 1 << 14
+
+
+class Int8Static(WeightFormat):
+    """Integers whose inputs become integers by one scale and offset, found when it was written.
+
+    With q = round(x / input_scale) + input_offset the output is
+    (sum of q * weight + quant_bias) * deq_scale: quant_bias holds the layer's bias and what the
+    offset adds. It belongs to whole rows, so under row-parallel cutting rank 0 alone has it.
+    deq_scale is of fp32, or int64 that holds the bits of fp32 numbers, for models of fp16.
+
+    Source: msmodelslim, tags W8A8 and W8A8S. Older files keep what these were made of, too:
+    weight_scale, weight_offset and the bias, which is not added again.
+    """
+
+    scheme = "w8a8"
+    has_bias = True
+    _OWN: ClassVar[tuple[StoredTensor, ...]] = (
+        StoredTensor("weight", (0, 1), (torch.int8,)),
+        StoredTensor("input_scale", (None, None), FLOATS),
+        StoredTensor("input_offset", (None, None), (*FLOATS, torch.int8, torch.int32)),
+        StoredTensor("quant_bias", (0, None), (torch.int32,)),
+        StoredTensor("deq_scale", (0, None), (torch.int64, torch.float32)),
+    )
+    _UNUSED: ClassVar[dict[str, StoredTensor]] = {
+        "weight_scale": StoredTensor("weight_scale", (0, None), FLOATS),
+        "weight_offset": StoredTensor("weight_offset", (0, None), FLOATS),
+        "bias": StoredTensor("bias", (0, None), FLOATS),
+    }
+
+    def __init__(self, *unused: str) -> None:
+        """Args: unused: suffixes of tensors that are stored, but not needed."""
+        self.tensors = (*self._OWN, *(self._UNUSED[name] for name in unused))
+
+    def shapes(self, num_outputs: int, num_inputs: int) -> dict[str, tuple[int, ...]]:
+        """[F, K]; [1] for what inputs need; [F] for outputs; [F, 1] for a weight's scales."""
+        shapes: dict[str, tuple[int, ...]] = {t.suffix: (num_outputs,) for t in self.tensors}
+        for suffix in shapes:
+            if suffix.startswith("weight_"):
+                shapes[suffix] = (num_outputs, 1)
+            elif suffix.startswith("input_"):
+                shapes[suffix] = (1,)
+        return shapes | {"weight": (num_outputs, num_inputs)}
+
+    def num_bytes(self, num_outputs: int, num_inputs: int, dtype: torch.dtype) -> int:
+        """A byte for each value, an fp32 scale and an int32 start for each row."""
+        return num_outputs * (num_inputs + 8)
+
+    def load(
+        self, stored: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+    ) -> IntegerWeight:
+        """Scales become fp32.
+
+        Raises:
+            ValueError: a scale is not finite, that of inputs not positive, or the offset is no
+                integer of eight bits.
+        """
+        scale = stored["deq_scale"]
+        if scale.dtype == torch.int64:
+            high, low = scale >> 32, scale & 0x7FFFFFFF
+            if (scale & 0x80000000).any() or ((high != 0) & (high != _MARK)).any():
+                raise ValueError("deq_scale does not hold the bits of positive fp32 numbers")
+            scale = low.to(torch.int32).view(torch.float32)
+        if not torch.isfinite(scale).all():
+            raise ValueError("deq_scale holds values that are not finite")
+        step, offset = (stored[f"input_{part}"].item() for part in ("scale", "offset"))
+        if not 0 < step < math.inf:
+            raise ValueError(f"input_scale is {step}; a positive number is expected")
+        if offset != round(offset) or not -128 <= offset <= 127:
+            raise ValueError(f"input_offset is {offset}; an integer of eight bits is expected")
+        return IntegerWeight(
+            stored["weight"].to(device),
+            scale.to(device, torch.float32),
+            dtype,
+            InputRange(step, round(offset)),
+            stored["quant_bias"].to(device),
+        )
+
+
 FLOAT = FloatFormat()
 INT8_ROWS, INT8_ROWS_WITH_OFFSET = Int8Rows(), Int8RowsWithOffset()
-# The first whose tensors are all stored is taken.
-FORMATS: tuple[WeightFormat, ...] = (INT8_ROWS_WITH_OFFSET, INT8_ROWS, FLOAT)
+INT8_DYNAMIC = Int8Dynamic()
+INT8_STATIC = (
+    Int8Static("weight_scale", "weight_offset", "bias"),
+    Int8Static("weight_scale", "weight_offset"),
+    Int8Static("bias"),
+    Int8Static(),
+)
+# The first whose tensors are all stored is taken. `INT8_DYNAMIC` has those of
+# `INT8_ROWS_WITH_OFFSET`: the reader of the files tells one from the other.
+FORMATS: tuple[WeightFormat, ...] = (*INT8_STATIC, INT8_ROWS_WITH_OFFSET, INT8_ROWS, FLOAT)
 
 # Name of a linear layer -> its format.
 Formats = Mapping[str, WeightFormat]
@@ -252,7 +412,7 @@ def cut_dimension(name: str, formats: Formats) -> int | None:
     axis = CUT_AXES.get(_module(linear))
     if axis is None:
         return None
-    if suffix == "bias":
+    if suffix == "bias" and not formats.get(linear, FLOAT).has_bias:
         return 0 if axis == OUTPUTS else None
     dims = {t.suffix: t.dims for t in formats.get(linear, FLOAT).tensors}
     return dims[suffix][axis] if suffix in dims else None
@@ -292,4 +452,4 @@ def pad_to(value: Tensor, shape: tuple[int, ...]) -> Tensor:
 def is_partial_bias(name: str) -> bool:
     """Whether a tensor is the bias of a row-parallel layer: one rank adds it, the others zero."""
     linear, suffix = split_name(name)
-    return suffix == "bias" and CUT_AXES.get(_module(linear)) == INPUTS
+    return suffix in ("bias", "quant_bias") and CUT_AXES.get(_module(linear)) == INPUTS

@@ -58,6 +58,8 @@ from gptneox.weights.size import (
 logger = logging.getLogger(__name__)
 
 HEAD_OWNERS = ("embed_out", "lm_head")
+# In the name of a normalisation that msmodelslim wrapped to smooth what it computes.
+WRAPPED = "norm.module."
 # A linear layer of which every rank's part differs from the whole in shape.
 CUT_LINEAR = "gpt_neox.layers.0.attention.query_key_value"
 PART_FILE = "model.safetensors"
@@ -122,11 +124,11 @@ class Checkpoint:
 def parameter_name(stored: str) -> str:
     """The parameter that a stored tensor fills, by the name that published checkpoints give it.
 
-    The prefix of the base model may be missing, or be there once too often, and the head has two
-    names. Source: transformers 5, core_model_loading.py, `rename_source_key`, and its mapping of
-    `embed_out` to `lm_head` for GPT-NeoX.
+    The prefix of the base model may be missing, or be there once too often, the head has two
+    names, and a normalisation may be wrapped. Source: transformers 5, core_model_loading.py,
+    `rename_source_key`, and its mapping of `embed_out` to `lm_head` for GPT-NeoX.
     """
-    bare = stored.removeprefix(PREFIX)
+    bare = stored.removeprefix(PREFIX).replace(WRAPPED, "norm.")
     owner, part = split_name(bare)
     if owner in HEAD_OWNERS and (bare == stored or owner == HEAD_OWNERS[1]):
         return f"{HEAD_OWNERS[0]}.{part}"
@@ -339,7 +341,8 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
     names = _find_names(checkpoint, config)
     formats = find_formats(names)
     raw = read_json(path / "config.json")
-    check_quantization(Stored(path, raw, names, checkpoint.dtypes, formats), config.quantize)
+    stored = Stored(path, raw, names, checkpoint.dtypes, formats)
+    formats = check_quantization(stored, config.quantize)
     expected = stored_shapes(config, formats)
     names = {name: names[name] for name in expected if name in names}
     if missing := [name for name in expected if name not in names]:
@@ -399,11 +402,12 @@ def _dtypes(name: str, formats: Formats) -> tuple[torch.dtype, ...]:
 def _find_names(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, str]:
     """Parameter name -> stored tensor; of several that would fill one, the first by name.
 
+    A wrapped normalisation is the one to compute with: the plain one beside it is what it was.
     A tied pair is stored once, under either name, or twice; then each keeps its own, as in
     transformers.
     """
     names: dict[str, str] = {}
-    for stored in sorted(checkpoint.shapes):
+    for stored in sorted(checkpoint.shapes, key=lambda name: (WRAPPED not in name, name)):
         names.setdefault(parameter_name(stored), stored)
     if config.tie_word_embeddings:
         for name, other in ((HEAD_NAME, EMBEDDING_NAME), (EMBEDDING_NAME, HEAD_NAME)):
@@ -414,7 +418,9 @@ def _find_names(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, str]:
 
 def _unknown(checkpoint: Checkpoint, names: dict[str, str]) -> list[str]:
     """Stored tensors that are neither parameters nor ignored buffers."""
+    wrapped = {parameter_name(name) for name in names.values() if WRAPPED in name}
     extra = checkpoint.shapes.keys() - set(names.values())
+    extra = {name for name in extra if parameter_name(name) not in wrapped}
     return sorted(name for name in extra if not name.endswith(IGNORED_SUFFIXES))
 
 
@@ -469,7 +475,7 @@ def load_model(
     for name, unit in tqdm(units, desc="loading", unit="layer", leave=False, disable=disable):
         for owner, module in unit.named_modules(prefix=name):
             if isinstance(module, Linear):
-                bias = None if module.bias is None else reader.read(f"{owner}.bias")
+                bias = None if module.bias is None else reader.read_bias(owner)
                 module.load(reader.read_weight(owner), bias)
             else:
                 for key, _ in list(module.named_parameters(recurse=False)):
@@ -491,6 +497,13 @@ class _Reader:
         """Any parameter but a linear layer's weight, copied from the file."""
         device = self.model.device.torch_device
         return self._read_part(name).to(device=device, dtype=self.dtype, copy=True)
+
+    def read_bias(self, linear: str) -> Tensor:
+        """The bias of a linear layer; zeros where the weight's tensors hold it."""
+        if not self.layout.formats[linear].has_bias:
+            return self.read(f"{linear}.bias")
+        rows = len(self._read_part(f"{linear}.weight"))
+        return torch.zeros(rows, dtype=self.dtype, device=self.model.device.torch_device)
 
     def read_weight(self, linear: str) -> LinearWeight:
         """The weight of a linear layer, in the format it is stored in."""

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantize a checkpoint, tensor by tensor, and make floats of a quantized one again.
 
-W8A16: the weights of linear layers become integers of eight bits with one scale for each output,
-rounded to nearest, without calibration. Peak memory is a few times the largest tensor.
+The weights of linear layers become integers of eight bits with one scale for each output, rounded
+to nearest. W8A16 needs nothing else. With the W8A8 schemes inputs become integers, too, when the
+model runs; `calibrate.py` decides with sample text how. Peak memory is a few times the largest
+tensor, or with sample text that of a layer in fp32.
 
     quantization_manifest.json      what it was made of; written last, it seals the result
     config.json, tokenizer, …       as in the source, with the entry that names the scheme
-    quant_model_weight_w8a16.safetensors, quant_model_description.json    or, in the other form,
+    quant_model_weight_w8a16.safetensors, quant_model_description.json    or, of W8A16 only,
     model.safetensors               for compressed-tensors, which config.json describes
 """
 
@@ -14,9 +16,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,11 @@ from gptneox import __version__
 from gptneox.config.files import read_json
 from gptneox.config.model import ModelConfig
 from gptneox.config.settings import COMPRESSED_TENSORS, QuantizeOptions
+from gptneox.devices.operators import InputRange, LinearWeight
+from gptneox.weights import calibrate
+from gptneox.weights.calibrate import STATIC, W8A16, Scheme
 from gptneox.weights.files import CheckpointError, listed
-from gptneox.weights.formats import FLOATS, INT8_ROWS, Int8Weight, scheme_of, split_name
+from gptneox.weights.formats import FLOATS, Int8Weight, IntegerWeight, scheme_of, split_name
 from gptneox.weights.load import (
     PART_FILE,
     Checkpoint,
@@ -104,7 +109,7 @@ def quantize_rows(weight: Tensor, dtype: torch.dtype) -> Int8Weight:
     return Int8Weight(values, scale, dtype)
 
 
-def dequantize(weight: Int8Weight, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: Int8Weight | IntegerWeight, dtype: torch.dtype) -> Tensor:
     """values * scale, rounded once to `dtype`, [F, K]."""
     out = torch.empty(weight.values.shape, dtype=dtype)
     for rows in _chunks(weight.values):
@@ -141,10 +146,11 @@ class LinearReport:
     """What became of a linear layer's weight."""
 
     name: str
-    scheme: str  # "w8a16" or "float"
+    scheme: str  # "w8a16", "w8a8_dynamic", "w8a8" or "float"
     lowest: float
     highest: float
     error: float  # see `relative_error`
+    output_error: float = 0.0  # with sample text, that of the layer's outputs
 
 
 @dataclass
@@ -160,15 +166,20 @@ Report = Callable[[LinearReport], None]
 
 
 def quantize_checkpoint(
-    input_path: Path, output_path: Path, options: QuantizeOptions, report: Report
+    input_path: Path,
+    output_path: Path,
+    options: QuantizeOptions,
+    report: Report,
+    texts: Sequence[Sequence[int]] = (),
 ) -> Outcome:
-    """Write a W8A16 checkpoint.
+    """Write a quantized checkpoint.
 
     Args:
         input_path: a float checkpoint, not cut.
         output_path: the folder to make; an earlier result of this function is replaced.
-        options: which layers, and in which form.
+        options: the scheme, which layers, and in which form.
         report: called for every linear layer.
+        texts: token ids of sample text, for the schemes whose inputs become integers.
 
     Raises:
         ValueError, FileNotFoundError: the checkpoint or an option is wrong; nothing was written.
@@ -180,13 +191,30 @@ def quantize_checkpoint(
         raise CheckpointError(
             f"{input_path} is quantized already ({scheme}); give the float checkpoint"
         )
-    plan = _Plan(source, _choose(source, options), options.form == COMPRESSED_TENSORS, report)
-    groups = [plan.tensors(name) for name in source.stored]
+    form = options.form
+    if form == COMPRESSED_TENSORS and options.quant_type != W8A16:
+        raise ValueError(
+            f"--format {form} is written for {W8A16} only; leave it out for {options.quant_type}"
+        )
+    chosen = _choose(source, options)
+    scheme = Scheme(dict.fromkeys(chosen, W8A16))
+    if options.quant_type != W8A16:
+        wish = calibrate.Wish(
+            options.quant_type,
+            chosen,
+            smooth=options.anti_method != "none",
+            num_floats=options.num_disabled,
+            dtype=source.dtype,
+        )
+        scheme = calibrate.calibrate(source.model, source.read, texts, wish, quantize_rows)
+    plan = _Plan(source, scheme, options.quant_type, form == COMPRESSED_TENSORS, report)
+    groups = [tensors for name in source.stored if (tensors := plan.tensors(name))]
     config = {k: v for k, v in source.config.items() if k != "transformers_weights"}
     with _result(source, output_path, "quantize", config | plan.settings()) as folder:
         if not plan.is_compressed_tensors:
             write_json(folder / msmodelslim.DESCRIPTION, plan.description(groups))
-        stem = PART_FILE if plan.is_compressed_tensors else "quant_model_weight_w8a16.safetensors"
+        stem = f"quant_model_weight_{options.quant_type}.safetensors"
+        stem = PART_FILE if plan.is_compressed_tensors else stem
         return _write(source, folder, stem, groups, plan.convert, options.part_bytes)
 
 
@@ -195,63 +223,130 @@ class _Plan:
     """What a quantized checkpoint consists of."""
 
     source: _Source
-    chosen: set[str]  # linear layers
+    scheme: Scheme
+    quant_type: str
     is_compressed_tensors: bool  # which form
     report: Report
 
     def settings(self) -> dict[str, Any]:
         """For config.json."""
         if not self.is_compressed_tensors:
-            return {"quantize": INT8_ROWS.scheme}
-        ignored = [n for n in self.source.layout.formats if n not in self.chosen]
+            return {"quantize": self.quant_type}
+        ignored = [n for n in self.source.layout.formats if n not in self.scheme.linears]
         return {"quantization_config": compressed_tensors.write_settings(ignored)}
 
     def description(self, groups: list[Tensors]) -> dict[str, Any]:
         """The file that tags every tensor."""
         tags = {}
         for name in (name for group in groups for name in group):
-            is_quantized = _linear(name) in self.chosen
-            tags[name] = msmodelslim.W8A16 if is_quantized else msmodelslim.FLOAT_TAG
-        return msmodelslim.write_description(tags)
+            scheme = self.scheme.linears.get(_linear(name))
+            tags[name] = scheme.upper() if scheme else msmodelslim.FLOAT_TAG
+        return msmodelslim.write_description(self.quant_type.upper(), tags)
 
-    @property
-    def scales(self) -> dict[str, torch.dtype]:
+    def _beside(self, linear: str, rows: int) -> Tensors:
         """The tensors beside a quantized weight, by their suffixes.
 
-        The scales have been rounded to the checkpoint's dtype, in which compressed-tensors keeps
-        them.
+        The scales of weights have been rounded to the checkpoint's dtype, in which
+        compressed-tensors keeps them. Of static inputs, that of products has a type of its own for
+        models of fp16.
         """
         if self.is_compressed_tensors:
-            return {"weight_scale": self.source.dtype}
-        return {"weight_scale": torch.float32, "weight_offset": torch.float32}
-
-    def _is_quantized(self, name: str) -> bool:
-        return _linear(name) in self.chosen and split_name(name)[1] == "weight"
+            return {"weight_scale": (self.source.dtype, (rows, 1))}
+        if self.scheme.linears[linear] == STATIC:
+            is_fp16 = self.source.dtype == torch.float16
+            return {
+                "input_scale": (torch.float32, (1,)),
+                "input_offset": (torch.float32, (1,)),
+                "quant_bias": (torch.int32, (rows,)),
+                "deq_scale": (torch.int64 if is_fp16 else torch.float32, (rows,)),
+            }
+        return dict.fromkeys(("weight_scale", "weight_offset"), (torch.float32, (rows, 1)))
 
     def tensors(self, name: str) -> Tensors:
-        """What the tensor `name` of the source becomes."""
-        shape = self.source.checkpoint.shapes[name]
-        if not self._is_quantized(name):
+        """What the tensor `name` of the source becomes; nothing where another holds it."""
+        shape, linear = self.source.checkpoint.shapes[name], _linear(name)
+        owner, suffix = split_name(name)
+        scheme = self.scheme.linears.get(linear)
+        if scheme is None or suffix != "weight":
+            if scheme == STATIC:
+                return {}
             return {name: (self.source.checkpoint.dtypes[name], shape)}
-        owner, rows = split_name(name)[0], (shape[0], 1)
-        scales: Tensors = {f"{owner}.{part}": (kind, rows) for part, kind in self.scales.items()}
-        return {name: (torch.int8, shape), **scales}
+        beside = self._beside(linear, shape[0])
+        return {name: (torch.int8, shape)} | {f"{owner}.{k}": v for k, v in beside.items()}
 
     def convert(self, name: str) -> Iterator[Tensor]:
         """The values of `tensors`, in order."""
-        value, linear = self.source.read_finite(name), _linear(name)
-        if not self._is_quantized(name):
-            if linear in self.source.layout.formats and split_name(name)[1] == "weight":
-                self.report(_describe(linear, value, None))
-            yield value
+        linear, suffix = _linear(name), split_name(name)[1]
+        value = self._rewritten(name)
+        is_weight = linear in self.source.layout.formats and suffix == "weight"
+        scheme = self.scheme.linears.get(linear)
+        if not is_weight or scheme is None:
+            if is_weight:
+                self.report(self._describe(linear, value, None))
+            yield value.to(self.source.checkpoint.dtypes[name])
             return
         quantized = quantize_rows(value, self.source.dtype)
-        self.report(_describe(linear, value, quantized))
+        self.report(self._describe(linear, value, quantized))
         yield quantized.values
-        scale = quantized.scale.unsqueeze(1)
+        rows, scale = len(value), quantized.scale.unsqueeze(1)
         values = {"weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
-        for part, dtype in self.scales.items():
-            yield values[part].to(dtype)
+        if scheme == STATIC:
+            bias_name = self.source.layout.names.get(f"{linear}.bias")
+            bias = None if bias_name is None else self._rewritten(bias_name)
+            values = _static(quantized, bias, self.scheme.ranges[linear], linear)
+        for part, (dtype, shape) in self._beside(linear, rows).items():
+            found = values[part]
+            if dtype == torch.int64:
+                found = found.view(torch.int32)
+            yield found.to(dtype).view(shape)
+
+    def _rewritten(self, name: str) -> Tensor:
+        """A tensor of the source, as the normalisations' rewriting changes it."""
+        value, (owner, suffix) = self.source.read_finite(name), split_name(parameter_name(name))
+        if owner in self.scheme.norms:
+            scale, shift = self.scheme.norms[owner]
+            return scale if suffix == "weight" else shift
+        if suffix == "weight" and owner in self.scheme.columns:
+            return value.float() * self.scheme.columns[owner]
+        if suffix == "bias" and owner in self.scheme.added:
+            return value.float() + self.scheme.added[owner]
+        return value
+
+    def _describe(self, linear: str, weight: Tensor, quantized: Int8Weight | None) -> LinearReport:
+        error = relative_error(weight, quantized) if quantized else 0.0
+        lowest, highest = (x.item() for x in weight.aminmax())
+        scheme = self.scheme.linears.get(linear, "float")
+        output_error = self.scheme.errors.get(linear, 0.0)
+        if scheme == W8A16:
+            output_error = self.scheme.weight_errors.get(linear, 0.0)
+        return LinearReport(
+            linear, scheme, lowest, highest, error, output_error if quantized else 0.0
+        )
+
+
+def _static(
+    weight: Int8Weight, bias: Tensor | None, inputs: InputRange, linear: str
+) -> dict[str, Tensor]:
+    """The tensors beside a weight whose inputs become integers by `inputs`; see `Int8Static`.
+
+    Raises:
+        CheckpointError: the bias does not fit the integers.
+    """
+    scale = weight.scale.double() * inputs.scale
+    start = -inputs.offset * weight.values.sum(1, dtype=torch.int64).double()
+    if bias is not None:
+        start += bias.double() / scale
+    if start.abs().max() >= 2**31 - 1:
+        raise CheckpointError(
+            f"{linear}: a bias is too large for integers beside its small weights; name the layer "
+            "in --disable_names"
+        )
+    return {
+        "input_scale": torch.tensor([inputs.scale]),
+        "input_offset": torch.tensor([float(inputs.offset)]),
+        "quant_bias": start.round(),
+        "deq_scale": scale.float(),
+    }
 
 
 def dequantize_checkpoint(input_path: Path, output_path: Path, part_bytes: int = 0) -> Outcome:
@@ -269,29 +364,23 @@ def dequantize_checkpoint(input_path: Path, output_path: Path, part_bytes: int =
     formats = source.layout.formats
     if not scheme_of(formats):
         raise CheckpointError(f"{input_path} is not quantized; there is nothing to make floats of")
-    quantized = {linear for linear, found in formats.items() if found.scheme}
-    groups: list[Tensors] = []
-    for name in source.stored:
-        dtype, shape = source.checkpoint.dtypes[name], source.checkpoint.shapes[name]
-        if dtype == torch.int8:
-            groups.append({name: (source.dtype, shape)})
-        elif _linear(name) not in quantized or split_name(name)[1] == "bias":
-            groups.append({name: (dtype, shape)})
+    groups = [g for name in source.stored if (g := _float_tensors(source, name))]
 
     def convert(name: str) -> Iterator[Tensor]:
-        if source.checkpoint.dtypes[name] != torch.int8:
+        linear = _linear(name)
+        if not _is_integers(source, name):
             yield source.checkpoint.read(name)
             return
-        linear, owner = _linear(name), split_name(name)[0]
+        names = source.layout.names
         stored = {
-            t.suffix: source.checkpoint.read(f"{owner}.{t.suffix}") for t in formats[linear].tensors
+            t.suffix: source.checkpoint.read(names[f"{linear}.{t.suffix}"])
+            for t in formats[linear].tensors
         }
         try:
             weight = formats[linear].load(stored, torch.device("cpu"), source.dtype)
         except ValueError as error:
             raise CheckpointError(f"{input_path}: {linear}: {error}") from error
-        assert isinstance(weight, Int8Weight)
-        yield dequantize(weight, source.dtype)
+        yield from _floats(weight, source, linear)
 
     dropped = ("transformers_weights", "quantize", "quantization_config")
     config = {key: value for key, value in source.config.items() if key not in dropped}
@@ -299,6 +388,43 @@ def dequantize_checkpoint(input_path: Path, output_path: Path, part_bytes: int =
         for path in msmodelslim.descriptions(folder):
             path.unlink()
         return _write(source, folder, PART_FILE, groups, convert, part_bytes)
+
+
+def _is_integers(source: _Source, name: str) -> bool:
+    """Whether a stored tensor is the weight of a quantized layer."""
+    is_quantized = _linear(name) in source.layout.formats
+    is_quantized = is_quantized and bool(source.layout.formats[_linear(name)].scheme)
+    return is_quantized and split_name(name)[1] == "weight"
+
+
+def _float_tensors(source: _Source, name: str) -> Tensors:
+    """What the tensor `name` of a quantized checkpoint becomes; nothing where another holds it."""
+    dtype, shape = source.checkpoint.dtypes[name], source.checkpoint.shapes[name]
+    linear, (owner, suffix) = _linear(name), split_name(name)
+    found = source.layout.formats.get(linear)
+    if found is None or not found.scheme or (suffix == "bias" and not found.has_bias):
+        return {name: (dtype, shape)}
+    if suffix != "weight":
+        return {}
+    bias: Tensors = {}
+    if found.has_bias and source.model.has_bias(linear):
+        bias = {f"{owner}.bias": (source.dtype, shape[:1])}
+    return {name: (source.dtype, shape)} | bias
+
+
+def _floats(weight: LinearWeight, source: _Source, linear: str) -> Iterator[Tensor]:
+    """The values of `_float_tensors` of a weight."""
+    assert isinstance(weight, Int8Weight | IntegerWeight)
+    inputs = weight.inputs if isinstance(weight, IntegerWeight) else None
+    if inputs is None:
+        yield dequantize(weight, source.dtype)
+        return
+    assert isinstance(weight, IntegerWeight)
+    assert weight.start is not None
+    yield dequantize(replace(weight, scale=weight.scale / inputs.scale), source.dtype)
+    if source.model.has_bias(linear):
+        added = weight.start + inputs.offset * weight.values.sum(1, dtype=torch.int64)
+        yield (added.double() * weight.scale.double()).to(source.dtype)
 
 
 # -- the source ----------------------------------------------------------------------------------
@@ -316,9 +442,9 @@ class _Source:
     path: Path
     checkpoint: Checkpoint
     layout: Layout
+    model: ModelConfig
     config: Mapping[str, Any]  # config.json
     dtype: torch.dtype  # that it names
-    is_tied: bool
 
     @classmethod
     def open(cls, path: Path) -> _Source:
@@ -335,14 +461,18 @@ class _Source:
                 f"{path} is a part of a cut; give the uncut checkpoint, and cut the result"
             )
         dtype = getattr(torch, model_config.dtype)
-        is_tied = model_config.tie_word_embeddings
-        return cls(path, checkpoint, layout, read_json(path / "config.json"), dtype, is_tied)
+        raw = read_json(path / "config.json")
+        return cls(path, checkpoint, layout, model_config, raw, dtype)
 
     @property
     def stored(self) -> list[str]:
         """The tensors that the model reads, in the order of the files."""
         read = set(self.layout.names.values())
         return [name for name in self.checkpoint.shapes if name in read]
+
+    def read(self, parameter: str) -> Tensor:
+        """A parameter, as `read_finite`."""
+        return self.read_finite(self.layout.names[parameter])
 
     def read_finite(self, name: str) -> Tensor:
         """A tensor, all of whose values are finite.
@@ -367,7 +497,7 @@ def _choose(source: _Source, options: QuantizeOptions) -> set[str]:
     """
     layers = list(source.layout.formats)
     names = source.layout.names
-    shares_embedding = source.is_tied or names[HEAD_NAME] == names[EMBEDDING_NAME]
+    shares_embedding = source.model.tie_word_embeddings or names[HEAD_NAME] == names[EMBEDDING_NAME]
     disabled = {HEAD} if options.disable_last_linear or shares_embedding else set()
     if shares_embedding and not options.disable_last_linear:
         raise CheckpointError(
@@ -387,12 +517,6 @@ def _choose(source: _Source, options: QuantizeOptions) -> set[str]:
     if not chosen:
         raise ValueError("--disable_names leaves no layer to quantize")
     return chosen
-
-
-def _describe(linear: str, weight: Tensor, quantized: Int8Weight | None) -> LinearReport:
-    error = relative_error(weight, quantized) if quantized else 0.0
-    lowest, highest = (x.item() for x in weight.aminmax())
-    return LinearReport(linear, "w8a16" if quantized else "float", lowest, highest, error)
 
 
 # -- the result ----------------------------------------------------------------------------------

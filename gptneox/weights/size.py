@@ -56,7 +56,7 @@ def stored_shapes(config: ModelConfig, formats: Formats) -> dict[str, tuple[int,
         if suffix == "weight" and owner in formats:
             stored = formats[owner].shapes(*shape)
             shapes |= {f"{owner}.{part}": size for part, size in stored.items()}
-        else:
+        elif not (suffix == "bias" and owner in formats and formats[owner].has_bias):
             shapes[name] = shape
     return shapes
 

@@ -24,6 +24,7 @@ FORMATS = {
     "fp16": torch.float16,
     "fp32": torch.float32,
     "int8": torch.int8,
+    "integers": torch.int8,  # and activations that are rounded to eight bits, too
 }
 # A matrix that no second-level cache holds, so that a trial reads as a model does.
 _FEATURES, _DEPTH = 1536, 1024
@@ -66,7 +67,13 @@ def _first_row(kernels: Any, name: str) -> int:
     dtype = FORMATS[name]
     weight = torch.full((_FEATURES, _DEPTH), 0.01 if dtype.is_floating_point else 1, dtype=dtype)
     scales = None if dtype.is_floating_point else torch.full((_FEATURES,), 0.01)
-    packed = kernels.pack(weight, scales)
+    packed: Any = None
+    if name == "integers":
+        if "int8 dot products" not in kernels.describe():
+            return NEVER  # other instructions do not give exact sums
+        packed = kernels.pack_integers(weight, scales, None, None, 0)
+    else:
+        packed = kernels.pack(weight, scales)
     first = NEVER
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -85,12 +92,13 @@ def _first_row(kernels: Any, name: str) -> int:
 
 def _is_faster(kernels: Any, name: str, packed: Any, x: torch.Tensor) -> bool:
     """Whether the blocked kernels took less time, both in their best of some interleaved rounds."""
+    linear = kernels.linear_integers if name == "integers" else kernels.linear
     best = [float("inf"), float("inf")]
     for _ in range(_ROUNDS):
         for is_blocked in (False, True):
             numbers = dict.fromkeys(FORMATS, NEVER) | ({name: 1} if is_blocked else {})
             kernels.set_blocked_from(**numbers)
             start = time.perf_counter()
-            kernels.linear(x, packed, None, 0)
+            linear(x, packed, None, 0)
             best[is_blocked] = min(best[is_blocked], time.perf_counter() - start)
     return best[True] < best[False]

@@ -85,6 +85,8 @@ def compile_flags(capability: str, processor_flags: str) -> list[str]:
             ]
             if "avx512_bf16" in processor_flags.split():
                 flags.append("-mavx512bf16")
+            if "avx512_vnni" in processor_flags.split():
+                flags.append("-mavx512vnni")
         elif capability == "AVX2":
             chosen = "AVX2"
             flags += ["-mavx2", "-mfma", "-mf16c"]

@@ -19,7 +19,14 @@ from gptneox.devices.cpu import blocked
 from gptneox.devices.cpu.device import CpuDevice
 from gptneox.devices.cpu.operators import CpuOperators
 from gptneox.devices.device import Device, Finding
-from gptneox.devices.operators import FourProducts, LayerWeights, PackedLayer, PackedLinear
+from gptneox.devices.operators import (
+    FourProducts,
+    InputRange,
+    LayerWeights,
+    PackedIntegers,
+    PackedLayer,
+    PackedLinear,
+)
 from gptneox.devices.step import ForwardBatch, PaddedBatch, PagedStep, RotaryTables, Step
 
 # The numbers that the kernels know activations by.
@@ -122,6 +129,26 @@ class CompiledCpuOperators(CpuOperators):
         packed = self.kernels.pack(values, scale)
         return PackedLinear(packed, wide, values.shape[1], values.shape[0])
 
+    def pack_integers(
+        self,
+        values: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        inputs: InputRange | None = None,
+        start: Tensor | None = None,
+    ) -> PackedLinear:
+        """In panels of four neighbours, with scales and starts."""
+        step, offset = inputs or (None, 0)
+        panels = self.kernels.pack_integers(values, scale, start, step, offset)
+        wide = None if bias is None else bias.float().contiguous()
+        sizes = values.shape[1], values.shape[0]
+        return PackedIntegers(panels, wide, *sizes, scale=scale, inputs=inputs, start=None)
+
+    def linear_integers(self, x: Tensor, packed: PackedIntegers) -> Tensor:
+        """x [T, K]; returns [T, F], in fp32 until the end."""
+        return self.kernels.linear_integers(x, packed.weight, packed.bias, 0).to(x.dtype)
+
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         """x [T, K]; returns [T, F]."""
         return self.kernels.linear(x, packed.weight, packed.bias, 0).to(x.dtype)
@@ -129,10 +156,12 @@ class CompiledCpuOperators(CpuOperators):
     def pack_layer(self, weights: LayerWeights) -> PackedLayer:
         """Weights stay as they are: a second normalisation costs nothing here.
 
-        The kernels for a layer take four weights of one format; others are multiplied one by one.
+        The kernels for a layer take four weights of one format, and floats as inputs; others are
+        multiplied one by one.
         """
         linears = weights.linears()
-        if len({type(weight) for weight, _ in linears}) > 1:
+        is_mixed = len({type(weight) for weight, _ in linears}) > 1
+        if is_mixed or any(weight.quantizes_inputs for weight, _ in linears):
             return self._pack_four(weights)
         qkv_bias = weights.query_key_value[1]
         packed = [weight.pack(self, None) for weight, _ in linears]

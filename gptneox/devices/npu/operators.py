@@ -29,9 +29,11 @@ from gptneox.devices.npu.steps import NpuPaddedStep, NpuPagedStep
 from gptneox.devices.operators import (
     ChosenOperator,
     FourProducts,
+    InputRange,
     LayerWeights,
     Operators,
     PackedInt8,
+    PackedIntegers,
     PackedLayer,
     PackedLinear,
 )
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_GRAPH_ROWS = 128  # of a captured step
-# npu_weight_quant_batchmatmul takes at most this many inputs and outputs.
+# npu_weight_quant_batchmatmul and npu_quant_matmul take at most this many inputs and outputs.
 MAX_QUANT_SIZE = 65535
 
 
@@ -56,6 +58,14 @@ class NpuInt8(PackedInt8):
     """
 
     factor: Tensor | None = None
+
+
+@dataclass
+class NpuStatic(PackedIntegers):
+    """int8 [F, K], passed transposed, and what npu_quantize takes, [1] in the dtype of x each."""
+
+    factor: Tensor  # of inputs: one over their scale
+    offset: Tensor
 
 
 @dataclass
@@ -115,6 +125,13 @@ class NpuOperators(Operators):
                 "int8 [F, K] in ND; the scales are in the dtype of the activations",
             ),
             ChosenOperator(
+                "W8A8 weights",
+                "npu_quant_matmul",
+                "inputs by one scale for each layer; a scale for each token is of A2"
+                if self.device.is_310p
+                else "int8 [F, K] in ND; inputs by npu_dynamic_quant or npu_quantize",
+            ),
+            ChosenOperator(
                 "decode steps",
                 "as they are",
                 "graphs are built for Atlas A2 only"
@@ -172,13 +189,7 @@ class NpuOperators(Operators):
         Raises:
             ConfigError: the operator does not take a matrix of this size.
         """
-        out_features, in_features = values.shape
-        if max(out_features, in_features) > MAX_QUANT_SIZE:
-            raise ConfigError(
-                f"npu_weight_quant_batchmatmul takes at most {MAX_QUANT_SIZE} inputs and outputs; "
-                f"a weight is [{out_features}, {in_features}]: quantize again with this layer in "
-                "--disable_names, or use more ranks"
-            )
+        out_features, in_features = check_quant_size(values, "npu_weight_quant_batchmatmul")
         factor, lifted = None, scale.clamp_min(torch.finfo(dtype).tiny)
         if ((scale != lifted) & (scale != 0)).any():
             factor, scale = (scale / lifted).to(dtype), lifted
@@ -201,6 +212,71 @@ class NpuOperators(Operators):
             return product(packed.scale, bias=bias)
         y = product(packed.scale).mul_(packed.factor)
         return y if bias is None else y.add_(bias)
+
+    def pack_integers(
+        self,
+        values: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        inputs: InputRange | None = None,
+        start: Tensor | None = None,
+    ) -> PackedLinear:
+        """int8 [F, K] in ND, passed transposed.
+
+        With given inputs the scale of the product is one of 19 bits for models of fp16, as
+        npu_trans_quant_param makes it: it cuts, so it is given the nearest. A bias apart from the
+        start is zero where the start holds it, and then it is not added.
+
+        Raises:
+            ConfigError: the chip has no such product, or not of this size, or the inputs' scale
+                does not fit the dtype.
+        """
+        out_features, in_features = check_quant_size(values, "npu_quant_matmul")
+        if inputs is None:
+            if self.device.is_310p:
+                raise ConfigError(
+                    "w8a8_dynamic: npu_quant_matmul takes no scale for each token on a 310P; "
+                    "quantize with --quant_type w8a8 or w8a16 for it"
+                )
+            bias = None if bias is None else bias.float()
+            return PackedIntegers(
+                values.contiguous(), bias, in_features, out_features, scale, None, None
+            )
+        if not torch.finfo(dtype).tiny <= 1 / inputs.scale <= torch.finfo(dtype).max:
+            raise ConfigError(
+                f"w8a8: the inputs of a layer have the scale {inputs.scale}, whose inverse {dtype} "
+                "cannot hold; quantize again with this layer in --disable_names"
+            )
+        if bias is not None and not bias.any():
+            bias = None
+        if dtype == torch.float16:
+            nearest = (scale.view(torch.int32) + 0x1000) & ~0x1FFF
+            scale = self.torch_npu.npu_trans_quant_param(nearest.view(torch.float32))
+        given = (torch.tensor([v], dtype=dtype) for v in (1 / inputs.scale, inputs.offset))
+        factor, offset = (t.to(self.torch_device) for t in given)
+        return NpuStatic(
+            *(values.contiguous(), bias, in_features, out_features, scale, inputs, start),
+            factor=factor,
+            offset=offset,
+        )
+
+    def linear_integers(self, x: Tensor, packed: PackedIntegers) -> Tensor:
+        """By npu_quant_matmul, behind npu_dynamic_quant or npu_quantize, which multiplies.
+
+        Source: op-plugin, npu_quant_matmul, its tables of types for both chips.
+        """
+        product = functools.partial(
+            self.torch_npu.npu_quant_matmul, x2=packed.weight.t(), output_dtype=x.dtype
+        )
+        if not isinstance(packed, NpuStatic):
+            values, steps = self.torch_npu.npu_dynamic_quant(x)
+            return product(values, scale=packed.scale, pertoken_scale=steps, bias=packed.bias)
+        values = self.torch_npu.npu_quantize(
+            x, packed.factor, packed.offset, torch.qint8, -1, False
+        )
+        y = product(values, scale=packed.scale, bias=packed.start)
+        return y if packed.bias is None else y.add_(packed.bias)
 
     def activation(self, name: str) -> Callable[[Tensor], Tensor]:
         """F.gelu is always the tanh form on an NPU."""
@@ -391,6 +467,22 @@ class NpuOperators(Operators):
             pad=pad,
             max_rows=MAX_GRAPH_ROWS,
         )
+
+
+def check_quant_size(values: Tensor, operator: str) -> tuple[int, int]:
+    """The shape of a weight [F, K].
+
+    Raises:
+        ConfigError: the operator does not take a matrix of this size.
+    """
+    out_features, in_features = values.shape
+    if max(out_features, in_features) > MAX_QUANT_SIZE:
+        raise ConfigError(
+            f"{operator} takes at most {MAX_QUANT_SIZE} inputs and outputs; "
+            f"a weight is [{out_features}, {in_features}]: quantize again with this layer in "
+            "--disable_names, or use more ranks"
+        )
+    return out_features, in_features
 
 
 def replay(graph: Any, batch: ForwardBatch) -> None:

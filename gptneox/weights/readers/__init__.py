@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized checkpoints, by the tool that wrote them: what its settings say must be what is stored.
 
-The formats of linear layers follow from the names of their tensors (`formats.find_formats`). A
-tool also writes down what it did; its reader compares both, and refuses what is not served. A
-further tool is a module here and a line in `READERS`.
+The formats of linear layers follow from the names of their tensors (`formats.find_formats`), as
+far as names tell. A tool also writes down what it did; its reader compares both, tells formats of
+the same names apart, and refuses what is not served. A further tool is a module here and a line in
+`READERS`.
 """
 
 from __future__ import annotations
 
 from gptneox.weights.files import CheckpointError, find_quantization
-from gptneox.weights.formats import scheme_of
+from gptneox.weights.formats import Formats, scheme_of
 from gptneox.weights.readers import compressed_tensors, msmodelslim
 from gptneox.weights.readers.stored import Reader, Stored
 
 READERS: tuple[Reader, ...] = (msmodelslim.READER, compressed_tensors.READER)
 
 
-def check_quantization(stored: Stored, method: str) -> None:
-    """Make sure that the weights are float, or quantized as their settings say.
+def check_quantization(stored: Stored, method: str) -> Formats:
+    """The formats of all linear layers: float, or quantized as their settings say.
 
     Args:
         stored: the checkpoint.
@@ -28,12 +29,11 @@ def check_quantization(stored: Stored, method: str) -> None:
     """
     for reader in READERS:
         if reader.describes(stored):
-            reader.check(stored)
-            return
+            return reader.formats(stored)
     if method := method or find_quantization(stored.path, stored.dtypes):
         raise CheckpointError(
             f"{stored.path} is quantized ({method}), which is not served; use the float "
-            "checkpoint, which the task quantize makes W8A16 of"
+            "checkpoint, which the task quantize quantizes"
         )
     if scheme := scheme_of(stored.formats):
         raise CheckpointError(
@@ -41,3 +41,4 @@ def check_quantization(stored: Stored, method: str) -> None:
             "quantization_config in config.json says what they are; add the file that the "
             "quantizer wrote"
         )
+    return stored.formats

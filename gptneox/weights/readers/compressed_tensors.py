@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gptneox.weights.files import CheckpointError
-from gptneox.weights.formats import INT8_ROWS
+from gptneox.weights.formats import INT8_ROWS, Formats
 from gptneox.weights.readers.stored import Reader, Stored
 
 METHOD = "compressed-tensors"
@@ -70,7 +70,7 @@ class CompressedTensorsReader(Reader):
         """By config.json."""
         return _settings(stored).get("quant_method") == METHOD
 
-    def check(self, stored: Stored) -> None:
+    def formats(self, stored: Stored) -> Formats:
         """See `Reader`."""
         settings, where = _settings(stored), f"{stored.path / 'config.json'}, quantization_config"
         if settings.get("quantize") or stored.config.get("quantize"):
@@ -105,6 +105,7 @@ class CompressedTensorsReader(Reader):
                     f"{where} says that {linear} is {states[wanted]}, but {stored.path} stores it "
                     f"{states[is_stored]}"
                 )
+        return stored.formats
 
 
 def _settings(stored: Stored) -> Mapping[str, Any]:

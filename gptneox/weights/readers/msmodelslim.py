@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of msmodelslim, "ascendV1": a description beside the weights tags every tensor.
 
-    quant_model_description.json    {"model_quant_type": "W8A16", "version": "1.0.0",
-                                     "<tensor>": "W8A16" or "FLOAT", …}
-    quant_model_weight_w8a16.safetensors    or quant_model_weights.safetensors, or shards
-    config.json                     "quantize": "w8a16", in the form that MindIE reads
+    quant_model_description.json    {"model_quant_type": "W8A8", "version": "1.0.0",
+                                     "<tensor>": "W8A8", "W8A8_DYNAMIC", "W8A16" or "FLOAT", …}
+    quant_model_weight_w8a8.safetensors    or quant_model_weights.safetensors, or shards
+    config.json                     "quantize": "w8a8", in the form that MindIE reads
 
-A linear layer with the tag W8A16 has `weight` int8 [N, K], `weight_scale` and `weight_offset`
-[N, 1]. Older files carry the scheme in the description's name too.
+A tag stands for the tensors of a linear layer, whose `weight` is int8 [N, K]:
+
+    W8A16, W8A8_DYNAMIC    weight_scale and weight_offset [N, 1]
+    W8A8, W8A8S            input_scale and input_offset [1], quant_bias and deq_scale [N]; W8A8S
+                           says that few of the weight's values differ
+
+Older files carry the scheme in the description's name too, and wrap the normalisations that they
+smoothed (`….module.weight`).
 
 Source: msmodelslim, pytorch/llm_ptq; MindIE-LLM, atb_llm/utils/quantize.
 """
@@ -22,11 +28,26 @@ import torch
 
 from gptneox.config.files import read_json
 from gptneox.weights.files import IGNORED_SUFFIXES, CheckpointError, listed
-from gptneox.weights.formats import FLOATS, INT8_ROWS_WITH_OFFSET
+from gptneox.weights.formats import (
+    FLOATS,
+    INT8_DYNAMIC,
+    INT8_ROWS_WITH_OFFSET,
+    INT8_STATIC,
+    Formats,
+    WeightFormat,
+)
 from gptneox.weights.readers.stored import Reader, Stored
 
 DESCRIPTION = "quant_model_description.json"
 W8A16, FLOAT_TAG = "W8A16", "FLOAT"
+W8A8, W8A8_DYNAMIC, W8A8S = "W8A8", "W8A8_DYNAMIC", "W8A8S"
+QUANTIZED_TAGS = (W8A16, W8A8, W8A8_DYNAMIC, W8A8S)
+_SERVED = f"{', '.join(QUANTIZED_TAGS)} and {FLOAT_TAG} are"
+# Why a scheme is not served; others are just not known.
+_REASONS = {
+    "W8A8SC": ", whose weights a tool of CANN compressed for one chip; quantize again as W8A8S",
+    "W8A8_MIX": ", which changes its scheme while it runs; quantize again as W8A8 or W8A8_DYNAMIC",
+}
 # Entries of a description that are not tensors; each but these must have a dot in its name.
 _REFUSED = {
     "kv_quant_type": "a quantized KV cache",
@@ -34,7 +55,6 @@ _REFUSED = {
     "fa_quant_type": "quantized attention",
     "reduce_quant_type": "scales for each card (--tp_size)",
 }
-_LAST_PARTS = ("weight", "weight_scale", "weight_offset")
 
 
 def descriptions(path: Path) -> list[Path]:
@@ -42,24 +62,24 @@ def descriptions(path: Path) -> list[Path]:
     return sorted(path.glob("quant_model_description*.json"))
 
 
-def write_description(tags: Mapping[str, str]) -> dict[str, Any]:
-    """The description of W8A16 weights, from the tag of every stored tensor."""
-    return {"model_quant_type": W8A16, "version": "1.0.0", "group_size": 0, **tags}
+def write_description(scheme: str, tags: Mapping[str, str]) -> dict[str, Any]:
+    """The description of a scheme's weights, from the tag of every stored tensor."""
+    return {"model_quant_type": scheme, "version": "1.0.0", "group_size": 0, **tags}
 
 
 class MsModelSlimReader(Reader):
-    """Serves W8A16, mixed with float layers."""
+    """Serves weights of eight bits, with inputs as floats or integers, mixed with float layers."""
 
     def describes(self, stored: Stored) -> bool:
-        """A description that is not of floats alone, or W8A16 in config.json."""
-        if str(stored.config.get("quantize") or "").upper() == W8A16:
+        """A description that is not of floats alone, or a scheme of the tool in config.json."""
+        if str(stored.config.get("quantize") or "").upper() in (*QUANTIZED_TAGS, *_REASONS):
             return True
         return any(
             read_json(file).get("model_quant_type") != FLOAT_TAG
             for file in descriptions(stored.path)
         )
 
-    def check(self, stored: Stored) -> None:
+    def formats(self, stored: Stored) -> Formats:
         """See `Reader`."""
         files = descriptions(stored.path)
         if len(files) != 1:
@@ -71,28 +91,41 @@ class MsModelSlimReader(Reader):
         [file] = files
         description = read_json(file)
         _check_header(description, file)
-        quantize = stored.config.get("quantize")
-        if quantize and str(quantize).upper() != W8A16:
+        quantize, scheme = stored.config.get("quantize"), description["model_quant_type"]
+        if quantize and str(quantize).upper() != scheme:
             raise CheckpointError(
                 f"{stored.path / 'config.json'} says quantize is {quantize!r}, but {file.name} "
-                f"says {W8A16}; one of them belongs to another checkpoint"
+                f"says {scheme}; one of them belongs to another checkpoint"
             )
         tags = {name: tag for name, tag in description.items() if "." in name}
         for name, tag in tags.items():
-            if tag not in (W8A16, FLOAT_TAG):
+            if tag not in (*QUANTIZED_TAGS, FLOAT_TAG):
                 raise CheckpointError(
-                    f"{file}: {name} is {tag!r}, which is not served; {W8A16} and {FLOAT_TAG} are"
+                    f"{file}: {name} is {tag!r}, which is not served{_REASONS.get(tag, '')}; "
+                    f"{_SERVED}"
                 )
+            if ".experts." in name:
+                raise CheckpointError(f"{file} names {name}: GPT-NeoX models have no experts")
         _check_tensors(stored, tags, file)
+        return {
+            linear: _format(tags.get(stored.names.get(f"{linear}.weight", ""), FLOAT_TAG), by_name)
+            for linear, by_name in stored.formats.items()
+        }
+
+
+def _format(tag: str, by_name: WeightFormat) -> WeightFormat:
+    """The format that a tag tells of the tensors whose names imply the format `by_name`."""
+    return INT8_DYNAMIC if tag == W8A8_DYNAMIC else by_name
 
 
 def _check_header(description: Mapping[str, Any], file: Path) -> None:
     """The entries for the model as a whole."""
     scheme = description.get("model_quant_type")
-    if scheme != W8A16:
+    if scheme not in QUANTIZED_TAGS:
         raise CheckpointError(
             f"{file.parent} is quantized ({scheme or 'ModelSlim'}, as {file.name} says), which is "
-            f"not served; of msmodelslim's schemes {W8A16} is"
+            f"not served{_REASONS.get(str(scheme), '')}; of msmodelslim's schemes "
+            f"{', '.join(QUANTIZED_TAGS)} are"
         )
     if description.get("group_size"):
         raise CheckpointError(
@@ -115,15 +148,21 @@ def _check_tensors(stored: Stored, tags: Mapping[str, str], file: Path) -> None:
     for tensor, tag in tags.items():
         dtype = stored.dtypes[tensor]
         linear, _, part = parameters.get(tensor, tensor).rpartition(".")
-        is_quantized = part in _LAST_PARTS and stored.format_of(linear) is INT8_ROWS_WITH_OFFSET
-        fits = is_quantized or part == "bias" if tag == W8A16 else dtype in FLOATS
-        if part == "weight" and (tag == W8A16) != (dtype == torch.int8):
-            fits = False
+        found = stored.format_of(linear)
+        is_stored = found in INT8_STATIC if tag in (W8A8, W8A8S) else found is INT8_ROWS_WITH_OFFSET
+        if tag == FLOAT_TAG:
+            fits = dtype in FLOATS
+        else:
+            fits = part == "bias" or (is_stored and part in {t.suffix for t in found.tensors})
+            fits = fits and (dtype == torch.int8 or part != "weight")
         if not fits:
             stated = str(dtype).removeprefix("torch.")
+            beside = "input_scale, input_offset, quant_bias and deq_scale"
+            if tag in (W8A16, W8A8_DYNAMIC):
+                beside = "weight_scale and weight_offset"
             raise CheckpointError(
                 f"{file} says that {tensor} is {tag}, but {stored.path} stores it as {stated}"
-                + ("" if is_quantized else ", without weight_scale and weight_offset")
+                + ("" if is_stored or tag == FLOAT_TAG else f", without {beside}")
             )
 
 

@@ -41,8 +41,8 @@ class Reader(ABC):
         """Whether the directory has settings of this tool that tell of quantized weights."""
 
     @abstractmethod
-    def check(self, stored: Stored) -> None:
-        """Compare settings and tensors.
+    def formats(self, stored: Stored) -> Formats:
+        """The formats of all linear layers, after comparing settings and tensors.
 
         Raises:
             CheckpointError: they disagree, or ask for what is not served.

@@ -20,6 +20,8 @@ from torch import Tensor
 NZ = 29  # the number of the FRACTAL_NZ storage format
 NO_LIMIT = 2**31 - 1
 Given = dict[str, Any]
+# torch's numbers of types, as operators get them.
+SCALAR_TYPES: dict[Any, torch.dtype] = {5: torch.float16, 12: torch.qint8, 15: torch.bfloat16}
 REFERENCES: dict[str, Callable[..., Any]] = {}
 
 
@@ -591,6 +593,85 @@ def weight_quant_batchmatmul(
         need(bias.dtype == wide and bias.shape == (n,), f"bias: {wide} [N]")
     out = x.float() @ (weight.float() * antiquant_scale.float())
     return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+@reference("npu::npu_quantize")
+def quantize(
+    given: Given,
+    scales: Tensor,
+    zero_points: Tensor,
+    dtype: int | torch.dtype,
+    axis: int = 1,
+    div_mode: bool = True,
+    **others: Any,
+) -> Tensor:
+    """`input` times a scale for all values, which is what div_mode False means, and an offset."""
+    x = others.pop("input")
+    check_floats(given, "input", "scales", "zero_points")
+    check_defaults(others)
+    need(SCALAR_TYPES.get(dtype, dtype) == torch.qint8, "emulated: qint8")
+    need(axis == -1 and not div_mode, "emulated: the last axis, a product")
+    need(scales.shape == (1,) and bool(scales.isfinite().all()), "emulated: one finite scale")
+    exact = (x.float() * scales.float() + zero_points.float()).round()
+    return exact.clamp(-128, 127).to(torch.int8)
+
+
+@reference("npu::npu_trans_quant_param")
+def trans_quant_param(given: Given, scale: Tensor, **others: Any) -> Tensor:
+    """The first 19 bits of fp32, in int64 with a mark."""
+    need(scale.dtype == torch.float32, "scale: fp32")
+    check_defaults(others)
+    bits = scale.view(torch.int32).to(torch.int64) & 0xFFFFE000
+    return bits | (1 << 46)
+
+
+@reference("npu::npu_quant_matmul")
+def quant_matmul(
+    given: Given,
+    x1: Tensor,
+    x2: Tensor,
+    scale: Tensor,
+    pertoken_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    output_dtype: int | torch.dtype | None = None,
+    **others: Any,
+) -> Tensor:
+    """int8 [M, K] times int8 [K, N]; see the tables of types in op-plugin's document."""
+    check_defaults(others)
+    output_dtype = SCALAR_TYPES.get(output_dtype, output_dtype)
+    need(x1.dtype == x2.dtype == torch.int8, "x1, x2: int8")
+    need(given["x1"].is_contiguous(), "x1: contiguous")
+    need(given["x2"].t().is_contiguous(), "x2: the transposed view of a contiguous [N, K]")
+    need(storage_format(given["x2"]) == 2, "x2: emulated in ND")
+    (m, k), n = x1.shape, x2.shape[1]
+    need(x2.shape[0] == k and max(k, n) <= 65535, "x1 [M, K], x2 [K, N], at most 65535")
+    need(scale.shape == (n,), "scale [N]")
+    sums = (x1.double() @ x2.double()).to(torch.int64)
+    need(bool((sums.abs() < 2**31).all()), "a sum does not fit int32")
+    if pertoken_scale is not None:
+        need(not is_310p(), "pertoken_scale is of A2")
+        need(pertoken_scale.shape == (m,) and pertoken_scale.dtype == torch.float32, "fp32 [M]")
+        need(scale.dtype == torch.float32, "with pertoken_scale, scale: fp32")
+        need(bias is None or bias.dtype == torch.float32, "emulated: bias fp32")
+        out = sums.double() * scale.double() * pertoken_scale.double()[:, None]
+        out = out if bias is None else out + bias.double()
+        need(output_dtype in (torch.float16, torch.bfloat16), "output: half precision")
+        return out.to(output_dtype)
+    need(bias is None or bias.dtype == torch.int32, "bias: int32")
+    sums = sums if bias is None else sums + bias
+    if scale.dtype == torch.int64:
+        need(output_dtype == torch.float16, "int64 scales give fp16")
+        need(bool((scale >> 32 == 1 << 14).all()), "int64 scales are npu_trans_quant_param's")
+        scale = (scale & 0xFFFFFFFF).to(torch.int32).view(torch.float32)
+    else:
+        need(not is_310p() and output_dtype == torch.bfloat16, "fp32 scales give bf16, on A2")
+    return (sums.double() * scale.double()).to(output_dtype)
+
+
+def check_defaults(others: dict[str, Any]) -> None:
+    """Arguments that are not emulated have no value."""
+    given = {name: value for name, value in others.items() if value not in (None, 0, [])}
+    need(not given, f"not emulated: {given}")
 
 
 @reference("npu::npu_gelu")

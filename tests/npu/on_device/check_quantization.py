@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""W8A16 weights on the NPU: which kernels a layer reaches, and its logits against Hugging Face.
+"""Weights of eight bits on the NPU: which kernels a layer reaches, logits against Hugging Face.
 
 The limit of an error is that of check_parity.py: what Hugging Face makes in half precision with
 the same weights as floats.
@@ -17,7 +17,10 @@ from transformers import GPTNeoXForCausalLM
 
 from gptneox.config.errors import ConfigError
 from gptneox.config.settings import QuantizeOptions
+from gptneox.devices.cpu.device import CpuDevice
+from gptneox.devices.device import Device
 from gptneox.devices.npu.device import NpuDevice
+from gptneox.devices.operators import InputRange, Operators
 from gptneox.engine.sequence import SamplingParams
 from gptneox.weights.quantize import dequantize_checkpoint, quantize_checkpoint
 
@@ -114,3 +117,83 @@ def test_graphs_answer_as_steps_do(chip, tmp_path):
         engine = checkpoints.load_engine(path, device, "auto", **settings)
         answers.append([o.token_ids for o in engine.generate(prompts, params)])
     assert answers[0] == answers[1]
+
+
+# -- inputs that become integers -----------------------------------------------------------------
+
+RANGE = InputRange(0.031, -7)
+
+
+@pytest.mark.parametrize("inputs", [None, RANGE], ids=["dynamic", "static"])
+def test_products_of_integers(inputs, npu, chip):
+    """Against the specification; a static scale has 19 bits, and 1 / scale is of half precision."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-128, 128, (40, 96), generator=generator, dtype=torch.int8)
+    scale = torch.rand(40, generator=generator) / 300
+    bias = torch.randn(40, generator=generator).to(HALF)
+    start = torch.randint(-4000, 4000, (40,), generator=generator, dtype=torch.int32)
+    x = torch.randn(9, 96, generator=generator).to(HALF)
+    ops, plain, device = npu.operators(), Operators(Device()), npu.torch_device
+    given = (inputs, None if inputs is None else start)
+    moved = [t.to(device) for t in (values, scale, bias)]
+    if inputs is None and chip != "A2":
+        with pytest.raises(ConfigError, match=r"no scale for each token on a 310P; .* w8a8 or"):
+            ops.pack_integers(*moved, HALF)
+        return
+    packed = ops.pack_integers(
+        *moved, HALF, inputs, None if given[1] is None else given[1].to(device)
+    )
+    actual = packed.multiply(ops, x.to(device)).cpu().float()
+    expected = plain.linear_integers(x, plain.pack_integers(values, scale, bias, HALF, *given))
+    limit = 2e-3 if inputs is None else 5e-3  # of inputs at the edge of a step, one step
+    assert (actual - expected.float()).abs().max() <= limit * expected.float().abs().max()
+
+
+def test_static_scales_are_the_nearest_of_nineteen_bits(npu):
+    scale = torch.tensor([0.1, 1 / 3, 1e-5])
+    values = torch.full((3, 16), 100, dtype=torch.int8)
+    ops, device = npu.operators(), npu.torch_device
+    packed = ops.pack_integers(values.to(device), scale.to(device), None, HALF, RANGE, None)
+    low = (packed.scale.cpu() & 0xFFFFFFFF).to(torch.int32).view(torch.float32)
+    assert not (low.view(torch.int32) & 0x1FFF).any()
+    assert ((low - scale).abs() <= 2**-11 * scale).all()
+
+
+def test_scales_of_inputs_that_half_precision_cannot_hold(npu):
+    values = torch.zeros(3, 16, dtype=torch.int8, device=npu.torch_device)
+    with pytest.raises(ConfigError, match="whose inverse"):
+        npu.operators().pack_integers(values, values[:, 0].float(), None, HALF, InputRange(1e-6, 0))
+
+
+@pytest.mark.parametrize("scheme", ["w8a8_dynamic", "w8a8"])
+def test_a_model_of_integers(scheme, npu, chip, trace, tmp_path):
+    """Logits near those of plain torch with the same file, and the kernels of a layer."""
+    if scheme == "w8a8_dynamic" and chip != "A2":
+        pytest.skip("of an A2")
+    checkpoints.write_checkpoint(tmp_path / "float", checkpoints.FAMILY["gpt-neox-20b"], dtype=HALF)
+    texts = checkpoints.prompts([200, 200], 288)
+    options = QuantizeOptions(quant_type=scheme)
+    quantize_checkpoint(tmp_path / "float", tmp_path / "q", options, lambda report: None, texts)
+    [ids] = checkpoints.prompts([20], 288)
+    logits = []
+    for device in (npu, CpuDevice()):
+        dtype = "auto" if device is npu else "float32"
+        engine = checkpoints.load_engine(tmp_path / "q", device, dtype, num_blocks=3)
+        tokens = Sequences(engine, [ids])
+        tokens.step([16])
+        layer, found = engine.model.gpt_neox.layers[1], []
+        handles = [
+            layer.register_forward_pre_hook(lambda *_: trace.clear()),
+            layer.register_forward_hook(lambda *_, to=found: to.append(trace.kernels())),
+        ]
+        tokens.step([1])
+        for handle in handles:
+            handle.remove()
+        logits.append(torch.cat(tokens.logits[0]).cpu().float())
+        if device is npu:
+            kernels = [kernel.removeprefix("aclnn") for kernel in found[0]]
+            products = [k for k in kernels if k.startswith("QuantMatmul")]
+            assert len(products) == 3, kernels
+            assert kernels.count("LayerNorm") == 1, kernels
+    error = logits[0] - logits[1]
+    assert error.norm() <= 0.03 * logits[1].norm()

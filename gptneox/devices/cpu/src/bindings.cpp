@@ -10,6 +10,7 @@
 
 #include "blocked.h"
 #include "greedy.h"
+#include "integers.h"
 #include "layer.h"
 #include "linear.h"
 #include "memory.h"
@@ -25,6 +26,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<Packed, std::shared_ptr<Packed>>(m, "Packed")
       .def_property_readonly("nbytes", [](const Packed& p) {
         return p.panels.nbytes() + (p.scales.defined() ? p.scales.nbytes() : 0);
+      });
+  py::class_<PackedIntegers, std::shared_ptr<PackedIntegers>>(m, "PackedIntegers")
+      .def_property_readonly("nbytes", [](const PackedIntegers& p) {
+        return p.panels.nbytes() + p.scales.nbytes() + p.start.nbytes();
       });
   py::class_<Layer, std::shared_ptr<Layer>>(m, "Layer")
       .def(py::init([](std::vector<at::Tensor> norms, std::vector<std::shared_ptr<Packed>> weights,
@@ -65,6 +70,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "linear", &linear, Release(), py::arg("x"), py::arg("weight"), py::arg("bias"),
       py::arg("activation"));
   m.def(
+      "pack_integers", &pack_integers, Release(), py::arg("weight"), py::arg("scales"),
+      py::arg("start"), py::arg("input_scale"), py::arg("input_offset"));
+  m.def(
+      "linear_integers", &linear_integers, Release(), py::arg("x"), py::arg("weight"),
+      py::arg("bias"), py::arg("activation"));
+  m.def(
       "layer_norm", &layer_norm, Release(), py::arg("x"), py::arg("scale"), py::arg("shift"),
       py::arg("eps"));
   m.def("greedy", &greedy, Release(), py::arg("logits"));
@@ -77,12 +88,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("describe", &describe);
   m.def(
       "set_blocked_from",
-      [](int64_t bf16, int64_t fp16, int64_t fp32, int64_t int8) {
+      [](int64_t bf16, int64_t fp16, int64_t fp32, int64_t int8, int64_t integers) {
         blocked_from = {bf16, fp16, fp32, int8};
+        integers_blocked_from = integers;
       },
-      py::arg("bf16"), py::arg("fp16"), py::arg("fp32"), py::arg("int8"));
+      py::arg("bf16"), py::arg("fp16"), py::arg("fp32"), py::arg("int8"), py::arg("integers"));
   m.def("blocked_from", [] {
     return std::make_tuple(
-        blocked_from.bf16, blocked_from.fp16, blocked_from.fp32, blocked_from.int8);
+        blocked_from.bf16, blocked_from.fp16, blocked_from.fp32, blocked_from.int8,
+        integers_blocked_from);
   });
 }

@@ -71,6 +71,29 @@ void activate_tile(const float* bias, int64_t width, int rows, float* c) {
   }
 }
 
+// `activate_tile` for an activation that is only known at run time.
+inline void apply(Activation kind, const float* bias, int64_t width, int rows, float* c) {
+  switch (kind) {
+    case Activation::kNone:
+      if (bias) {
+        activate_tile<Activation::kNone>(bias, width, rows, c);
+      }
+      break;
+    case Activation::kGeluErf:
+      activate_tile<Activation::kGeluErf>(bias, width, rows, c);
+      break;
+    case Activation::kGeluTanh:
+      activate_tile<Activation::kGeluTanh>(bias, width, rows, c);
+      break;
+    case Activation::kSilu:
+      activate_tile<Activation::kSilu>(bias, width, rows, c);
+      break;
+    case Activation::kRelu:
+      activate_tile<Activation::kRelu>(bias, width, rows, c);
+      break;
+  }
+}
+
 // The sums of int8 weights are those of integers, apart for each term, `size` values one behind the
 // other. Write the sum of all terms, each times its scales, over the first, c [rows][kCols].
 template <typename F>
@@ -101,24 +124,8 @@ void finish(const Output<F>& out, int64_t panel, int64_t b, float* c) {
   const int64_t features = out.terms[0].weight->features, first = panel * kCols;
   const int64_t width = std::min<int64_t>(kCols, features - first);
   const float* bias = out.bias ? out.bias + first : nullptr;
-  switch (out.activation) {
-    case Activation::kNone:
-      if (bias && out.packed) {
-        activate_tile<Activation::kNone>(bias, width, rows, c);
-      }
-      break;
-    case Activation::kGeluErf:
-      activate_tile<Activation::kGeluErf>(bias, width, rows, c);
-      break;
-    case Activation::kGeluTanh:
-      activate_tile<Activation::kGeluTanh>(bias, width, rows, c);
-      break;
-    case Activation::kSilu:
-      activate_tile<Activation::kSilu>(bias, width, rows, c);
-      break;
-    case Activation::kRelu:
-      activate_tile<Activation::kRelu>(bias, width, rows, c);
-      break;
+  if (out.activation != Activation::kNone || out.packed) {
+    apply(out.activation, bias, width, rows, c);
   }
   if (out.packed) {
     out.packed->fill_tile(b, first, c, kCols);

@@ -38,6 +38,12 @@
 #define GPTNEOX_NEON_DOT 0
 #endif
 
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512VNNI__)
+#define GPTNEOX_INT8_DOT 1
+#else
+#define GPTNEOX_INT8_DOT 0
+#endif
+
 namespace gptneox {
 
 using Vec = at::vec::Vectorized<float>;
@@ -283,7 +289,8 @@ inline void run_tile(
 // The vectors and instructions that the library was compiled for.
 inline std::string describe() {
   std::string text = "vectors of " + std::to_string(kVec) + " floats";
-  return GPTNEOX_BF16_DOT || GPTNEOX_NEON_DOT ? text + ", bf16 dot products" : text;
+  text += GPTNEOX_BF16_DOT || GPTNEOX_NEON_DOT ? ", bf16 dot products" : "";
+  return text + (GPTNEOX_INT8_DOT ? ", int8 dot products" : "");
 }
 
 } // namespace gptneox
