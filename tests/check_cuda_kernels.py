@@ -23,6 +23,7 @@ from gptneox.devices.cuda import kernels as cuda_kernels
 from gptneox.devices.cuda.operators import TritonStep
 from gptneox.devices.device import Device, Memory
 from gptneox.devices.graphs import DecodeGraphs
+from gptneox.devices.operators import InputRange, Operators
 from gptneox.devices.step import RotaryTables
 from gptneox.engine.sequence import SamplingParams
 
@@ -246,6 +247,26 @@ def test_int8_products(rows, features, depth, has_bias, dtype, seed):
     exact = exact if bias is None else exact + bias.double()
     assert_near(packed.multiply(ops, x), exact.to(dtype))
     assert packed.multiply(ops, x[:0]).shape == (0, features)
+
+
+@pytest.mark.parametrize("inputs", [None, InputRange(0.03, -5)], ids=["dynamic", "static"])
+@pytest.mark.parametrize(("depth", "features"), [(64, 40), (64, 33), (70, 40)])
+def test_products_of_integers(depth, features, inputs):
+    """Bit for bit those of plain torch, whether cuBLAS takes the sizes or not."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-128, 128, (features, depth), generator=generator, dtype=torch.int8)
+    scale, bias = torch.rand(features, generator=generator), randn(features, seed=1)
+    start = None if inputs is None else torch.arange(features, dtype=torch.int32)
+    x = randn(40, depth, seed=2)
+    ops, plain = EmulatedCuda().operators(), Operators(EmulatedCuda())
+    packed, right = (
+        each.pack_integers(values, scale, bias, torch.float32, inputs, start)
+        for each in (ops, plain)
+    )
+    for rows in (0, 1, 16, 17, 40):
+        expected = right.multiply(plain, x[:rows])
+        assert torch.equal(packed.multiply(ops, x[:rows]), expected)
+        assert expected.shape == (rows, features)
 
 
 def test_an_int8_kernel_that_is_wrong_is_not_used(monkeypatch, caplog):

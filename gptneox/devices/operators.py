@@ -284,11 +284,23 @@ class Operators:
             values, row_scale = quantize(x)
         else:
             values, row_scale = quantize_by(x, packed.inputs)
-        sums = integer_product(values, packed.weight)
+        sums = self.multiply_integers(values, packed.weight)
         if packed.start is not None:
             sums += packed.start
         y = sums.float() * packed.scale * row_scale.unsqueeze(1)
         return (y if packed.bias is None else y + packed.bias.float()).to(x.dtype)
+
+    def multiply_integers(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x int8 [T, K] times weight int8 [F, K]: the exact sums, int32 [T, F].
+
+        K is at most 65,535. fp32 products are the only fast ones on every device, and exact for
+        few terms.
+        """
+        sums = torch.zeros(len(x), len(weight), dtype=torch.int32, device=x.device)
+        for k in range(0, x.shape[1], _EXACT_TERMS):
+            part = slice(k, k + _EXACT_TERMS)
+            sums += torch.mm(x[:, part].float(), weight[:, part].float().T).to(torch.int32)
+        return sums
 
     def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
         """Rows `ids` [T] of weight [V, C]: the residual stream, in the dtype this device keeps."""
@@ -519,18 +531,6 @@ def quantize_by(x: Tensor, inputs: InputRange) -> tuple[Tensor, Tensor]:
     values = (wide / inputs.scale + inputs.offset).round_()
     values = torch.nan_to_num_(values, 0.0).clamp_(-128, 127).to(torch.int8)
     return values, torch.where(wide.isfinite().all(1), 1.0, math.nan)
-
-
-def integer_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x int8 [T, K] times weight int8 [F, K]: the exact sums, int32 [T, F].
-
-    Without rounding up to K = 131,071. fp32 products are the only fast ones on every device.
-    """
-    sums = torch.zeros(len(x), len(weight), dtype=torch.int32, device=x.device)
-    for k in range(0, x.shape[1], _EXACT_TERMS):
-        part = slice(k, k + _EXACT_TERMS)
-        sums += torch.mm(x[:, part].float(), weight[:, part].float().T).to(torch.int32)
-    return sums
 
 
 def dense_visibility(

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gptneox.devices.cache import CacheShape, KVFormat, LayerCache
@@ -19,9 +20,11 @@ from gptneox.devices.device import Finding
 from gptneox.devices.graphs import DecodeGraphs
 from gptneox.devices.operators import (
     ChosenOperator,
+    InputRange,
     LayerWeights,
     Operators,
     PackedInt8,
+    PackedIntegers,
     PackedLayer,
     PackedLinear,
     fused_attention,
@@ -35,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 # Below it Triton has no tensor cores, and tiles do not fit the shared memory.
 MIN_CAPABILITY = (8, 0)
+# torch._int_mm takes more than 16.
+MIN_INTEGER_ROWS = 32
 
 
 class TritonStep(PagedStep):
@@ -103,6 +108,11 @@ class CudaOperators(Operators):
                 "layer",
                 "two products",
                 "with a parallel residual and float weights; four with others",
+            ),
+            ChosenOperator(
+                "W8A8 products",
+                "torch._int_mm",
+                "rows are padded to 32; torch, fp32, for sizes that 8 does not divide",
             ),
             *rows,
         ]
@@ -295,6 +305,39 @@ class CudaOperators(Operators):
         out = load_kernels().linear_int8(x, packed.weight, packed.scale, packed.bias)
         assert isinstance(out, Tensor)
         return out
+
+    def pack_integers(
+        self,
+        values: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        inputs: InputRange | None = None,
+        start: Tensor | None = None,
+    ) -> PackedLinear:
+        """The weight is on the device already.
+
+        Raises:
+            RuntimeError: not enough memory.
+        """
+        sizes = values.shape[1], values.shape[0]
+        try:
+            values, scale = values.contiguous(), scale.contiguous()
+        except torch.OutOfMemoryError as error:
+            raise self.device.out_of_memory("the weights", "more devices") from error
+        return PackedIntegers(values, bias, *sizes, scale=scale, inputs=inputs, start=start)
+
+    def multiply_integers(self, x: Tensor, weight: Tensor) -> Tensor:
+        """By cuBLAS, which takes more than 16 rows and sizes that are multiples of 8.
+
+        Source: torch._int_mm, its checks.
+        """
+        num_rows, depth = x.shape
+        fits = depth % 8 == 0 and len(weight) % 8 == 0 and num_rows > 0
+        if not fits or self.device.capability < MIN_CAPABILITY:
+            return super().multiply_integers(x, weight)
+        padding = max(0, MIN_INTEGER_ROWS - num_rows)
+        return torch._int_mm(F.pad(x, (0, 0, 0, padding)), weight.t())[:num_rows]
 
     def _try_int8(self, dtype: torch.dtype) -> tuple[float, float]:
         """As `_try_kernels`, for few rows and for many, and sizes that no tile divides."""
