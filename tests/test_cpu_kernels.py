@@ -59,7 +59,7 @@ from gptneox.devices.cpu.compiled import ACTIVATION_IDS, CompiledCpuDevice, Comp
 from gptneox.devices.cpu.device import CpuDevice
 from gptneox.devices.cpu.operators import CpuOperators
 from gptneox.devices.device import Finding
-from gptneox.devices.operators import LayerWeights
+from gptneox.devices.operators import InputRange, LayerWeights
 from gptneox.devices.step import ForwardBatch, PagedStep, RotaryTables, Step
 from gptneox.kv_cache import ContiguousKVCache
 from gptneox.weights.formats import FloatWeight
@@ -174,6 +174,45 @@ def test_int8_products(
         exact = BASE.activation(activation)(exact)
         limit = 1.2 * limit + 1e-6
     assert ((actual - exact).abs() <= limit + 2**-22 * exact.abs()).all()
+
+
+@few(max_examples=60)
+@given(ROWS, WIDTH, WIDTH, st.booleans(), st.sampled_from([None, InputRange(0.02, -9)]))
+def test_products_of_integers(
+    cpu: CompiledCpuOperators,
+    num_rows: int,
+    k: int,
+    f: int,
+    has_bias: bool,
+    inputs: InputRange | None,
+) -> None:
+    """Those of the base class, but for the rounding of fp32: the sums are exact in both."""
+    if "int8 dot products" not in cpu.kernels.describe() and cpu.kernels.blocked_from()[-1] == 1:
+        pytest.skip("this processor has no blocked products that are exact")
+    generator = torch.Generator().manual_seed(k)
+    values = torch.randint(-128, 128, (f, k), generator=generator, dtype=torch.int8)
+    values[0] = -128
+    scale = torch.rand(f, generator=generator)
+    x, bias = randn(num_rows, k, seed=1), randn(f, seed=3) if has_bias else None
+    x[0, 0], x[-1] = math.inf, 0
+    start = None if inputs is None else torch.arange(f, dtype=torch.int32)
+    packed, right = (
+        each.pack_integers(values, scale, bias, torch.float32, inputs, start)
+        for each in (cpu, BASE)
+    )
+    assert packed.weight.nbytes < values.numel() + 64 * (k + f) + 2**14, "bytes, not floats"
+    expected = right.multiply(BASE, x)
+    torch.testing.assert_close(
+        packed.multiply(cpu, x), expected, rtol=1e-6, atol=1e-6, equal_nan=True
+    )
+
+
+def test_integers_that_cannot_be_packed(cpu: CompiledCpuOperators) -> None:
+    values = torch.zeros(1, 65536, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"65536 inputs; at most 65535 add up in 32 bits"):
+        cpu.pack_integers(values, torch.ones(1), None, torch.float32)
+    with pytest.raises(ValueError, match=r"scales have shape \[2\]; \[1\]"):
+        cpu.pack_integers(values[:, :8], torch.ones(2), None, torch.float32)
 
 
 def test_what_cannot_be_packed(cpu: CompiledCpuOperators) -> None:
@@ -377,12 +416,13 @@ def test_a_trial_is_kept_and_read(cpu: CompiledCpuOperators, tmp_path: Path) -> 
     """The numbers are those of the file; one that is damaged is measured and written again."""
     path, before = tmp_path / "blocked.json", cpu.kernels.blocked_from()
     try:
-        kept = {"bf16": 3, "fp16": 40, "fp32": blocked.NEVER, "int8": 17}
+        kept = {"bf16": 3, "fp16": 40, "fp32": blocked.NEVER, "int8": 17, "integers": 5}
         path.write_text(json.dumps(kept))
         blocked.choose(cpu.kernels, path)
         assert cpu.kernels.blocked_from() == tuple(kept.values())
         assert blocked.describe(cpu.kernels) == (
-            "blocked products: bf16 from 3 rows, fp16 from 40 rows, int8 from 17 rows"
+            "blocked products: bf16 from 3 rows, fp16 from 40 rows, int8 from 17 rows, "
+            "integers from 5 rows"
         )
         zero, of_an_older_version = (
             dict.fromkeys(kept, 1) | {"fp16": 0},

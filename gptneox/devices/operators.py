@@ -284,13 +284,13 @@ class Operators:
             values, row_scale = quantize(x)
         else:
             values, row_scale = quantize_by(x, packed.inputs)
-        sums = self.multiply_integers(values, packed.weight)
+        sums = self._multiply_integers(values, packed.weight)
         if packed.start is not None:
             sums += packed.start
         y = sums.float() * packed.scale * row_scale.unsqueeze(1)
         return (y if packed.bias is None else y + packed.bias.float()).to(x.dtype)
 
-    def multiply_integers(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _multiply_integers(self, x: Tensor, weight: Tensor) -> Tensor:
         """x int8 [T, K] times weight int8 [F, K]: the exact sums, int32 [T, F].
 
         K is at most 65,535. fp32 products are the only fast ones on every device, and exact for

@@ -52,7 +52,16 @@ def run(settings: Settings) -> None:
     if options.quant_type != "w8a16":
         tokenizer = load_tokenizer(source, ModelConfig.from_pretrained(source).vocab_size)
         texts = [encode(tokenizer, t, "sample text") for t in sample_texts(options.calib_file)]
-    outcome = quantize_checkpoint(source, target, options, _print, texts)
+    others: list[str] = []
+
+    def report(linear: LinearReport) -> None:
+        _print(linear)
+        if linear.scheme not in (options.quant_type, "float"):
+            others.append(f"{linear.name} ({linear.scheme})")
+
+    outcome = quantize_checkpoint(source, target, options, report, texts)
+    if others:
+        print(f"not {options.quant_type}: {', '.join(others)}")
     _finish(outcome, target, "Quantized weights have been successfully saved.")
 
 

@@ -327,7 +327,7 @@ class CudaOperators(Operators):
             raise self.device.out_of_memory("the weights", "more devices") from error
         return PackedIntegers(values, bias, *sizes, scale=scale, inputs=inputs, start=start)
 
-    def multiply_integers(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _multiply_integers(self, x: Tensor, weight: Tensor) -> Tensor:
         """By cuBLAS, which takes more than 16 rows and sizes that are multiples of 8.
 
         Source: torch._int_mm, its checks.
@@ -335,7 +335,7 @@ class CudaOperators(Operators):
         num_rows, depth = x.shape
         fits = depth % 8 == 0 and len(weight) % 8 == 0 and num_rows > 0
         if not fits or self.device.capability < MIN_CAPABILITY:
-            return super().multiply_integers(x, weight)
+            return super()._multiply_integers(x, weight)
         padding = max(0, MIN_INTEGER_ROWS - num_rows)
         return torch._int_mm(F.pad(x, (0, 0, 0, padding)), weight.t())[:num_rows]
 
