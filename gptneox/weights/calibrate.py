@@ -154,15 +154,14 @@ class _FloatModel:
     def __init__(
         self, config: ModelConfig, read: Callable[[str], Tensor], texts: list[Tensor]
     ) -> None:
-        self.config, self.texts = config, texts
-        self.read = lambda name: read(name).float()
+        self.config, self.texts, self._read = config, texts, read
         self.ops = Operators(Device())
         self.tables = rotary_tables(config, max(map(len, texts)), self.ops)
         self.activation = self.ops.activation(config.activation)
 
     def embed(self) -> Tensor:
         """[T, C]; all texts, one behind the other."""
-        return F.embedding(torch.cat(self.texts), self.read(EMBEDDING_NAME))
+        return F.embedding(torch.cat(self.texts), self._read(EMBEDDING_NAME).float())
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """Its parameters by their names within it."""
@@ -171,7 +170,7 @@ class _FloatModel:
             names.append(f"{linear}.weight")
             if self.config.attention_bias or linear.startswith("mlp"):
                 names.append(f"{linear}.bias")
-        return {name: self.read(f"{PREFIX}layers.{index}.{name}") for name in names}
+        return {n: self._read(f"{PREFIX}layers.{index}.{n}").float() for n in names}
 
     def run(self, weights: Mapping[str, Tensor], x: Tensor) -> tuple[_Inputs, Tensor]:
         """What the linear layers read, and the layer's output [T, C]."""
@@ -198,7 +197,7 @@ class _FloatModel:
     def _attend(self, qkv: Tensor) -> Tensor:
         head_dim = self.config.head_dim
         outputs = []
-        for part in qkv.split([len(ids) for ids in self.texts]):
+        for part in qkv.split_with_sizes([len(ids) for ids in self.texts]):
             q, k, v = part.view(len(part), -1, 3, head_dim).unbind(2)
             q, k = self.ops.rotary(q, k, torch.arange(len(part)), *self.tables)
             outputs.append(self.ops.causal_attention(q, k, v, head_dim**-0.5).flatten(1))

@@ -157,7 +157,7 @@ class Int8Rows(WeightFormat):
     """
 
     scheme = "w8a16"
-    tensors = (
+    tensors: tuple[StoredTensor, ...] = (
         StoredTensor("weight", (0, 1), (torch.int8,)),
         StoredTensor("weight_scale", (0, None), FLOATS),
     )
@@ -210,24 +210,16 @@ class Int8RowsWithOffset(Int8Rows):
 
 
 @dataclass(frozen=True)
-class IntegerWeight(LinearWeight):
-    """A weight of eight bits whose inputs become integers, for a model that computes in `dtype`.
+class IntegerWeight(Int8Weight):
+    """A weight of eight bits whose inputs become integers.
 
     `inputs`, `start` and what `scale` belongs to: see `Operators.pack_integers`.
     """
 
     quantizes_inputs = True
 
-    values: Tensor  # int8 [F, K]
-    scale: Tensor  # fp32 [F]
-    dtype: torch.dtype
     inputs: InputRange | None = None
     start: Tensor | None = None  # int32 [F]
-
-    @property
-    def out_features(self) -> int:
-        """F."""
-        return self.values.shape[0]
 
     def pack(self, ops: Operators, bias: Tensor | None) -> PackedLinear:
         """By `Operators.pack_integers`."""
@@ -268,7 +260,7 @@ class Int8Dynamic(Int8RowsWithOffset):
 
     def load(
         self, stored: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
-    ) -> LinearWeight:
+    ) -> IntegerWeight:
         """As `Int8RowsWithOffset`."""
         weight = super().load(stored, device, dtype)
         return IntegerWeight(weight.values, weight.scale, dtype)

@@ -339,10 +339,9 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
     """
     path = checkpoint.model_path
     names = _find_names(checkpoint, config)
-    formats = find_formats(names)
     raw = read_json(path / "config.json")
-    stored = Stored(path, raw, names, checkpoint.dtypes, formats)
-    formats = check_quantization(stored, config.quantize)
+    by_name = Stored(path, raw, names, checkpoint.dtypes, find_formats(names))
+    formats = check_quantization(by_name, config.quantize)
     expected = stored_shapes(config, formats)
     names = {name: names[name] for name in expected if name in names}
     if missing := [name for name in expected if name not in names]:

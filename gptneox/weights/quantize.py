@@ -109,7 +109,7 @@ def quantize_rows(weight: Tensor, dtype: torch.dtype) -> Int8Weight:
     return Int8Weight(values, scale, dtype)
 
 
-def dequantize(weight: Int8Weight | IntegerWeight, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: Int8Weight, dtype: torch.dtype) -> Tensor:
     """values * scale, rounded once to `dtype`, [F, K]."""
     out = torch.empty(weight.values.shape, dtype=dtype)
     for rows in _chunks(weight.values):
@@ -187,9 +187,9 @@ def quantize_checkpoint(
         RuntimeError: not enough room on the disk, or another run writes there.
     """
     source = _Source.open(input_path)
-    if scheme := scheme_of(source.layout.formats):
+    if found := scheme_of(source.layout.formats):
         raise CheckpointError(
-            f"{input_path} is quantized already ({scheme}); give the float checkpoint"
+            f"{input_path} is quantized already ({found}); give the float checkpoint"
         )
     form = options.form
     if form == COMPRESSED_TENSORS and options.quant_type != W8A16:
@@ -414,7 +414,7 @@ def _float_tensors(source: _Source, name: str) -> Tensors:
 
 def _floats(weight: LinearWeight, source: _Source, linear: str) -> Iterator[Tensor]:
     """The values of `_float_tensors` of a weight."""
-    assert isinstance(weight, Int8Weight | IntegerWeight)
+    assert isinstance(weight, Int8Weight)
     inputs = weight.inputs if isinstance(weight, IntegerWeight) else None
     if inputs is None:
         yield dequantize(weight, source.dtype)
