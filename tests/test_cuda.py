@@ -319,7 +319,7 @@ def test_without_kernels_torch_serves(gpus, capability, has_triton, words, monke
     assert words in paged.reason
     assert words in caplog.text
     found = ops.describe_operators(96, 24, 128, FloatKV(torch.bfloat16))
-    assert [f.ok for f in found] == [None, None, True, True]
+    assert [f.ok for f in found] == [None, None, True, True, True if capability >= (8, 0) else None]
     step = object()
     assert ops.capture(step) is step
 

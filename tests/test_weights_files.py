@@ -399,7 +399,7 @@ SETTINGS = {
     "quantize_config.json": ('{"bits": 4}', "GPTQ, as quantize_config.json says"),
     "quant_config.json": ('{"w_bit": 4}', "AWQ"),
     "hf_quant_config.json": ('{"quantization": {}}', "ModelOpt"),
-    "quant_model_description.json": ('{"model_quant_type": "W8A8"}', "W8A8"),
+    "quant_model_description.json": ('{"model_quant_type": "W4A8"}', "W4A8"),
     "quant_model_description_w8a16.json": ("{}", "ModelSlim, as quant_model_description_w8a16"),
 }
 

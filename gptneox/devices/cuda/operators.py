@@ -109,11 +109,9 @@ class CudaOperators(Operators):
                 "two products",
                 "with a parallel residual and float weights; four with others",
             ),
-            ChosenOperator(
-                "W8A8 products",
-                "torch._int_mm",
-                "rows are padded to 32; torch, fp32, for sizes that 8 does not divide",
-            ),
+            ChosenOperator("W8A8 products", "torch._int_mm", "for sizes that 8 divides")
+            if self.device.capability >= MIN_CAPABILITY
+            else ChosenOperator("W8A8 products", "torch, fp32", "compute capability below 8.0"),
             *rows,
         ]
 

@@ -71,8 +71,14 @@ class MsModelSlimReader(Reader):
     """Serves weights of eight bits, with inputs as floats or integers, mixed with float layers."""
 
     def describes(self, stored: Stored) -> bool:
-        """A description that is not of floats alone, or a scheme of the tool in config.json."""
-        if str(stored.config.get("quantize") or "").upper() in (*QUANTIZED_TAGS, *_REASONS):
+        """A description that is not of floats alone, or a scheme of the tool in config.json.
+
+        Settings that name another method are its reader's.
+        """
+        settings = stored.config.get("quantization_config")
+        has_method = isinstance(settings, dict) and "quant_method" in settings
+        scheme = str(stored.config.get("quantize") or "").upper()
+        if not has_method and scheme in (*QUANTIZED_TAGS, *_REASONS):
             return True
         return any(
             read_json(file).get("model_quant_type") != FLOAT_TAG
@@ -84,9 +90,10 @@ class MsModelSlimReader(Reader):
         files = descriptions(stored.path)
         if len(files) != 1:
             found = listed([file.name for file in files]) or "none"
+            scheme = stored.config.get("quantize") or "config.json does not say how"
             raise CheckpointError(
-                f"{stored.path} needs one {DESCRIPTION}, which says how each tensor is quantized; "
-                f"found {found}"
+                f"{stored.path} is quantized ({scheme}) and needs one {DESCRIPTION}, which says "
+                f"how each tensor is; found {found}"
             )
         [file] = files
         description = read_json(file)
