@@ -438,7 +438,7 @@ def resolve_model_path(text: str, ini: Path) -> str:
 
 # Forms of quantized checkpoints that can be written.
 MSMODELSLIM, COMPRESSED_TENSORS = "ascend", "compressed-tensors"
-QUANT_TYPES = ("w8a16", "w8a8_dynamic", "w8a8")
+QUANT_TYPES = ("w8a16", "w8a8_dynamic", "w8a8", "w4a16")
 
 
 def disable_level(text: str) -> str:
@@ -471,7 +471,8 @@ class QuantizeOptions:
     quant_type: str = setting(
         "w8a16",
         "Scheme: weights of eight bits with a scale for each output, and inputs as floats (w8a16), "
-        "as integers with a scale for each token (w8a8_dynamic) or for each layer (w8a8).",
+        "as integers with a scale for each token (w8a8_dynamic) or for each layer (w8a8); or "
+        "weights of four bits with a scale for each group of inputs (w4a16).",
         choices=QUANT_TYPES,
     )
     form: str = setting(
@@ -493,10 +494,16 @@ class QuantizeOptions:
     )
     calib_file: Path | None = setting(
         None,
-        "Sample text of the w8a8 types: lines of JSON with inputs_pretokenized or text. Default: "
-        "English text that comes with the toolkit.",
+        "Sample text: lines of JSON with inputs_pretokenized or text. Default of the w8a8 types: "
+        "English text that comes with the toolkit; w4a16 rounds by GPTQ with it, and without by a "
+        "search of each group's range.",
         parse=given_path,
         placeholder="FILE",
+    )
+    group_size: int = setting(
+        64,
+        "Inputs that share a scale, of w4a16.",
+        choices=(32, 64, 128),
     )
     anti_method: str = setting(
         "m1",

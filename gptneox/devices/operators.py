@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 class LinearWeight(ABC):
     """The weight [F, K] of a linear layer on the device, in the format it was loaded in."""
 
+    adjusts_inputs: ClassVar[bool] = False  # something is done to them before the product
     quantizes_inputs: ClassVar[bool] = False  # the product is one of integers
 
     @property
@@ -108,6 +109,39 @@ class PackedIntegers(PackedLinear):
     def multiply(self, ops: Operators, x: Tensor) -> Tensor:
         """By `Operators.linear_integers`."""
         return ops.linear_integers(x, self)
+
+
+@dataclass
+class PackedInt4(PackedLinear):
+    """Weights of four bits, uint8 [F, K / 2]; scales and zeros belong to groups of inputs."""
+
+    scale: Tensor  # [F, G], base: fp32
+    zero: Tensor  # [F, G], base: uint8
+
+    def multiply(self, ops: Operators, x: Tensor) -> Tensor:
+        """By `Operators.linear_int4`."""
+        return ops.linear_int4(x, self)
+
+
+@dataclass
+class PackedAdjusted(PackedLinear):
+    """A layer whose inputs are divided, and put in another order, before its own product.
+
+    `weight` is the PackedLinear of that product, which has the bias.
+    """
+
+    order: Tensor | None  # [K]
+    divisor: Tensor | None  # [K], of x as it comes
+
+    def multiply(self, ops: Operators, x: Tensor) -> Tensor:
+        """Of x [T, K]."""
+        if self.divisor is not None:
+            x = x / self.divisor.to(x.dtype)
+        if self.order is not None:
+            x = x.index_select(1, self.order)
+        inner = self.weight
+        assert isinstance(inner, PackedLinear)
+        return inner.multiply(ops, x)
 
 
 @dataclass
@@ -249,6 +283,37 @@ class Operators:
         """
         weight = (packed.weight.float() * packed.scale.unsqueeze(1)).to(x.dtype)
         return F.linear(x, weight, packed.bias)
+
+    def pack_int4(
+        self,
+        values: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> PackedLinear:
+        """Copy the weight scale[f, g] * (value[f, k] - zero[f, g]) into the layout of its product.
+
+        Args:
+            values: uint8 [F, K / 2]: the values from 0 to 15, the even k in the low half of a byte.
+            scale: fp32 [F, G]; each belongs to K / G inputs.
+            zero: uint8 [F, G], from 0 to 15.
+            bias: [F].
+            dtype: that the model computes in.
+        """
+        sizes = 2 * values.shape[1], values.shape[0]
+        return PackedInt4(values.clone(), bias, *sizes, scale=scale.clone(), zero=zero.clone())
+
+    def linear_int4(self, x: Tensor, packed: PackedInt4) -> Tensor:
+        """x [T, K]; returns [T, F]. The weight is widened to the dtype of x, then multiplied.
+
+        A device may apply scales to the sums of groups instead, which rounds less.
+        """
+        pairs = packed.weight.unsqueeze(2)
+        values = torch.cat((pairs & 15, pairs >> 4), 2).flatten(1).float()  # [F, K]
+        groups = values.view(len(values), packed.scale.shape[1], -1)
+        weight = (groups - packed.zero.float().unsqueeze(2)) * packed.scale.unsqueeze(2)
+        return F.linear(x, weight.flatten(1).to(x.dtype), packed.bias)
 
     def pack_integers(
         self,

@@ -17,12 +17,8 @@ from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EMBEDDED_CHECKPOINT
 from gptneox.engine.detokenizer import load_tokenizer
 from gptneox.prompts import encode
-from gptneox.weights.quantize import (
-    LinearReport,
-    Outcome,
-    dequantize_checkpoint,
-    quantize_checkpoint,
-)
+from gptneox.weights.quantize import Outcome, dequantize_checkpoint, quantize_checkpoint
+from gptneox.weights.report import LinearReport
 
 KEYS = ("inputs_pretokenized", "text")  # of a line, in this order
 # English passages, the last of which are the default sample.
@@ -49,7 +45,8 @@ def run(settings: Settings) -> None:
         _finish(outcome, target, "Float weights have been successfully saved.")
         return
     texts: list[list[int]] = []
-    if options.quant_type != "w8a16":
+    has_default = options.quant_type.startswith("w8a8")
+    if has_default or (options.quant_type == "w4a16" and options.calib_file):
         tokenizer = load_tokenizer(source, ModelConfig.from_pretrained(source).vocab_size)
         texts = [encode(tokenizer, t, "sample text") for t in sample_texts(options.calib_file)]
     others: list[str] = []

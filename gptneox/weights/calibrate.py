@@ -97,7 +97,7 @@ def calibrate(
     Raises:
         ValueError: too little text, or an id that the vocabulary lacks.
     """
-    model = _FloatModel(config, read, _limit(texts, config.vocab_size))
+    model = FloatModel(config, read, limit_texts(texts, config.vocab_size))
     scheme = Scheme()
     head = {name for name in wish.chosen if not name.startswith(PREFIX)}
     scheme.linears |= dict.fromkeys(head, W8A16)  # the logits' inputs stay floats
@@ -110,8 +110,13 @@ def calibrate(
     return scheme
 
 
-def _limit(texts: Sequence[Sequence[int]], vocab_size: int) -> list[Tensor]:
-    """The ids that are used.
+def limit_texts(
+    texts: Sequence[Sequence[int]],
+    vocab_size: int,
+    most: int = MAX_TOKENS,
+    longest: int = MAX_TEXT,
+) -> list[Tensor]:
+    """The ids that are used: at most `longest` of a text, `most` of all.
 
     Raises:
         ValueError: see `calibrate`.
@@ -119,7 +124,7 @@ def _limit(texts: Sequence[Sequence[int]], vocab_size: int) -> list[Tensor]:
     used: list[Tensor] = []
     total = 0
     for ids in texts:
-        part = list(ids[: min(MAX_TEXT, MAX_TOKENS - total)])
+        part = list(ids[: min(longest, most - total)])
         if wrong := [i for i in part if not 0 <= i < vocab_size]:
             raise ValueError(f"token {wrong[0]} is not among the {vocab_size} of the vocabulary")
         if part:
@@ -128,7 +133,7 @@ def _limit(texts: Sequence[Sequence[int]], vocab_size: int) -> list[Tensor]:
     if total < MIN_TOKENS:
         raise ValueError(
             f"the calibration text has {total} tokens; at least {MIN_TOKENS} are needed, and "
-            f"{MAX_TOKENS} are used where there are as many"
+            f"{most} are used where there are as many"
         )
     return used
 
@@ -148,7 +153,7 @@ class _Inputs:
     down: Tensor
 
 
-class _FloatModel:
+class FloatModel:
     """The model in fp32, one layer at a time, over texts that stay apart."""
 
     def __init__(

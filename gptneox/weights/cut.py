@@ -33,11 +33,12 @@ from gptneox.config.model import ModelConfig
 from gptneox.config.places import shipped
 from gptneox.parallel import check_divides
 from gptneox.weights.files import DTYPES, REMAP_BYTES, CheckpointError, SafetensorsFile
-from gptneox.weights.formats import Formats, cut_dimension, find_formats, part_shape, scheme_of
+from gptneox.weights.formats import Formats, cut_dimension, part_shape, scheme_of
 from gptneox.weights.load import (
     PART_FILE,
     Checkpoint,
     Manifest,
+    check_cut,
     find_layout,
     is_embedding,
     parameter_name,
@@ -118,6 +119,7 @@ def cut_checkpoint(
     layout = find_layout(checkpoint, config)
     if layout.num_parts > 1:
         raise CheckpointError(f"{input_path} is itself a part; give the uncut checkpoint")
+    check_cut(input_path, config, layout.formats, world_size)
     target = find_target(output_path, input_path, [f.path for f in checkpoint.files])
     check_free(target, CUT, replace=recut)
     tensors = {n: (checkpoint.dtypes[n], s) for n, s in checkpoint.shapes.items()}
@@ -204,7 +206,7 @@ def merge_checkpoint(part_model: Path, output_path: Path, *, recut: bool = False
         name: (DTYPES[entry["dtype"]], tuple(entry["shape"]))
         for name, entry in manifest.tensors.items()
     }
-    formats = find_formats(parameter_name(name) for name in tensors)
+    formats = find_layout(parts[0], ModelConfig.from_pretrained(part_model / "0")).formats
     with filling(target, kind, replace=recut) as folder:
         check_space(target, sum(num_bytes(d, s) for d, s in tensors.values()))
         copy_side_files(part_model / "0", folder)

@@ -269,6 +269,10 @@ class PickleFile(WeightFile):
 
 def open_weight_file(path: Path) -> WeightFile:
     """The reader for a file, by its ending."""
+    if path.suffix == ".gguf":
+        from gptneox.weights.readers.gguf import GgufFile
+
+        return GgufFile(path)
     return SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
 
 
@@ -332,7 +336,23 @@ def find_weight_files(model_path: Path) -> tuple[list[WeightFile], dict[str, str
     shards = [] if named else _shards_without_index(model_path, problems)
     if shards:
         return _chosen(model_path, shards, "a set of shards without an index", (), problems), {}
+    if not named and not problems and (file := _only_gguf(model_path)):
+        return _chosen(model_path, [file], file.name, (), problems), {}
     raise FileNotFoundError(_describe_nothing(model_path, named, problems))
+
+
+def _only_gguf(model_path: Path) -> Path | None:
+    """The GGUF file of a directory that has nothing else.
+
+    Raises:
+        CheckpointError: there are several.
+    """
+    files = sorted(model_path.glob("*.gguf"))
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{model_path} has several models: {listed([p.name for p in files])}; keep one"
+        )
+    return files[0] if files else None
 
 
 def _chosen(

@@ -56,7 +56,7 @@ class WeightFormat(ABC):
     """One way to store the weight of a linear layer."""
 
     tensors: tuple[StoredTensor, ...]
-    scheme: ClassVar[str] = ""  # of quantization, as directories and messages name it
+    scheme: str = ""  # of quantization, as directories and messages name it
     has_bias: ClassVar[bool] = False  # the layer's bias is among the tensors of the weight
 
     @abstractmethod
@@ -66,6 +66,10 @@ class WeightFormat(ABC):
     @abstractmethod
     def num_bytes(self, num_outputs: int, num_inputs: int, dtype: torch.dtype) -> int:
         """Bytes of a loaded weight in a model that computes in `dtype`."""
+
+    def why_not_cut(self, axis: int, num_outputs: int, num_inputs: int, world_size: int) -> str:
+        """Why a weight cannot be shared out along OUTPUTS or INPUTS to ranks; "" where it can."""
+        return ""
 
     @abstractmethod
     def load(
@@ -386,7 +390,13 @@ def scheme_of(formats: Formats) -> str:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """The owner of a tensor, and what it is of it: "….mlp.dense_4h_to_h" and "weight"."""
+    """The owner of a tensor, and what it is of it: "….mlp.dense_4h_to_h" and "weight".
+
+    What belongs to a weight is of its owner, too, such as "weight.absmax".
+    """
+    owner, dot, suffix = name.partition(".weight.")
+    if dot:
+        return owner, f"weight.{suffix}"
     owner, _, suffix = name.rpartition(".")
     return owner, suffix
 
@@ -439,6 +449,14 @@ def pad_to(value: Tensor, shape: tuple[int, ...]) -> Tensor:
             padding = (*shape[:dim], missing, *shape[dim + 1 :])
             return torch.cat([value, value.new_zeros(padding)], dim)
     return value
+
+
+def why_not_cut(linear: str, shape: tuple[int, ...], formats: Formats, world_size: int) -> str:
+    """Why the weight [F, K] of a linear layer cannot be shared out to ranks; "" where it can."""
+    axis = CUT_AXES.get(_module(linear))
+    if axis is None or world_size == 1:
+        return ""
+    return formats.get(linear, FLOAT).why_not_cut(axis, shape[0], shape[1], world_size)
 
 
 def is_partial_bias(name: str) -> bool:

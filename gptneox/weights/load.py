@@ -42,6 +42,7 @@ from gptneox.weights.formats import (
     rank_slice,
     scheme_of,
     split_name,
+    why_not_cut,
 )
 from gptneox.weights.readers import check_quantization
 from gptneox.weights.readers.stored import Stored
@@ -52,12 +53,15 @@ from gptneox.weights.size import (
     PREFIX,
     ModelSize,
     find_kv_format,
+    full_shapes,
     stored_shapes,
 )
 
 logger = logging.getLogger(__name__)
 
 HEAD_OWNERS = ("embed_out", "lm_head")
+# AWQ stores what the inputs of a layer are divided by beside the activation before it.
+AWQ_SCALES = (".mlp.act.scales", ".mlp.dense_4h_to_h.act_scales")
 # In the name of a normalisation that msmodelslim wrapped to smooth what it computes.
 WRAPPED = "norm.module."
 # A linear layer of which every rank's part differs from the whole in shape.
@@ -128,7 +132,7 @@ def parameter_name(stored: str) -> str:
     names, and a normalisation may be wrapped. Source: transformers 5, core_model_loading.py,
     `rename_source_key`, and its mapping of `embed_out` to `lm_head` for GPT-NeoX.
     """
-    bare = stored.removeprefix(PREFIX).replace(WRAPPED, "norm.")
+    bare = stored.removeprefix(PREFIX).replace(WRAPPED, "norm.").replace(*AWQ_SCALES)
     owner, part = split_name(bare)
     if owner in HEAD_OWNERS and (bare == stored or owner == HEAD_OWNERS[1]):
         return f"{HEAD_OWNERS[0]}.{part}"
@@ -324,10 +328,25 @@ def _open(
                 f"{model_path} is one part of {layout.num_parts}, but {world_size} ranks run; "
                 f"start {layout.num_parts} ranks, or give the uncut checkpoint"
             )
+        if layout.num_parts == 1:
+            check_cut(checkpoint.model_path, config, layout.formats, world_size or 1)
     except BaseException:
         checkpoint.close()
         raise
     return checkpoint, layout
+
+
+def check_cut(path: Path, config: ModelConfig, formats: Formats, world_size: int) -> None:
+    """Raise CheckpointError where a weight cannot be shared out to ranks."""
+    for name, shape in full_shapes(config).items():
+        linear, suffix = split_name(name)
+        if suffix != "weight" or len(shape) < 2:
+            continue
+        if reason := why_not_cut(linear, shape, formats, world_size):
+            raise CheckpointError(
+                f"{path} cannot be shared out to {world_size} ranks: of {linear}, {reason}; use "
+                "fewer ranks, or quantize in smaller groups"
+            )
 
 
 def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
@@ -340,9 +359,14 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
     path = checkpoint.model_path
     names = _find_names(checkpoint, config)
     raw = read_json(path / "config.json")
-    by_name = Stored(path, raw, names, checkpoint.dtypes, find_formats(names))
-    formats = check_quantization(by_name, config.quantize)
-    expected = stored_shapes(config, formats)
+    formats = check_quantization(
+        Stored(path, raw, names, checkpoint.dtypes, find_formats(names), checkpoint.shapes),
+        config.quantize,
+    )
+    try:
+        expected = stored_shapes(config, formats)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     names = {name: names[name] for name in expected if name in names}
     if missing := [name for name in expected if name not in names]:
         raise CheckpointError(f"{path} lacks {_describe_missing(missing, checkpoint, names)}")

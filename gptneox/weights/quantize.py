@@ -30,11 +30,19 @@ from gptneox import __version__
 from gptneox.config.files import read_json
 from gptneox.config.model import ModelConfig
 from gptneox.config.settings import COMPRESSED_TENSORS, QuantizeOptions
-from gptneox.devices.operators import InputRange, LinearWeight
+from gptneox.devices.operators import FoldableWeight, InputRange, LinearWeight
 from gptneox.weights import calibrate
 from gptneox.weights.calibrate import STATIC, W8A16, Scheme
 from gptneox.weights.files import CheckpointError, listed
-from gptneox.weights.formats import FLOATS, Int8Weight, IntegerWeight, scheme_of, split_name
+from gptneox.weights.formats import (
+    FLOATS,
+    INT8_ROWS,
+    Int8Weight,
+    IntegerWeight,
+    scheme_of,
+    split_name,
+)
+from gptneox.weights.groups import AdjustedWeight, Int4Weight
 from gptneox.weights.load import (
     PART_FILE,
     Checkpoint,
@@ -43,7 +51,9 @@ from gptneox.weights.load import (
     find_layout,
     parameter_name,
 )
+from gptneox.weights.quantize_int4 import W4A16, Int4Plan
 from gptneox.weights.readers import compressed_tensors, msmodelslim
+from gptneox.weights.report import LinearReport, Report, Tensors
 from gptneox.weights.results import (
     QUANTIZATION_MANIFEST,
     Kind,
@@ -59,17 +69,13 @@ from gptneox.weights.results import (
     num_bytes,
     write_json,
 )
-from gptneox.weights.size import EMBEDDING_NAME, HEAD_NAME
+from gptneox.weights.size import EMBEDDING_NAME, HEAD_NAME, full_shapes
 
 logger = logging.getLogger(__name__)
 
 HEAD = split_name(HEAD_NAME)[0]
 LARGEST = 127  # of a quantized value; -128 is left out, so that ranges are symmetric
 _CHUNK = 1 << 24  # values that are widened at a time
-
-# Name of a stored tensor -> its dtype and shape.
-Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-
 
 # -- numbers -------------------------------------------------------------------------------------
 
@@ -117,6 +123,21 @@ def dequantize(weight: Int8Weight, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def floats_of(weight: LinearWeight, dtype: torch.dtype) -> Tensor:
+    """The matrix [F, K] that a loaded weight stands for, rounded once to `dtype`."""
+    if isinstance(weight, AdjustedWeight):
+        inner = floats_of(weight.weight, dtype)
+        if weight.order is not None:
+            inner = inner[:, weight.order.argsort()]
+        return inner if weight.divisor is None else (inner / weight.divisor).to(dtype)
+    if isinstance(weight, Int4Weight):
+        return weight.dequantize(dtype)
+    if isinstance(weight, Int8Weight | IntegerWeight):
+        return dequantize(weight, dtype)
+    assert isinstance(weight, FoldableWeight)
+    return weight.floats()
+
+
 def relative_error(weight: Tensor, quantized: Int8Weight) -> float:
     """Norm of the rounding error over the norm of the weight.
 
@@ -141,18 +162,6 @@ def _chunks(weight: Tensor) -> Iterator[slice]:
 # -- what a run does -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LinearReport:
-    """What became of a linear layer's weight."""
-
-    name: str
-    scheme: str  # "w8a16", "w8a8_dynamic", "w8a8" or "float"
-    lowest: float
-    highest: float
-    error: float  # see `relative_error`
-    output_error: float = 0.0  # with sample text, that of the layer's outputs
-
-
 @dataclass
 class Outcome:
     """Bytes of all tensors before and after."""
@@ -160,9 +169,6 @@ class Outcome:
     bytes_before: int = 0
     bytes_after: int = 0
     left_out: list[str] = field(default_factory=list)  # tensors that the model does not read
-
-
-Report = Callable[[LinearReport], None]
 
 
 def quantize_checkpoint(
@@ -179,24 +185,55 @@ def quantize_checkpoint(
         output_path: the folder to make; an earlier result of this function is replaced.
         options: the scheme, which layers, and in which form.
         report: called for every linear layer.
-        texts: token ids of sample text, for the schemes whose inputs become integers.
+        texts: token ids of sample text, for the schemes whose inputs become integers, and for
+            GPTQ of weights of four bits.
 
     Raises:
         ValueError, FileNotFoundError: the checkpoint or an option is wrong; nothing was written.
         FileExistsError: `output_path` holds anything that this function did not write.
         RuntimeError: not enough room on the disk, or another run writes there.
     """
-    source = _Source.open(input_path)
+    source = Source.open(input_path)
     if found := scheme_of(source.layout.formats):
         raise CheckpointError(
             f"{input_path} is quantized already ({found}); give the float checkpoint"
         )
     form = options.form
-    if form == COMPRESSED_TENSORS and options.quant_type != W8A16:
+    if form == COMPRESSED_TENSORS and options.quant_type not in (W8A16, W4A16):
         raise ValueError(
-            f"--format {form} is written for {W8A16} only; leave it out for {options.quant_type}"
+            f"--format {form} is written for {W8A16} and {W4A16} only; leave it out for "
+            f"{options.quant_type}"
         )
     chosen = _choose(source, options)
+    plan = _plan(source, chosen, options, report, texts)
+    groups = [tensors for name in plan.stored if (tensors := plan.tensors(name))]
+    config = {k: v for k, v in source.config.items() if k != "transformers_weights"}
+    with _result(source, output_path, "quantize", config | plan.settings()) as folder:
+        if not plan.is_compressed_tensors:
+            write_json(folder / msmodelslim.DESCRIPTION, plan.description(groups))
+        stem = f"quant_model_weight_{options.quant_type}.safetensors"
+        stem = PART_FILE if plan.is_compressed_tensors else stem
+        return _write(source, folder, stem, groups, plan.convert, options.part_bytes)
+
+
+def _plan(
+    source: Source,
+    chosen: set[str],
+    options: QuantizeOptions,
+    report: Report,
+    texts: Sequence[Sequence[int]],
+) -> _Plan | Int4Plan:
+    """For the scheme that is asked for; see `quantize_checkpoint`."""
+    is_compressed_tensors = options.form == COMPRESSED_TENSORS
+    if options.quant_type == W4A16:
+        return Int4Plan(
+            source,
+            chosen,
+            options.group_size,
+            report,
+            texts,
+            is_compressed_tensors=is_compressed_tensors,
+        )
     scheme = Scheme(dict.fromkeys(chosen, W8A16))
     if options.quant_type != W8A16:
         wish = calibrate.Wish(
@@ -207,33 +244,30 @@ def quantize_checkpoint(
             dtype=source.dtype,
         )
         scheme = calibrate.calibrate(source.model, source.read, texts, wish, quantize_rows)
-    plan = _Plan(source, scheme, options.quant_type, form == COMPRESSED_TENSORS, report)
-    groups = [tensors for name in source.stored if (tensors := plan.tensors(name))]
-    config = {k: v for k, v in source.config.items() if k != "transformers_weights"}
-    with _result(source, output_path, "quantize", config | plan.settings()) as folder:
-        if not plan.is_compressed_tensors:
-            write_json(folder / msmodelslim.DESCRIPTION, plan.description(groups))
-        stem = f"quant_model_weight_{options.quant_type}.safetensors"
-        stem = PART_FILE if plan.is_compressed_tensors else stem
-        return _write(source, folder, stem, groups, plan.convert, options.part_bytes)
+    return _Plan(source, scheme, options.quant_type, is_compressed_tensors, report)
 
 
 @dataclass(frozen=True)
 class _Plan:
     """What a quantized checkpoint consists of."""
 
-    source: _Source
+    source: Source
     scheme: Scheme
     quant_type: str
     is_compressed_tensors: bool  # which form
     report: Report
+
+    @property
+    def stored(self) -> list[str]:
+        """The tensors of the source, in the order of its files."""
+        return self.source.stored
 
     def settings(self) -> dict[str, Any]:
         """For config.json."""
         if not self.is_compressed_tensors:
             return {"quantize": self.quant_type}
         ignored = [n for n in self.source.layout.formats if n not in self.scheme.linears]
-        return {"quantization_config": compressed_tensors.write_settings(ignored)}
+        return {"quantization_config": compressed_tensors.write_settings(INT8_ROWS, ignored)}
 
     def description(self, groups: list[Tensors]) -> dict[str, Any]:
         """The file that tags every tensor."""
@@ -360,8 +394,8 @@ def dequantize_checkpoint(input_path: Path, output_path: Path, part_bytes: int =
     Raises:
         ValueError, OSError, RuntimeError: as `quantize_checkpoint`.
     """
-    source = _Source.open(input_path)
-    formats = source.layout.formats
+    source = Source.open(input_path)
+    formats, names = source.layout.formats, source.layout.names
     if not scheme_of(formats):
         raise CheckpointError(f"{input_path} is not quantized; there is nothing to make floats of")
     groups = [g for name in source.stored if (g := _float_tensors(source, name))]
@@ -371,7 +405,6 @@ def dequantize_checkpoint(input_path: Path, output_path: Path, part_bytes: int =
         if not _is_integers(source, name):
             yield source.checkpoint.read(name)
             return
-        names = source.layout.names
         stored = {
             t.suffix: source.checkpoint.read(names[f"{linear}.{t.suffix}"])
             for t in formats[linear].tensors
@@ -390,34 +423,34 @@ def dequantize_checkpoint(input_path: Path, output_path: Path, part_bytes: int =
         return _write(source, folder, PART_FILE, groups, convert, part_bytes)
 
 
-def _is_integers(source: _Source, name: str) -> bool:
+def _is_integers(source: Source, name: str) -> bool:
     """Whether a stored tensor is the weight of a quantized layer."""
     is_quantized = _linear(name) in source.layout.formats
     is_quantized = is_quantized and bool(source.layout.formats[_linear(name)].scheme)
     return is_quantized and split_name(name)[1] == "weight"
 
 
-def _float_tensors(source: _Source, name: str) -> Tensors:
+def _float_tensors(source: Source, name: str) -> Tensors:
     """What the tensor `name` of a quantized checkpoint becomes; nothing where another holds it."""
     dtype, shape = source.checkpoint.dtypes[name], source.checkpoint.shapes[name]
     linear, (owner, suffix) = _linear(name), split_name(name)
     found = source.layout.formats.get(linear)
     if found is None or not found.scheme or (suffix == "bias" and not found.has_bias):
         return {name: (dtype, shape)}
-    if suffix != "weight":
+    if suffix != found.tensors[0].suffix:
         return {}
+    whole = full_shapes(source.model)[f"{linear}.weight"]
     bias: Tensors = {}
     if found.has_bias and source.model.has_bias(linear):
-        bias = {f"{owner}.bias": (source.dtype, shape[:1])}
-    return {name: (source.dtype, shape)} | bias
+        bias = {f"{owner}.bias": (source.dtype, whole[:1])}
+    return {f"{owner}.weight": (source.dtype, whole)} | bias
 
 
-def _floats(weight: LinearWeight, source: _Source, linear: str) -> Iterator[Tensor]:
+def _floats(weight: LinearWeight, source: Source, linear: str) -> Iterator[Tensor]:
     """The values of `_float_tensors` of a weight."""
-    assert isinstance(weight, Int8Weight)
     inputs = weight.inputs if isinstance(weight, IntegerWeight) else None
     if inputs is None:
-        yield dequantize(weight, source.dtype)
+        yield floats_of(weight, source.dtype)
         return
     assert isinstance(weight, IntegerWeight)
     assert weight.start is not None
@@ -436,7 +469,7 @@ def _linear(stored: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """The checkpoint that is read."""
 
     path: Path
@@ -447,7 +480,7 @@ class _Source:
     dtype: torch.dtype  # that it names
 
     @classmethod
-    def open(cls, path: Path) -> _Source:
+    def open(cls, path: Path) -> Source:
         """Find and check the files.
 
         Raises:
@@ -489,7 +522,7 @@ class _Source:
         return value
 
 
-def _choose(source: _Source, options: QuantizeOptions) -> set[str]:
+def _choose(source: Source, options: QuantizeOptions) -> set[str]:
     """The linear layers to quantize.
 
     Raises:
@@ -535,7 +568,7 @@ def _kind(task: str) -> Kind:
 
 @contextmanager
 def _result(
-    source: _Source, output_path: Path, task: str, config: Mapping[str, Any]
+    source: Source, output_path: Path, task: str, config: Mapping[str, Any]
 ) -> Iterator[Path]:
     """The folder to fill with weights; it gets everything else, and is checked and sealed."""
     files = [file.path for file in source.checkpoint.files]
@@ -563,7 +596,7 @@ def _result(
 
 
 def _write(
-    source: _Source,
+    source: Source,
     folder: Path,
     stem: str,
     groups: list[Tensors],

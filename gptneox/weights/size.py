@@ -49,12 +49,19 @@ def full_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def stored_shapes(config: ModelConfig, formats: Formats) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of an uncut checkpoint whose linear layers have `formats`."""
+    """Name and shape of every tensor of an uncut checkpoint whose linear layers have `formats`.
+
+    Raises:
+        ValueError: a format does not serve a weight of this shape.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in full_shapes(config).items():
         owner, suffix = split_name(name)
         if suffix == "weight" and owner in formats:
-            stored = formats[owner].shapes(*shape)
+            try:
+                stored = formats[owner].shapes(*shape)
+            except ValueError as error:
+                raise ValueError(f"{owner}: {error}") from error
             shapes |= {f"{owner}.{part}": size for part, size in stored.items()}
         elif not (suffix == "bias" and owner in formats and formats[owner].has_bias):
             shapes[name] = shape

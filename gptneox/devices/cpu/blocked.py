@@ -19,11 +19,13 @@ import torch
 logger = logging.getLogger(__name__)
 
 NEVER = 2**62
+# Weight format -> the dtype that its values are given in.
 FORMATS = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp32": torch.float32,
     "int8": torch.int8,
+    "int4": torch.uint8,
     "integers": torch.int8,  # and activations that are rounded to eight bits, too
 }
 # A matrix that no second-level cache holds, so that a trial reads as a model does.
@@ -64,16 +66,9 @@ def _read(path: Path) -> dict[str, int] | None:
 
 def _first_row(kernels: Any, name: str) -> int:
     """The smallest number of rows from which on the blocked kernels are faster; NEVER for none."""
-    dtype = FORMATS[name]
-    weight = torch.full((_FEATURES, _DEPTH), 0.01 if dtype.is_floating_point else 1, dtype=dtype)
-    scales = None if dtype.is_floating_point else torch.full((_FEATURES,), 0.01)
-    packed: Any = None
-    if name == "integers":
-        if "int8 dot products" not in kernels.describe():
-            return NEVER  # other instructions do not give exact sums
-        packed = kernels.pack_integers(weight, scales, None, None, 0)
-    else:
-        packed = kernels.pack(weight, scales)
+    if name == "integers" and "int8 dot products" not in kernels.describe():
+        return NEVER  # other instructions do not give exact sums
+    packed = _pack(kernels, name)
     first = NEVER
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -88,6 +83,19 @@ def _first_row(kernels: Any, name: str) -> int:
     finally:
         torch.set_num_threads(num_threads)
     return first
+
+
+def _pack(kernels: Any, name: str) -> Any:
+    dtype = FORMATS[name]
+    if name == "int4":
+        pairs = torch.full((_FEATURES, _DEPTH // 2), 0x11, dtype=dtype)
+        groups = _FEATURES, _DEPTH // 64
+        return kernels.pack_int4(pairs, torch.full(groups, 0.01), torch.zeros(groups, dtype=dtype))
+    weight = torch.full((_FEATURES, _DEPTH), 0.01 if dtype.is_floating_point else 1, dtype=dtype)
+    scales = None if dtype.is_floating_point else torch.full((_FEATURES,), 0.01)
+    if name == "integers":
+        return kernels.pack_integers(weight, scales, None, None, 0)
+    return kernels.pack(weight, scales)
 
 
 def _is_faster(kernels: Any, name: str, packed: Any, x: torch.Tensor) -> bool:

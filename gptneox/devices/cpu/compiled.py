@@ -129,6 +129,19 @@ class CompiledCpuOperators(CpuOperators):
         packed = self.kernels.pack(values, scale)
         return PackedLinear(packed, wide, values.shape[1], values.shape[0])
 
+    def pack_int4(
+        self,
+        values: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> PackedLinear:
+        """In panels of half bytes, with scales and zeros; `linear` multiplies by them."""
+        wide = None if bias is None else bias.float().contiguous()
+        packed = self.kernels.pack_int4(values, scale, zero)
+        return PackedLinear(packed, wide, 2 * values.shape[1], values.shape[0])
+
     def pack_integers(
         self,
         values: Tensor,
@@ -160,8 +173,8 @@ class CompiledCpuOperators(CpuOperators):
         multiplied one by one.
         """
         linears = weights.linears()
-        is_mixed = len({type(weight) for weight, _ in linears}) > 1
-        if is_mixed or any(weight.quantizes_inputs for weight, _ in linears):
+        kinds = {type(weight) for weight, _ in linears}
+        if len(kinds) > 1 or any(k.adjusts_inputs or k.quantizes_inputs for k in kinds):
             return self._pack_four(weights)
         qkv_bias = weights.query_key_value[1]
         packed = [weight.pack(self, None) for weight, _ in linears]

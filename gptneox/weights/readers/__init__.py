@@ -1,20 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized checkpoints, by the tool that wrote them: what its settings say must be what is stored.
 
-The formats of linear layers follow from the names of their tensors (`formats.find_formats`), as
-far as names tell. A tool also writes down what it did; its reader compares both, tells formats of
-the same names apart, and refuses what is not served. A further tool is a module here and a line in
-`READERS`.
+The formats of linear layers follow from the names of their tensors (`formats.find_formats`), or
+are those of a tool, which its reader has. A tool also writes down what it did; its reader compares
+both, tells formats of the same names apart, and refuses what is not served. A further tool is a
+module here and a line in `READERS`.
 """
 
 from __future__ import annotations
 
 from gptneox.weights.files import CheckpointError, find_quantization
 from gptneox.weights.formats import Formats, scheme_of
-from gptneox.weights.readers import compressed_tensors, msmodelslim
+from gptneox.weights.readers import awq, bitsandbytes, compressed_tensors, gguf, gptq, msmodelslim
 from gptneox.weights.readers.stored import Reader, Stored
 
-READERS: tuple[Reader, ...] = (msmodelslim.READER, compressed_tensors.READER)
+READERS: tuple[Reader, ...] = (
+    msmodelslim.READER,
+    compressed_tensors.READER,
+    gptq.READER,
+    awq.READER,
+    bitsandbytes.READER,
+    gguf.READER,
+)
 
 
 def check_quantization(stored: Stored, method: str) -> Formats:

@@ -18,8 +18,8 @@ from gptneox.weights.formats import FLOAT, Formats, WeightFormat
 class Stored:
     """A checkpoint directory before its tensors are read.
 
-    `names` maps parameters to stored tensors, `dtypes` every stored tensor to its dtype; `formats`
-    are those that the names of the tensors imply.
+    `names` maps parameters to stored tensors, `dtypes` and `shapes` every stored tensor to its
+    own; `formats` are those that the names of the tensors imply.
     """
 
     path: Path
@@ -27,6 +27,7 @@ class Stored:
     names: Mapping[str, str]
     dtypes: Mapping[str, torch.dtype]
     formats: Formats
+    shapes: Mapping[str, tuple[int, ...]]
 
     def format_of(self, linear: str) -> WeightFormat:
         """Of a linear layer, such as "gpt_neox.layers.0.attention.dense"."""

@@ -6,6 +6,8 @@
 
 #include <optional>
 
+#include "tile.h"
+
 namespace gptneox {
 
 // Call `body` with a zero of the C++ type of `type`: float, Half or BFloat16. Raises TypeError.
@@ -31,6 +33,15 @@ void with_stored_type(at::ScalarType type, Body&& body) {
     return body(int8_t{});
   }
   with_type(type, body);
+}
+
+// As `with_stored_type` for packed weights, which may also be Int4. Raises TypeError.
+template <typename Body>
+void with_weight_type(at::ScalarType type, Body&& body) {
+  if (type == at::kByte) {
+    return body(Int4{});
+  }
+  with_stored_type(type, body);
 }
 
 // x [any, width] as contiguous fp32. Raises ValueError.

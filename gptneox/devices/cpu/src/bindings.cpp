@@ -10,6 +10,7 @@
 
 #include "blocked.h"
 #include "greedy.h"
+#include "int4.h"
 #include "integers.h"
 #include "layer.h"
 #include "linear.h"
@@ -25,7 +26,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using Release = py::call_guard<py::gil_scoped_release>;
   py::class_<Packed, std::shared_ptr<Packed>>(m, "Packed")
       .def_property_readonly("nbytes", [](const Packed& p) {
-        return p.panels.nbytes() + (p.scales.defined() ? p.scales.nbytes() : 0);
+        size_t bytes = p.panels.nbytes();
+        for (const auto& beside : {p.scales, p.zeros}) {
+          bytes += beside.defined() ? beside.nbytes() : 0;
+        }
+        return bytes;
       });
   py::class_<PackedIntegers, std::shared_ptr<PackedIntegers>>(m, "PackedIntegers")
       .def_property_readonly("nbytes", [](const PackedIntegers& p) {
@@ -67,6 +72,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "pack", &pack, Release(), py::arg("weight"), py::arg("scales") = std::optional<at::Tensor>());
   m.def(
+      "pack_int4", &pack_int4, Release(), py::arg("values"), py::arg("scales"), py::arg("zeros"));
+  m.def(
       "linear", &linear, Release(), py::arg("x"), py::arg("weight"), py::arg("bias"),
       py::arg("activation"));
   m.def(
@@ -88,14 +95,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("describe", &describe);
   m.def(
       "set_blocked_from",
-      [](int64_t bf16, int64_t fp16, int64_t fp32, int64_t int8, int64_t integers) {
-        blocked_from = {bf16, fp16, fp32, int8};
+      [](int64_t bf16, int64_t fp16, int64_t fp32, int64_t int8, int64_t int4, int64_t integers) {
+        blocked_from = {bf16, fp16, fp32, int8, int4};
         integers_blocked_from = integers;
       },
-      py::arg("bf16"), py::arg("fp16"), py::arg("fp32"), py::arg("int8"), py::arg("integers"));
+      py::arg("bf16"), py::arg("fp16"), py::arg("fp32"), py::arg("int8"), py::arg("int4"),
+      py::arg("integers"));
   m.def("blocked_from", [] {
     return std::make_tuple(
         blocked_from.bf16, blocked_from.fp16, blocked_from.fp32, blocked_from.int8,
-        integers_blocked_from);
+        blocked_from.int4, integers_blocked_from);
   });
 }

@@ -6,7 +6,8 @@
 // fp16 weights are multiplied as two bf16 parts: every finite fp16 value is the sum of two bf16
 // values, and so is an fp32 activation to within 2^-16. w x = w_hi x_hi + w_hi x_lo + w_lo x_hi has
 // a relative error of 4e-6 (the product in fp32: 3e-7; activations rounded to fp16: 2e-4). Weights
-// of eight bits are bf16 values: w x = w x_hi + w x_lo.
+// of eight bits are bf16 values: w x = w x_hi + w x_lo. Weights of four bits are scaled first, and
+// multiplied as fp16 ones are.
 #pragma once
 
 #include <ATen/native/CPUBlas.h>
@@ -50,7 +51,7 @@ constexpr int64_t kSplitDepth = 256;
 // The smallest number of rows that goes to the blocked kernels, by dtype of the weights. With fewer
 // rows the register tile is faster. blocked.py measures the numbers after loading the library.
 struct BlockedFrom {
-  int64_t bf16 = kNever, fp16 = kNever, fp32 = kNever, int8 = kNever;
+  int64_t bf16 = kNever, fp16 = kNever, fp32 = kNever, int8 = kNever, int4 = kNever;
 };
 inline BlockedFrom blocked_from;
 
@@ -70,13 +71,15 @@ inline bool is_blocked(int64_t rows, int64_t depth) {
   } else if constexpr (std::is_same_v<W, c10::BFloat16>) {
     return rows >= blocked_from.bf16;
   } else {
-    return rows >= (kRowScaled<F> ? blocked_from.int8 : blocked_from.fp16) && depth >= kSplitDepth;
+    const int64_t least = std::is_same_v<W, int8_t> ? blocked_from.int8
+                          : std::is_same_v<W, Int4> ? blocked_from.int4
+                                                    : blocked_from.fp16;
+    return rows >= least && depth >= kSplitDepth;
   }
 }
 
 // Write part of a row of activations, x [count], in the form that multiplies weights of format F.
-// fp32: copied. bf16: rounded. fp16 and int8: split into two planes, x_hi at `out` and x_lo `plane` values
-// later.
+// fp32: copied. bf16: rounded. Others: split into two planes, x_hi at `out` and x_lo `plane` values later.
 template <typename F>
 inline void write_row(const float* x, int64_t count, int64_t plane, void* out) {
   if constexpr (std::is_same_v<typename F::Weight, float>) {
@@ -107,7 +110,7 @@ inline void write_row(const float* x, int64_t count, int64_t plane, void* out) {
 }
 
 #if GPTNEOX_BF16_DOT
-// Split fp16 weights [count][kCols] of a panel into w_hi and w_lo, panels of bf16 pairs
+// Split fp16 or fp32 weights [count][kCols] of a panel into w_hi and w_lo, panels of bf16 pairs
 // [count / 2][kCols][2]. int8 weights have no w_lo.
 template <typename W>
 inline void split_weights(

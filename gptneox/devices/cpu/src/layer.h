@@ -55,7 +55,7 @@ struct Layer {
     const int64_t count = rows.size(0), width = rows.size(1);
     at::Tensor y = workspace(0, {count, qkv->features}, at::kFloat);
     at::Tensor mlp;
-    with_stored_type(qkv->panels.scalar_type(), [&](auto zero) {
+    with_weight_type(qkv->panels.scalar_type(), [&](auto zero) {
       using F = Format<decltype(zero)>;
       RowBlocks<F>* blocks[2] = {&scratch<F>(0), &scratch<F>(1)};
       for (auto* each : blocks) {
@@ -117,7 +117,7 @@ struct Layer {
             y.size(0) == a.size(0) && y.size(1) == dense->features,
         "residual has shape ", y.sizes(), "; a contiguous float32 [", a.size(0), ", ",
         dense->features, "] is expected");
-    with_stored_type(dense->panels.scalar_type(), [&](auto zero) {
+    with_weight_type(dense->panels.scalar_type(), [&](auto zero) {
       using F = Format<decltype(zero)>;
       auto& first = scratch<F>(0);
       fill_blocks(first, a, back_is_blocked<F>(a.size(0)));

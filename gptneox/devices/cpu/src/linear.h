@@ -26,7 +26,7 @@ inline at::Tensor linear(
   if (rows.size(0) == 0) {
     return y;
   }
-  with_stored_type(weight->panels.scalar_type(), [&](auto zero) {
+  with_weight_type(weight->panels.scalar_type(), [&](auto zero) {
     using F = Format<decltype(zero)>;
     auto& blocks = scratch<F>(0);
     fill_blocks(blocks, rows, is_blocked<F>(rows.size(0), weight->depth));

@@ -21,8 +21,10 @@ namespace gptneox {
 
 // A weight matrix [F, K] in panels.
 struct Packed {
-  at::Tensor panels; // [ceil(F / kCols), padded K, kCols], dtype of the weight
+  at::Tensor panels; // [ceil(F / kCols), padded K, kCols], dtype of the weight; or see int4.h
   at::Tensor scales; // of int8 weights, fp32 [ceil(F / kCols) * kCols], zeros behind F
+  at::Tensor zeros; // of weights of four bits
+  int64_t group = 0; // likewise, values of K with one scale
   int64_t features = 0;
   int64_t depth = 0; // K, unpadded
 

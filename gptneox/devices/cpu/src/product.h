@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "blocked.h"
+#include "int4.h"
 #include "packing.h"
 #include "rows.h"
 #include "team.h"
@@ -177,10 +178,16 @@ void panel_few(const Output<F>& out, int64_t panel) {
     bool accumulate = false;
     float* sums = c;
     for (const auto& term : out.terms) {
-      const auto* weight = term.weight->panels.template const_data_ptr<typename F::Weight>();
-      weight += panel * term.weight->padded() * kCols;
-      run_tile<F, 0, true>(
-          term.x->rows_of(b), weight, term.x->block(b), term.x->k_steps, sums, kCols, accumulate);
+      const int block_rows = term.x->rows_of(b);
+      if constexpr (kGrouped<F>) {
+        run_tile_int4(
+            block_rows, *term.weight, panel, term.x->block(b), term.x->k_steps, sums, kCols,
+            accumulate);
+      } else {
+        run_tile<F, 0, true>(
+            block_rows, panel_at<F>(*term.weight, panel), term.x->block(b), term.x->k_steps, sums,
+            kCols, accumulate);
+      }
       accumulate = !kRowScaled<F>;
       sums += kRowScaled<F> ? kSize : 0;
     }
@@ -196,18 +203,17 @@ void panel_few(const Output<F>& out, int64_t panel) {
 template <typename F>
 void panel_many(
     const Output<F>& out, int64_t panel, int64_t first, int64_t last, float* c, float* wide) {
-  using W = typename F::Weight;
   const int64_t size = (last - first) * kRows * kCols; // of the sums of a term
   bool accumulate = false;
   float* sums = c;
   for (const auto& term : out.terms) {
-    const W* weight = term.weight->panels.template const_data_ptr<W>();
-    weight += panel * term.weight->padded() * kCols;
     const int64_t k_steps = term.x->k_steps;
     for (int64_t k = 0; k < k_steps; k += kChunk) {
       const int64_t count = std::min(kChunk, k_steps - k);
-      const W* chunk = weight + k * kCols * F::kPerLane;
-      if constexpr (kWidened<F>) {
+      const auto* chunk = panel_at<F>(*term.weight, panel, k * F::kPerLane);
+      if constexpr (kGrouped<F>) {
+        widen_int4(*term.weight, panel, k, count, wide);
+      } else if constexpr (kWidened<F>) {
         for (int64_t i = 0; i < count * kCols; i += kCols) {
           __builtin_prefetch(reinterpret_cast<const char*>(chunk + i) + 4096, 0, 2);
           load(chunk + i).store(wide + i);
@@ -246,13 +252,12 @@ constexpr int64_t kBlockedSweep = 512, kBlockedPanels = 4;
 // stays in the second-level cache, as all of K does not for the wide products of large models.
 constexpr int64_t kResidentBytes = int64_t{1} << 20;
 
-// Panels [panel, end) of an output, row blocks [first, last), by the blocked kernels. fp16 and int8
+// Panels [panel, end) of an output, row blocks [first, last), by the blocked kernels. kWidened
 // weights are split once per chunk (blocked.h). c has room for the sums of all panels.
 template <typename F>
 void panels_blocked(
     const Output<F>& out, int64_t panel, int64_t end, int64_t first, int64_t last, float* c,
     float* wide) {
-  using W = typename F::Weight;
   const auto& x0 = *out.terms[0].x;
   const int64_t rows = std::min(last * x0.height, x0.rows) - first * x0.height;
   const int64_t resident = kResidentBytes / (rows * sizeof(typename F::Scalar)) / 32 * 32;
@@ -261,17 +266,20 @@ void panels_blocked(
   bool accumulate = false;
   float* term_sums = c;
   for (const auto& term : out.terms) {
-    const W* weight = term.weight->panels.template const_data_ptr<W>();
     const int64_t k_steps = term.x->k_steps, stride = term.x->stride();
     for (int64_t k = 0; k < k_steps; k += chunk, accumulate = true) {
       const int64_t count = std::min(chunk, k_steps - k);
       for (int64_t p = panel; p < end; ++p) {
-        const W* part = weight + (p * term.weight->padded() + k * F::kPerLane) * kCols;
+        const auto* part = panel_at<F>(*term.weight, p, k * F::kPerLane);
         float* sums = term_sums + (p - panel) * rows * kCols;
         if constexpr (kWidened<F>) {
           auto* high = reinterpret_cast<c10::BFloat16*>(wide);
           auto* low = high + kChunk * kCols;
-          split_weights(part, count, high, low);
+          if constexpr (kGrouped<F>) {
+            split_int4(*term.weight, p, k, count, high, low);
+          } else {
+            split_weights(part, count, high, low);
+          }
           const auto* a = reinterpret_cast<const c10::BFloat16*>(term.x->block(first)) + k;
           const auto add = [&](const void* x, const void* w, bool adds) {
             block_product<F>(rows, x, stride, w, kCols, kCols, count / 2, sums, kCols, adds);

@@ -134,6 +134,11 @@ inline Lanes lanes(const float* p) {
   return out;
 }
 
+// Two weights of four bits in a byte; int4.h has what is peculiar to them.
+struct Int4 {
+  uint8_t pair;
+};
+
 // How weights of type W are multiplied. kPerLane: consecutive values of K that share a 32-bit lane;
 // one K step multiplies that many. Scalar: the activations of a row for a K step, 32 bits. Operand:
 // weights of a K step in a register.
@@ -179,8 +184,15 @@ struct Format<c10::BFloat16> {
 };
 #endif
 
-// Weights that no dot-product instruction takes, in half precision or of eight bits: they are
-// widened to fp32.
+template <>
+struct Format<Int4> {
+  using Weight = Int4;
+  using Scalar = float;
+  static constexpr int kPerLane = 1;
+};
+
+// Weights that no dot-product instruction takes, in half precision, of eight or of four bits: they
+// are widened to fp32.
 template <typename F>
 constexpr bool kWidened = F::kPerLane == 1 && sizeof(typename F::Weight) < 4;
 
