@@ -318,7 +318,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "groups": (describe(group_size=64), r"group_size is 64"),
     "a quantized cache": (describe(kv_quant_type="C8"), r"'C8': a quantized KV cache is not"),
     "cards": (describe(reduce_quant_type="per_channel"), r"scales for each card"),
-    "a tag": (describe(**{f"{DOWN}.weight": "W4A16"}), r"dense_4h_to_h.weight is 'W4A16'"),
+    "a tag": (describe(**{f"{DOWN}.weight": "W4A8_DYNAMIC"}), r"weight is 'W4A8_DYNAMIC'"),
     "a tag of nothing": (describe(**{"a.weight": "FLOAT"}), r"lacks a\.weight, which quant_model"),
     "no tag": (describe(**{f"{DOWN}.weight": None}), r"no entry for .*dense_4h_to_h\.weight"),
     "a float tag": (describe(**{f"{DOWN}.weight": "FLOAT"}), r"is FLOAT, but .* stores it as int8"),

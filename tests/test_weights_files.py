@@ -245,7 +245,6 @@ FOUND_INSTEAD = {
     "model.fp16.safetensors": "found model.fp16.safetensors",
     "consolidated.00.pth": "found consolidated.00.pth",
     "tf_model.h5": "found tf_model.h5",
-    "model.gguf": "found model.gguf",
     "model.safetensors.part": "found model.safetensors.part",
     "model.safetensors.incomplete": "found model.safetensors.incomplete",
     "pytorch_model.bin.zip": "found pytorch_model.bin.zip",
@@ -396,19 +395,25 @@ def test_types_that_nobody_knows_are_refused(model: Path) -> None:
 
 
 SETTINGS = {
-    "quantize_config.json": ('{"bits": 4}', "GPTQ, as quantize_config.json says"),
-    "quant_config.json": ('{"w_bit": 4}', "AWQ"),
-    "hf_quant_config.json": ('{"quantization": {}}', "ModelOpt"),
-    "quant_model_description.json": ('{"model_quant_type": "W4A8"}', "W4A8"),
-    "quant_model_description_w8a16.json": ("{}", "ModelSlim, as quant_model_description_w8a16"),
+    "quantize_config.json": ('{"bits": 4}', "is of gptq, but no weight is stored as qweight"),
+    "quant_config.json": (
+        '{"w_bit": 4, "q_group_size": 64}',
+        "is of awq, but no weight is stored as qweight",
+    ),
+    "hf_quant_config.json": ('{"quantization": {}}', "is quantized (ModelOpt"),
+    "quant_model_description.json": ('{"model_quant_type": "W8A8SC"}', "is quantized (W8A8SC"),
+    "quant_model_description_w8a16.json": (
+        "{}",
+        "is quantized (ModelSlim, as quant_model_description_w8a16",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_of_a_quantizer_are_refused(model: Path, name: str) -> None:
-    text, method = SETTINGS[name]
+    text, message = SETTINGS[name]
     (model / name).write_text(text)
-    refuse(model, f"is quantized ({method}", error=CheckpointError)
+    refuse(model, message, error=CheckpointError)
 
 
 def test_a_description_of_floats_is_no_quantization(model: Path) -> None:

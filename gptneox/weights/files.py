@@ -268,11 +268,7 @@ class PickleFile(WeightFile):
 
 
 def open_weight_file(path: Path) -> WeightFile:
-    """The reader for a file, by its ending."""
-    if path.suffix == ".gguf":
-        from gptneox.weights.readers.gguf import GgufFile
-
-        return GgufFile(path)
+    """The reader for a file of safetensors or a pickle, by its ending."""
     return SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
 
 
@@ -296,7 +292,7 @@ _WEIGHT_ENDINGS = {
 }
 
 
-def find_weight_files(model_path: Path) -> tuple[list[WeightFile], dict[str, str]]:
+def find_weight_files(model_path: Path) -> tuple[list[Path], dict[str, str]]:
     """The files of the base model, and the index's weight map ({} without an index).
 
     The choice is that of transformers; adapters, optimizer states, variants and leftover shards
@@ -357,13 +353,13 @@ def _only_gguf(model_path: Path) -> Path | None:
 
 def _chosen(
     model_path: Path, files: list[Path], name: str, names: Iterable[str], problems: list[str]
-) -> list[WeightFile]:
-    """The chosen files, opened; logs what was passed over."""
+) -> list[Path]:
+    """The chosen files; logs what was passed over."""
     for problem in problems:
         logger.warning("%s: %s; %s is used", model_path, problem, name)
     if others := [n for n in names if n != name and (model_path / n).is_file()]:
         logger.info("%s: %s is used, not %s", model_path, name, ", ".join(others))
-    return [open_weight_file(path) for path in files]
+    return files
 
 
 def _named_in_config(model_path: Path) -> tuple[str, ...]:

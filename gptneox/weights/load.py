@@ -30,6 +30,7 @@ from gptneox.weights.files import (
     WeightFile,
     find_weight_files,
     listed,
+    open_weight_file,
 )
 from gptneox.weights.formats import (
     FLOATS,
@@ -45,6 +46,7 @@ from gptneox.weights.formats import (
     why_not_cut,
 )
 from gptneox.weights.readers import check_quantization
+from gptneox.weights.readers.gguf import GgufFile
 from gptneox.weights.readers.stored import Stored
 from gptneox.weights.results import MANIFEST_NAME
 from gptneox.weights.size import (
@@ -80,7 +82,8 @@ class Checkpoint:
             CheckpointError: a file is damaged, or a tensor is in two files with different values.
         """
         self.model_path = model_path
-        self.files, self.index = find_weight_files(model_path)
+        paths, self.index = find_weight_files(model_path)
+        self.files = [_open_file(path) for path in paths]
         self.where: dict[str, WeightFile] = {}
         self._last: WeightFile | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -120,6 +123,10 @@ class Checkpoint:
         """Unmap all files."""
         for file in self.files:
             file.close()
+
+
+def _open_file(path: Path) -> WeightFile:
+    return GgufFile(path) if path.suffix == ".gguf" else open_weight_file(path)
 
 
 # -- names and parts of stored tensors -----------------------------------------------------------
