@@ -362,7 +362,10 @@ def edit_group(**changes: Any) -> Callable[[dict[str, Any]], None]:
 
 
 SETTINGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "format": (lambda s: s.update(format="pack-quantized"), "format 'pack-quantized' is not"),
+    "format": (
+        lambda s: s["config_groups"]["group_0"].update(format="float-quantized"),
+        "format 'float-quantized' is not",
+    ),
     "bits": (edit_group(num_bits=4), "num_bits 4 are not"),
     "zero points": (edit_group(symmetric=False), "symmetric False are not"),
     "groups": (edit_group(strategy="group", group_size=64), "'group' are not"),

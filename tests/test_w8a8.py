@@ -560,7 +560,7 @@ def test_the_task_with_a_file_of_text(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_the_other_form_is_refused(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is written for w8a16 only"):
+    with pytest.raises(ValueError, match="is written for w8a16 and w4a16 only"):
         quantized(source, tmp_path / "q", "w8a8", form="compressed-tensors")
 
 

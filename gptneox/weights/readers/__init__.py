@@ -14,12 +14,13 @@ from gptneox.weights.formats import Formats, scheme_of
 from gptneox.weights.readers import awq, bitsandbytes, compressed_tensors, gguf, gptq, msmodelslim
 from gptneox.weights.readers.stored import Reader, Stored
 
+# The first that describes a checkpoint reads it.
 READERS: tuple[Reader, ...] = (
-    msmodelslim.READER,
     compressed_tensors.READER,
     gptq.READER,
     awq.READER,
     bitsandbytes.READER,
+    msmodelslim.READER,
     gguf.READER,
 )
 
