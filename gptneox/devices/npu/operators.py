@@ -213,6 +213,26 @@ class NpuOperators(Operators):
         y = product(packed.scale).mul_(packed.factor)
         return y if bias is None else y.add_(bias)
 
+    def pack_int4(
+        self,
+        values: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> PackedLinear:
+        """As the base class, which widens the weight for each product.
+
+        Raises:
+            ConfigError: on a 310P.
+        """
+        if self.device.is_310p:
+            raise ConfigError(
+                "w4a16: npu_weight_quant_batchmatmul takes weights of eight bits only on a 310P; "
+                "quantize with --quant_type w8a16 for it"
+            )
+        return super().pack_int4(values, scale, zero, bias, dtype)
+
     def pack_integers(
         self,
         values: Tensor,
