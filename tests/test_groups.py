@@ -24,7 +24,10 @@ from gptneox.weights.cut import cut_checkpoint, merge_checkpoint
 from gptneox.weights.files import CheckpointError
 from gptneox.weights.groups import pack, unpack
 from gptneox.weights.load import check_weights
-from gptneox.weights.quantize import dequantize_checkpoint
+from gptneox.weights.quantize import dequantize_checkpoint, floats_of
+from gptneox.weights.readers.bitsandbytes import BnbFourBits
+from gptneox.weights.readers.compressed_tensors import PackedFormat
+from gptneox.weights.readers.gguf import BLOCK_TYPES
 
 HALF_TYPES = [torch.float16, torch.bfloat16]
 CONFIG = checkpoints.FAMILY["pythia-14m"]
@@ -406,9 +409,49 @@ def test_a_gguf_model_answers_as_its_floats(device: Device, tmp_path: Path) -> N
 def test_gguf_against_its_library(tmp_path: Path) -> None:
     """All types, bit for bit with the dequantizer of the package gguf."""
     gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
-    from gptneox.weights.readers.gguf import BLOCK_TYPES
-
     for number, block in BLOCK_TYPES.items():
         data = foreign.blocks((16, 512), block.name, seed=number)
         expected = gguf.dequantize(data, gguf.GGMLQuantizationType(number))
         assert torch.equal(block.rows(torch.from_numpy(data)), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("kind", ["asymmetric", "symmetric", "8 bits"])
+def test_packed_against_its_library(kind: str) -> None:
+    """Bit for bit with what compressed-tensors unpacks and dequantizes."""
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    symmetric, bits = kind == "symmetric", 8 if kind == "8 bits" else 4
+    made = foreign.coded((64, 96), bits, 32, symmetric=symmetric)
+    stored = foreign.packed(made, symmetric=symmetric)
+    scale, zero = stored["weight_scale"], None
+    values = unpack_from_int32(stored["weight_packed"], bits, torch.Size((64, 96)))
+    if not symmetric:
+        zero = unpack_from_int32(stored["weight_zero_point"], bits, scale.shape, packed_dim=0)
+    scheme = QuantizationArgs(
+        num_bits=bits, type="int", symmetric=symmetric, strategy="group", group_size=32
+    )
+    expected = dequantize(values, scale, zero, args=scheme)
+    found = PackedFormat(bits, 32, symmetric=symmetric).load(
+        stored, torch.device("cpu"), torch.float16
+    )
+    assert torch.equal(floats_of(found, torch.float16), expected)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_bitsandbytes_against_its_library(kind: str, nested: bool) -> None:
+    """Bit for bit in fp32, from the tensors that it saves."""
+    library = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is missing")
+    weight = 0.05 * torch.randn(96, 128, generator=torch.Generator().manual_seed(0))
+    packed, state = library.quantize_4bit(
+        weight, quant_type=kind, compress_statistics=nested, blocksize=64
+    )
+    saved = {f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}
+    four_bits = BnbFourBits(kind, is_nested=nested, sizes=(0, 0, 0))
+    assert {t.suffix for t in four_bits.tensors} == {"weight", *saved}
+    found = four_bits.load({"weight": packed, **saved}, torch.device("cpu"), torch.float32)
+    expected = library.dequantize_4bit(packed, state).float()
+    assert torch.equal(floats_of(found, torch.float32), expected)
