@@ -269,6 +269,36 @@ def test_products_of_integers(depth, features, inputs):
         assert expected.shape == (rows, features)
 
 
+@given(
+    rows=st.sampled_from((1, 17, 65)),
+    features=st.sampled_from((1, 70)),
+    shape=st.sampled_from(((64, 32), (192, 64), (256, 128), (96, 96), (48, 16))),
+    has_bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=12, deadline=None, derandomize=True,
+          suppress_health_check=list(HealthCheck))  # fmt: skip
+def test_int4_products(rows, features, shape, has_bias, dtype, seed):
+    """Against fp64: one rounding of the result, and fp32 sums. The last shapes suit no tile."""
+    depth, group = shape
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(16, (features, depth), generator=generator, dtype=torch.uint8)
+    sizes = features, depth // group
+    scale = torch.rand(sizes, generator=generator) / 32
+    zero = torch.randint(16, sizes, generator=generator, dtype=torch.uint8)
+    bias = randn(features, seed=seed, dtype=dtype) if has_bias else None
+    x = randn(rows, depth + 3, seed=seed, dtype=dtype)[:, :depth]  # rows apart
+    ops = EmulatedCuda().operators()
+    packed = ops.pack_int4(values[:, ::2] | values[:, 1::2] << 4, scale, zero, bias, dtype)
+    assert not ops._int4_fault
+    spread = [t.double().repeat_interleave(group, 1) for t in (scale, zero)]
+    exact = x.double() @ ((values.double() - spread[1]) * spread[0]).T
+    exact = exact if bias is None else exact + bias.double()
+    assert_near(packed.multiply(ops, x), exact.to(dtype))
+    assert packed.multiply(ops, x[:0]).shape == (0, features)
+
+
 def test_an_int8_kernel_that_is_wrong_is_not_used(monkeypatch, caplog):
     right = cuda_kernels.linear_int8
     monkeypatch.setattr(cuda_kernels, "linear_int8", lambda *a: right(*a) + 0.5)

@@ -306,6 +306,52 @@ def _linear_int8(
     tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _linear_int4(
+    x: tl.tensor,  # [T, K], rows `x_stride` apart
+    weight: tl.tensor,  # [F, K / 2] uint8
+    scales: tl.tensor,  # [F, G] fp32
+    zeros: tl.tensor,  # [F, G] uint8
+    bias: tl.tensor,  # [F]
+    out: tl.tensor,  # [T, F]
+    num_rows: tl.tensor,  # T
+    x_stride: tl.tensor,
+    F: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # bytes of the weight, which divide those of a group
+    PRECISION: tl.constexpr,
+) -> None:
+    """Even and odd inputs are multiplied apart; a group's sum is that of integers, then scaled."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    x_row = x + m.to(tl.int64)[:, None] * x_stride
+    weight_row = weight + n.to(tl.int64)[:, None] * (K // 2)
+    inside_x, inside_w = (m < num_rows)[:, None], (n < F)[:, None]
+    for start in range(0, K // 2, BLOCK_K):
+        at = (start + k)[None, :]
+        even = tl.load(x_row + 2 * at, mask=inside_x, other=0.0)
+        odd = tl.load(x_row + 2 * at + 1, mask=inside_x, other=0.0)
+        pairs = tl.load(weight_row + at, mask=inside_w, other=0)
+        group = n * G + 2 * start // (K // G)
+        zero = tl.load(zeros + group, mask=n < F, other=0).to(tl.float32)[:, None]
+        low = ((pairs & 15).to(tl.float32) - zero).to(even.dtype)
+        high = ((pairs >> 4).to(tl.float32) - zero).to(even.dtype)
+        part = tl.dot(even, tl.trans(low), input_precision=PRECISION)
+        part += tl.dot(odd, tl.trans(high), input_precision=PRECISION)
+        acc += part * tl.load(scales + group, mask=n < F, other=0.0)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias + n, mask=n < F, other=0.0).to(tl.float32)[None, :]
+    inside = (m < num_rows)[:, None] & (n < F)[None, :]
+    at = m.to(tl.int64)[:, None] * F + n[None, :]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
+
+
 def _pointers(layer: LayerCache) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """K, V and their scales; without scales K and V again, which the kernels do not touch."""
     if isinstance(layer, Int8Cache):
@@ -468,6 +514,42 @@ def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) 
         *(x, weight, scales, scales if bias is None else bias, out, num_rows, x.stride(0)),
         F=num_features,
         K=depth,
+        HAS_BIAS=bias is not None,
+        PRECISION="ieee",
+        **tile,
+    )
+    return out
+
+
+def int4_block(depth: int, num_groups: int) -> int:
+    """Bytes of a row that `_linear_int4` reads at once: a power of two that divides a group's."""
+    size = depth // num_groups // 2
+    return min(64, size & -size)
+
+
+def linear_int4(
+    x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None
+) -> Tensor:
+    """x [T, K] times a weight of four bits; returns [T, F].
+
+    Args:
+        x: any distance between rows.
+        weight: uint8 [F, K / 2], contiguous; see `Operators.pack_int4`.
+        scales: fp32 [F, G], contiguous.
+        zeros: uint8 [F, G], contiguous. `int4_block` is at least 16.
+        bias: [F].
+    """
+    (num_rows, depth), (num_features, num_groups) = x.shape, scales.shape
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    out = torch.empty((num_rows, num_features), dtype=x.dtype, device=x.device)
+    tile = int8_tile(num_rows, x.dtype) | {"BLOCK_K": int4_block(depth, num_groups)}
+    grid = (triton.cdiv(num_features, tile["BLOCK_N"]), triton.cdiv(num_rows, tile["BLOCK_M"]))
+    _linear_int4[grid](
+        *(x, weight, scales, zeros, scales if bias is None else bias, out, num_rows, x.stride(0)),
+        F=num_features,
+        K=depth,
+        G=num_groups,
         HAS_BIAS=bias is not None,
         PRECISION="ieee",
         **tile,

@@ -23,6 +23,7 @@ from gptneox.devices.operators import (
     InputRange,
     LayerWeights,
     Operators,
+    PackedInt4,
     PackedInt8,
     PackedIntegers,
     PackedLayer,
@@ -78,6 +79,7 @@ class CudaOperators(Operators):
         self._why_no_graphs = ""  # or empty
         self._num_blocks = 0
         self._int8_fault: str | None = None  # in the kernel of int8 products; None: not tried
+        self._int4_fault: str | None = None  # likewise of four bits
 
     # -- which operators -------------------------------------------------------------------------
 
@@ -92,6 +94,10 @@ class CudaOperators(Operators):
             operator = "torch, widened" if self._int8_fault else "Triton"
             reason = self._int8_fault or "agrees with torch on this device"
             rows = [ChosenOperator("W8A16 products", operator, reason)]
+        if self._int4_fault is not None:
+            operator = "torch, widened" if self._int4_fault else "Triton"
+            reason = self._int4_fault or "agrees with torch on this device"
+            rows.append(ChosenOperator("W4A16 products", operator, reason))
         return [
             ChosenOperator(
                 "paged attention", "Triton" if has_kernels else "torch, fp32", self._reason
@@ -336,6 +342,62 @@ class CudaOperators(Operators):
             return super()._multiply_integers(x, weight)
         padding = max(0, MIN_INTEGER_ROWS - num_rows)
         return torch._int_mm(F.pad(x, (0, 0, 0, padding)), weight.t())[:num_rows]
+
+    def pack_int4(
+        self,
+        values: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> PackedLinear:
+        """The weight is on the device already. The first one decides about the kernel.
+
+        Raises:
+            RuntimeError: not enough memory.
+        """
+        if self._int4_fault is None:
+            self._int4_fault = self._find_fault(lambda: self._try_int4(dtype))
+            if self._int4_fault:
+                logger.warning(
+                    "W4A16 products: torch, which widens the weights each time and is slow (%s)",
+                    self._int4_fault,
+                )
+        try:
+            sizes = 2 * values.shape[1], values.shape[0]
+            kept = scale.contiguous(), zero.contiguous()
+            return PackedInt4(values.contiguous(), bias, *sizes, *kept)
+        except torch.OutOfMemoryError as error:
+            raise self.device.out_of_memory("the weights", "quantize the head, too") from error
+
+    def linear_int4(self, x: Tensor, packed: PackedInt4) -> Tensor:
+        """By the Triton kernel where it works and the groups suit it."""
+        if self._int4_fault or not len(x):
+            return super().linear_int4(x, packed)
+        kernels = load_kernels()
+        if kernels.int4_block(packed.in_features, packed.scale.shape[1]) < 16:
+            return super().linear_int4(x, packed)
+        out = kernels.linear_int4(x, packed.weight, packed.scale, packed.zero, packed.bias)
+        assert isinstance(out, Tensor)
+        return out
+
+    def _try_int4(self, dtype: torch.dtype) -> tuple[float, float]:
+        """As `_try_int8`."""
+        generator = torch.Generator().manual_seed(0)
+        values = torch.randint(256, (70, 96), generator=generator, dtype=torch.uint8)
+        scale = torch.rand(70, 6, generator=generator) / 16
+        zero = torch.randint(16, (70, 6), generator=generator, dtype=torch.uint8)
+        x = torch.randn(40, 192, generator=generator).to(dtype)
+        bias = torch.randn(70, generator=generator).to(dtype)
+        plain = PackedInt4(values, bias.double(), 192, 70, scale, zero)
+        exact = Operators.linear_int4(self, x.double(), plain)
+        moved = [t.to(self.torch_device) for t in (values, scale, zero, bias)]
+        worst = 0.0
+        for rows in (1, 40):
+            ours = load_kernels().linear_int4(x[:rows].to(self.torch_device), *moved)
+            worst = max(worst, (ours.cpu().double() - exact[:rows]).abs().max().item())
+        unit = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+        return worst, unit * max(1.0, exact.abs().max().item())
 
     def _try_int8(self, dtype: torch.dtype) -> tuple[float, float]:
         """As `_try_kernels`, for few rows and for many, and sizes that no tile divides."""
