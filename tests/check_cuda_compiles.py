@@ -117,6 +117,8 @@ def test_products_of_int8_weights_compile(capability, dtype, head_dim, tmp_path)
         tile = cuda_kernels.int8_tile(rows, dtype)
         options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
         constants = shape | tile | {"HAS_BIAS": has_bias}
-        result = compiled(cuda_kernels._linear_int8, dtype, constants, capability, **options)
-        assert result.metadata.shared <= MAX_SHARED_BYTES
-        assert (stack_bytes(result.asm["cubin"], tmp_path) or 0) <= 64
+        int4 = {"BLOCK_K": cuda_kernels.int4_block(HEADS * head_dim, 1), "G": 1}
+        for kernel, others in ((cuda_kernels._linear_int8, {}), (cuda_kernels._linear_int4, int4)):
+            result = compiled(kernel, dtype, constants | others, capability, **options)
+            assert result.metadata.shared <= MAX_SHARED_BYTES
+            assert (stack_bytes(result.asm["cubin"], tmp_path) or 0) <= 64
