@@ -37,6 +37,8 @@ def pointer(name, dtype, *, split, scaled):
         return "*i8"
     if scaled and name in ("k_scale", "v_scale"):
         return "*fp32"
+    if name == "zeros":
+        return "*u8"
     if name in ("cos", "sin", "stats", "parts", "scales") or (name == "out" and split):
         return "*fp32"
     return "*" + NAMES[dtype]
@@ -51,6 +53,8 @@ def compiled(kernel, dtype, constants, capability, **options):
             signature[name] = "i32"
         elif name == "scale":
             signature[name] = "fp32"
+        elif name == "weight" and "zeros" in kernel.arg_names:  # of four bits
+            signature[name] = "*u8"
         else:
             split, scaled = (constants.get(key, False) for key in ("SPLIT", "SCALED"))
             signature[name] = pointer(name, dtype, split=split, scaled=scaled)
