@@ -416,13 +416,14 @@ def test_a_trial_is_kept_and_read(cpu: CompiledCpuOperators, tmp_path: Path) -> 
     """The numbers are those of the file; one that is damaged is measured and written again."""
     path, before = tmp_path / "blocked.json", cpu.kernels.blocked_from()
     try:
-        kept = {"bf16": 3, "fp16": 40, "fp32": blocked.NEVER, "int8": 17, "integers": 5}
+        kept = {"bf16": 3, "fp16": 40, "fp32": blocked.NEVER, "int8": 17, "int4": 9}
+        kept["integers"] = 5
         path.write_text(json.dumps(kept))
         blocked.choose(cpu.kernels, path)
         assert cpu.kernels.blocked_from() == tuple(kept.values())
         assert blocked.describe(cpu.kernels) == (
             "blocked products: bf16 from 3 rows, fp16 from 40 rows, int8 from 17 rows, "
-            "integers from 5 rows"
+            "int4 from 9 rows, integers from 5 rows"
         )
         zero, of_an_older_version = (
             dict.fromkeys(kept, 1) | {"fp16": 0},
