@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gptneox.config.errors import ConfigError
 
@@ -117,6 +117,8 @@ def _download(model_id: str, revision: str) -> Path:
         RevisionNotFoundError,
     )
 
+    # OSError, and the common class of httpx's errors
+    network_errors = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
     api, place = HfApi(), f"{model_id} at {constants.ENDPOINT}"
     try:
         return _fetch(api, model_id, revision, place)
@@ -136,7 +138,7 @@ def _download(model_id: str, revision: str) -> Path:
             f"'{model_id}' is no folder here and not in the cache, and the hub cannot be asked: "
             f"{_line(error)}"
         ) from error
-    except HfHubHTTPError.__bases__ as error:  # OSError, and httpx's error of any kind
+    except network_errors as error:
         raise HubError(
             f"{place} cannot be downloaded: {_line(error)}; start it again, what has come is kept"
         ) from error
