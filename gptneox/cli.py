@@ -168,7 +168,10 @@ def place_of(model: ModelSection, environment: Environment) -> str:
 def with_checkpoint(settings: Settings) -> Settings:
     """The settings with the checkpoint's folder; see `place_of`."""
     path = place_of(settings.model, settings.environment)
-    return replace(settings, model=replace(settings.model, model_path=path))
+    server, given = settings.server, settings.model.model_path
+    if is_model_id(given) and not server.served_model_name:  # else its name would be a commit
+        server = replace(server, served_model_name=given)
+    return replace(settings, model=replace(settings.model, model_path=path), server=server)
 
 
 def _sampling_params(max_new_tokens: int, chosen: Generation) -> SamplingParams:

@@ -129,7 +129,7 @@ def _download(model_id: str, revision: str) -> Path:
     except RepositoryNotFoundError as error:
         raise HubError(
             f"'{model_id}' is no folder here, and {constants.ENDPOINT} shows no such model"
-            f"{_nearest(api, model_id)}; for a private one set HF_TOKEN"
+            f"{_nearest(api, model_id, network_errors)}; for a private one set HF_TOKEN"
         ) from error
     except RevisionNotFoundError as error:
         raise HubError(f"{place} has no revision {revision!r}; see its branches") from error
@@ -215,12 +215,12 @@ def _remember(folder: Path, commit: str, revision: str) -> None:
         reference.write_text(commit, "utf-8")
 
 
-def _nearest(api: Any, model_id: str) -> str:
+def _nearest(api: Any, model_id: str, network_errors: tuple[type[Exception], ...]) -> str:
     """The names that are most like an id, for a message; empty if nothing can be found."""
     owner, _, name = model_id.partition("/")
     found: set[str] = set()
     for question in ({"author": owner}, {"search": name}):
-        with suppress(OSError, ValueError):  # a help that must not hide the error
+        with suppress(ValueError, *network_errors):  # a help that must not hide the error
             found.update(model.id for model in api.list_models(**question, limit=500))
     nearest = difflib.get_close_matches(model_id, sorted(found), n=_NUM_NEAREST)
     return f" (near it: {', '.join(nearest)})" if nearest else ""

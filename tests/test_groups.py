@@ -320,6 +320,8 @@ def test_settings_in_a_file_of_their_own(tmp_path: Path) -> None:
     )
     formats = check_weights(tmp_path / "made", ModelConfig.from_pretrained(tmp_path / "made"))
     assert {f.scheme for f in formats.values()} == {"", "w4a16"}
+    dequantize_checkpoint(tmp_path / "made", tmp_path / "float")
+    assert not (tmp_path / "float/quantize_config.json").exists()
 
 
 # -- GGUF ----------------------------------------------------------------------------------------

@@ -39,7 +39,13 @@ from gptneox.weights.cut import cut_checkpoint, merge_checkpoint
 from gptneox.weights.files import CheckpointError
 from gptneox.weights.formats import INT8_DYNAMIC, INT8_STATIC, scheme_of
 from gptneox.weights.load import check_weights, load_model, rank_directory
-from gptneox.weights.quantize import LinearReport, dequantize_checkpoint, quantize_checkpoint
+from gptneox.weights.quantize import (
+    LinearReport,
+    _static,
+    dequantize_checkpoint,
+    quantize_checkpoint,
+    quantize_rows,
+)
 
 CONFIG = checkpoints.FAMILY["pythia-14m"] | {"vocab_size": 301}
 DESCRIPTION = "quant_model_description.json"
@@ -306,6 +312,36 @@ def write_like_msmodelslim(
 
 
 ALL = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+
+
+def test_floats_of_wrapped_norms_are_what_transformers_reads(source: Path, tmp_path: Path) -> None:
+    tags = dict.fromkeys(ALL, "W8A8")
+    path = write_like_msmodelslim(source, tmp_path / "q", tags, old=True)
+    dequantize_checkpoint(path, tmp_path / "again")
+    names = {*load_file(source / "model.safetensors")}
+    assert {*load_file(tmp_path / "again/model.safetensors")} == names
+
+
+def test_a_row_of_zeros_keeps_its_bias() -> None:
+    weight = quantize_rows(torch.tensor([[0.0, 0.0], [1.0, -1.0]]), torch.float32)
+    stored = _static(weight, torch.tensor([0.04, 0.0]), InputRange(0.1, 3), "linear")
+    bias = stored["quant_bias"][0] * stored["deq_scale"][0]
+    assert bias.item() == pytest.approx(0.04, rel=1e-5)
+
+
+def test_sums_that_do_not_fit_their_integers_are_refused() -> None:
+    weight = quantize_rows(torch.full((1, 4096), 1e-3), torch.float32)
+    inputs = InputRange(0.02, 0)
+    unit = weight.scale.item() * inputs.scale
+    with pytest.raises(CheckpointError, match="disable_names"):
+        _static(weight, torch.tensor([unit * (2**31 - 2e6)]), inputs, "linear")
+
+
+@pytest.mark.parametrize("quant_type", ["w8a16", "w4a16"])
+def test_levels_are_of_the_w8a8_types(quant_type: str, source: Path, tmp_path: Path) -> None:
+    options = QuantizeOptions(quant_type=quant_type, disable_level="L3")
+    with pytest.raises(ValueError, match="is of the w8a8 types"):
+        quantize_checkpoint(source, tmp_path / "q", options, lambda report: None)
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["new", "old"])

@@ -488,7 +488,7 @@ class QuantizeOptions:
     )
     disable_level: str = setting(
         "L0",
-        "Ln: the n linear layers with the largest errors stay float; not of w8a16.",
+        "Ln: the n linear layers with the largest errors stay float; of the w8a8 types.",
         parse=disable_level,
         placeholder="Ln",
     )

@@ -23,8 +23,14 @@ from gptneox.engine.api import (
 )
 from gptneox.engine.detokenizer import Detokenizer, append_until_end, decode, end_ids
 from gptneox.engine.generation_config import NO_RULES, GenerationRules
-from gptneox.engine.sampler import NO_TOKEN, NON_FINITE, adjust, non_finite_rows
-from gptneox.engine.sequence import InvalidParameter, SamplingParams, Sequence, check_vocabulary
+from gptneox.engine.sampler import NON_FINITE, adjust, non_finite_rows
+from gptneox.engine.sequence import (
+    NO_TOKEN,
+    InvalidParameter,
+    SamplingParams,
+    Sequence,
+    check_vocabulary,
+)
 from gptneox.parallel import TensorParallelGroup
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from gptneox.devices.step import ForwardBatch
-from gptneox.engine.sampler import NO_TOKEN, NON_FINITE, Sampler, non_finite_rows, token_logprobs
+from gptneox.engine.sampler import NON_FINITE, Sampler, non_finite_rows, token_logprobs
 from gptneox.engine.scheduler import Scheduled
-from gptneox.engine.sequence import Sequence
+from gptneox.engine.sequence import NO_TOKEN, Sequence
 from gptneox.kv_cache import PagedKVCache
 from gptneox.model import GPTNeoX
 

@@ -86,10 +86,6 @@ NON_FINITE = (
     "the logits are not finite: the weights hold NaN or Inf, or the dtype overflows; try --dtype "
     "float32 and check the checkpoint"
 )
-NO_TOKEN = (
-    "no token is left to choose: allowed_token_ids, min_new_tokens and the checkpoint's "
-    "generation_config.json together forbid all of them"
-)
 
 
 def adjust(logits: Tensor, seq: Sequence) -> Tensor:
@@ -176,8 +172,8 @@ def filtered_probs(logits: Tensor, params: SamplingParams) -> Tensor:
 
     The order is that of transformers' `generate`.
     """
-    # Subtracting the maximum and bounding the divisor keep a tiny temperature finite.
-    logits = (logits - logits.max()) / max(params.temperature, 1e-30)
+    # Subtracting the maximum and bounding the divisor keep tiny and huge temperatures finite.
+    logits = (logits - logits.max()) / min(max(params.temperature, 1e-30), 1e30)
     if 0 < params.top_k < logits.shape[-1]:
         smallest = logits.topk(params.top_k).values[-1]
         logits = logits.masked_fill(logits < smallest, -math.inf)

@@ -14,6 +14,10 @@ from gptneox.engine.generation_config import NO_RULES, GenerationRules
 
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 100
+NO_TOKEN = (
+    "no token is left to choose: allowed_token_ids, min_new_tokens and the checkpoint's "
+    "generation_config.json together forbid all of them"
+)
 # Source: OpenAI's API reference, POST /v1/completions.
 MAX_PENALTY, MAX_BIAS = 2.0, 100.0
 

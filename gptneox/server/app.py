@@ -100,7 +100,7 @@ class Application:
                 path, endpoint, methods=["GET"], response_model=None, **options
             )
 
-        states: dict[int | str, dict[str, Any]] = {503: {"description": "and why, in reason"}}
+        states: dict[int | str, dict[str, Any]] = {503: {"description": "and why, in error"}}
         add(HEALTH_PATH, self.health, responses=states)
         add("/ready", self.ready, responses=states)
         add("/metrics", self.metrics, response_class=PlainTextResponse)

@@ -73,7 +73,10 @@ async def read_json(request: HttpRequest, max_bytes: int) -> dict[str, Any]:
     body = await _read_body(request, max_bytes)
     try:
         content = json.loads(
-            body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_distinct
+            body.decode("utf-8"),
+            parse_int=_short_integer,
+            parse_constant=_no_constant,
+            object_pairs_hook=_distinct,
         )
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -92,10 +95,18 @@ def _no_constant(name: str) -> float:
 def _distinct(pairs: Seq[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice[:100]!a} is given twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{name[:100]!a} is given twice")
+            seen.add(name)
     return content
+
+
+def _short_integer(text: str) -> int:
+    if len(text) > 4000:  # Python refuses to write what is longer than 4300 digits
+        raise ValueError(f"an integer of {len(text)} characters; 4000 are the most")
+    return int(text)
 
 
 async def _read_body(request: HttpRequest, max_bytes: int) -> bytes:
@@ -327,6 +338,6 @@ class KeyCheck:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             given = headers.get("x-api-key", "")
-        value = given.strip().encode("latin-1")  # the bytes that Starlette has read as Latin-1
+        value = given.strip(" \t").encode("latin-1")  # the bytes that Starlette has read as Latin-1
         matches = [hmac.compare_digest(value, key) for key in self._keys]  # all are looked at
         return any(matches)

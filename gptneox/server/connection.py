@@ -14,6 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 HEAD_S = 10.0
+READ_S = 60.0  # a whole answer has so long to be read
 
 
 class Connection(H11Protocol):
@@ -52,6 +53,15 @@ class Connection(H11Protocol):
         super().data_received(data)
         if self.cycle is not before:  # a whole head has come
             self._stop_timer()
+
+    def on_response_complete(self) -> None:
+        """See uvicorn's class; its close would wait for ever for a client that reads nothing."""
+        super().on_response_complete()
+        self.loop.call_later(READ_S, self._cut_unread)
+
+    def _cut_unread(self) -> None:
+        if self.transport is not None and self.transport.is_closing():  # it is not used again
+            self.abort()
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:

@@ -245,6 +245,7 @@ class Front:
         self._shares = split_host(environ, self.own.replicas)
         self._stopping = asyncio.Event()
         self._signals = 0
+        self._ends_engines = False  # from then on it is no loss that they go
         metrics = Metrics(self.own.metrics_prefix, model_names(settings)[0], self._engine_states)
         self.groups = [
             EngineGroup(
@@ -280,9 +281,11 @@ class Front:
             )
             await self._stopping.wait()
             await self._drain()
+            self._ends_engines = True
             server.should_exit = True
             await serving
         finally:
+            self._ends_engines = True
             await asyncio.gather(*(group.stop() for group in self.groups))
         logger.info("the service has ended")
         return self.status
@@ -319,10 +322,12 @@ class Front:
 
     def _on_lost(self, group: EngineGroup) -> None:
         """An engine has gone. Unless the service is ending, that is its end."""
-        if self._stopping.is_set():
+        if self._ends_engines:
             return
         logger.error("%s; the service ends", group.lost)
-        self.status = 2 if group.status == 2 and group.limits is None else 1
+        # a signal to the whole process group ends idle engines, too: that is no failure
+        if not self._stopping.is_set() or self.service.num_running:
+            self.status = 2 if group.status == 2 and group.limits is None else 1
         self.service.lose(group, group.lost)
         group.kill()
         self._stopping.set()

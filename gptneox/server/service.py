@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from gptneox.config.settings import ServerSection
-from gptneox.engine.sequence import SamplingParams, TokenLogprobs
+from gptneox.engine.sequence import NO_TOKEN, SamplingParams, TokenLogprobs
 from gptneox.server.errors import Kind, ServiceError
 from gptneox.server.metrics import Metrics
 from gptneox.server.wire import Limits, Output
@@ -250,6 +250,8 @@ class Running:
         if output.error:
             logger.error("%s, choice %d: %s", self.request.request_id, index, output.error)
             message = "the model's output for this request was not finite numbers"
+            if output.error == NO_TOKEN:
+                message = output.error
             self.fail(ServiceError(Kind.FAILED, message))
             return
         self._measure(index, output)

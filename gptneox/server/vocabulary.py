@@ -141,10 +141,12 @@ class Offsets:
         self._vocabulary, self._position = vocabulary, start
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def add(self, token_ids: Seq[int]) -> list[int]:
-        """The offsets of the next tokens."""
+    def add(self, token_ids: Seq[int], *, shows_special: bool = True) -> list[int]:
+        """The offsets of the next tokens; a generated text leaves the special ones out."""
         offsets = []
         for token_id in token_ids:
             offsets.append(self._position)
+            if not shows_special and token_id in self._vocabulary.special:
+                continue
             self._position += len(self._decoder.decode(self._vocabulary.token_bytes(token_id)))
         return offsets

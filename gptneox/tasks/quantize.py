@@ -73,7 +73,7 @@ def sample_texts(path: Path | None) -> list[str]:
         lines = read_text(DEFAULT_TEXT).splitlines()[-NUM_DEFAULT:]
         return [json.loads(line)["passage"] for line in lines]
     texts = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"

@@ -210,7 +210,7 @@ class GroupFormat(WeightFormat):
         """See `WeightFormat`."""
         if axis != INPUTS:
             size = num_outputs / world_size
-            if size % self.outputs_per_word:
+            if self.outputs_per_word > 1 and size % self.outputs_per_word:
                 return (
                     f"its {num_outputs} outputs are packed {self.outputs_per_word} to a word, and "
                     f"{size:g} fall to each rank"

@@ -352,7 +352,7 @@ def check_cut(path: Path, config: ModelConfig, formats: Formats, world_size: int
         if reason := why_not_cut(linear, shape, formats, world_size):
             raise CheckpointError(
                 f"{path} cannot be shared out to {world_size} ranks: of {linear}, {reason}; use "
-                "fewer ranks, or quantize in smaller groups"
+                "fewer ranks, or make floats of it (--task quantize --dequantize)"
             )
 
 

@@ -45,6 +45,7 @@ from gptneox.weights.formats import (
 from gptneox.weights.groups import AdjustedWeight, Int4Weight
 from gptneox.weights.load import (
     PART_FILE,
+    WRAPPED,
     Checkpoint,
     Layout,
     check_weights,
@@ -52,7 +53,7 @@ from gptneox.weights.load import (
     parameter_name,
 )
 from gptneox.weights.quantize_int4 import W4A16, Int4Plan
-from gptneox.weights.readers import compressed_tensors, msmodelslim
+from gptneox.weights.readers import awq, compressed_tensors, gptq, msmodelslim
 from gptneox.weights.report import LinearReport, Report, Tensors
 from gptneox.weights.results import (
     QUANTIZATION_MANIFEST,
@@ -203,6 +204,11 @@ def quantize_checkpoint(
         raise ValueError(
             f"--format {form} is written for {W8A16} and {W4A16} only; leave it out for "
             f"{options.quant_type}"
+        )
+    if options.num_disabled and options.quant_type in (W8A16, W4A16):
+        raise ValueError(
+            f"--disable_level {options.disable_level} is of the w8a8 types; name the layers that "
+            f"stay float in --disable_names for {options.quant_type}"
         )
     chosen = _choose(source, options)
     plan = _plan(source, chosen, options, report, texts)
@@ -367,10 +373,14 @@ def _static(
         CheckpointError: the bias does not fit the integers.
     """
     scale = weight.scale.double() * inputs.scale
+    if bias is not None:  # a row of zeros has the scale of its bias alone
+        is_empty = ~weight.values.any(1) & (bias != 0)
+        scale = torch.where(is_empty, bias.double().abs() / 2**20, scale)
     start = -inputs.offset * weight.values.sum(1, dtype=torch.int64).double()
     if bias is not None:
         start += bias.double() / scale
-    if start.abs().max() >= 2**31 - 1:
+    largest = 128 * weight.values.abs().sum(1, dtype=torch.int64)  # that is added to it
+    if (start.abs() + largest).max() >= 2**31 - 1:
         raise CheckpointError(
             f"{linear}: a bias is too large for integers beside its small weights; name the layer "
             "in --disable_names"
@@ -403,7 +413,7 @@ def dequantize_checkpoint(input_path: Path, output_path: Path, part_bytes: int =
     def convert(name: str) -> Iterator[Tensor]:
         linear = _linear(name)
         if not _is_integers(source, name):
-            yield source.checkpoint.read(name)
+            yield source.checkpoint.read(names[parameter_name(name)])
             return
         stored = {
             t.suffix: source.checkpoint.read(names[f"{linear}.{t.suffix}"])
@@ -418,8 +428,9 @@ def dequantize_checkpoint(input_path: Path, output_path: Path, part_bytes: int =
     dropped = ("transformers_weights", "quantize", "quantization_config")
     config = {key: value for key, value in source.config.items() if key not in dropped}
     with _result(source, output_path, "dequantize", config) as folder:
-        for path in msmodelslim.descriptions(folder):
-            path.unlink()
+        settings = [folder / reader.SETTINGS_FILE for reader in (gptq, awq)]
+        for path in (*msmodelslim.descriptions(folder), *settings):
+            path.unlink(missing_ok=True)
         return _write(source, folder, PART_FILE, groups, convert, part_bytes)
 
 
@@ -436,7 +447,7 @@ def _float_tensors(source: Source, name: str) -> Tensors:
     linear, (owner, suffix) = _linear(name), split_name(name)
     found = source.layout.formats.get(linear)
     if found is None or not found.scheme or (suffix == "bias" and not found.has_bias):
-        return {name: (dtype, shape)}
+        return {name.replace(WRAPPED, "norm."): (dtype, shape)}  # as transformers calls it
     if suffix != found.tensors[0].suffix:
         return {}
     whole = full_shapes(source.model)[f"{linear}.weight"]

@@ -672,16 +672,18 @@ class CompletionWriter(Writer):
         if with_prompt:
             ids += self.request.prompts[delta.index // self.request.n]
             entries += [None, *delta.prompt_logprobs]
+        offset_of = offsets.add(ids)
         ids += delta.token_ids
         entries += delta.logprobs
         if delta.end_id is not None:
             ids.append(delta.end_id)
             entries.append(delta.end_logprob)
+        offset_of += offsets.add(ids[len(offset_of) :], shows_special=False)
         return {
             "tokens": [self.vocabulary.token_text(i) for i in ids],
             "token_logprobs": [e and clamped(e.logprob) for e in entries],
             "top_logprobs": [e and self._top(e) for e in entries],
-            "text_offset": offsets.add(ids),
+            "text_offset": offset_of,
         }
 
     def _top(self, entry: TokenLogprobs) -> dict[str, float]:

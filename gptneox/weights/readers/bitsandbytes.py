@@ -113,10 +113,7 @@ class BnbFourBits(WeightFormat):
 
     def why_not_cut(self, axis: int, num_outputs: int, num_inputs: int, world_size: int) -> str:
         """See `WeightFormat`."""
-        return (
-            f"blocks of {self.scheme} are not kept by rows; make floats of it first (--task "
-            "quantize --dequantize)"
-        )
+        return f"blocks of {self.scheme} are not kept by rows"
 
     def load(
         self, stored: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype

@@ -150,7 +150,7 @@ def _format(settings: Mapping[str, Any], where: str) -> GptqFormat:
     return GptqFormat(
         bits,
         max(0, group_size),
-        has_order=bool(settings.get("desc_act")),
+        has_order=bool(settings.get("desc_act")) and group_size > 0,  # one group has no order
         less_one=stored_as == METHOD,
     )
 
