@@ -392,6 +392,8 @@ def start(job: Job) -> int:
 
 def _download(model_path: str, options: list[str]) -> str:
     """The folder of a checkpoint, downloaded if it is an id on a hub and not in the cache."""
+    if not is_model_id(model_path):
+        return model_path
     from gptneox.cli import make_parser, place_of, read_model_section
     from gptneox.config.environment import Environment
 

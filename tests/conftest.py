@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # before transformers
@@ -52,6 +54,18 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny") / "checkpoint"
     checkpoints.write_checkpoint(directory, checkpoints.FAMILY["pythia-14m"])
     return directory
+
+
+@pytest.fixture(autouse=True)
+def _no_handlers_stay() -> Iterator[None]:
+    """main() logs to the stream of its test, which is closed in the next one."""
+    root = logging.getLogger("gptneox")
+    before, level = list(root.handlers), root.level
+    yield
+    for handler in set(root.handlers) - set(before):
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(level)
 
 
 @pytest.fixture(params=[*sorted(DEVICES), "cpu-plain"])

@@ -242,7 +242,7 @@ def test_quantized_weights_are_refused(machines, checkpoint, tmp_path):
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantize": "w8a8"}))
     done = run(*MAIN, "--device", "npu", "--model_path", tmp_path, *PAGED)
-    assert "is quantized (w8a8), which is not served; use the float" in last_line(done)
+    assert "is quantized (w8a8) and needs one quant_model_description.json" in last_line(done)
 
 
 def test_unknown_chip(machines, checkpoint):
