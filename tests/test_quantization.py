@@ -27,7 +27,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import checkpoints
-from support.checkpoints import copy_checkpoint
+from support.checkpoints import copy_checkpoint, describe
 from support.logits import divergence, gate_ids, gate_logits, paged_logits, plant_outliers
 from support.processes import clean_environ
 from torch import Tensor
@@ -281,15 +281,6 @@ def test_a_name_of_its_own_in_older_files(w8a16: Path) -> None:
     (w8a16 / "config.json").write_text(json.dumps(config))
     formats = check_weights(w8a16, ModelConfig.from_pretrained(w8a16))
     assert scheme_of(formats) == "w8a16"
-
-
-def describe(**changes: Any) -> Callable[[Path], None]:
-    def change(path: Path) -> None:
-        described = json.loads((path / DESCRIPTION).read_text()) | changes
-        described = {key: value for key, value in described.items() if value is not None}
-        (path / DESCRIPTION).write_text(json.dumps(described))
-
-    return change
 
 
 def configure(**changes: Any) -> Callable[[Path], None]:

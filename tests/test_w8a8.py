@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from support import checkpoints
-from support.checkpoints import copy_checkpoint
+from support.checkpoints import copy_checkpoint, describe
 from support.logits import divergence, gate_ids, gate_logits, paged_logits, plant_outliers
 from torch import Tensor, nn
 from transformers import GPTNeoXForCausalLM
@@ -408,15 +408,6 @@ def edit(path: Path, name: str, make: Callable[[Tensor], Tensor | None]) -> None
 
 def stored(part: str, make: Callable[[Tensor], Tensor | None]) -> Callable[[Path], None]:
     return lambda path: edit(path, f"{DOWN}.{part}", make)
-
-
-def describe(**changes: Any) -> Callable[[Path], None]:
-    def change(path: Path) -> None:
-        described = json.loads((path / DESCRIPTION).read_text()) | changes
-        described = {key: value for key, value in described.items() if value is not None}
-        (path / DESCRIPTION).write_text(json.dumps(described))
-
-    return change
 
 
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import shutil
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EngineSection
 from gptneox.devices.device import Device
 from gptneox.engine.paged import PagedEngine
+from gptneox.weights.readers.msmodelslim import DESCRIPTION
 from gptneox.weights.size import full_shapes
 from support.tokenizers import byte_level_tokenizer, write_tokenizer
 
@@ -272,6 +274,17 @@ def copy_checkpoint(source: Path, target: Path) -> Path:
     """Copy a checkpoint for a test that changes it."""
     shutil.copytree(source, target)
     return target
+
+
+def describe(**changes: Any) -> Callable[[Path], None]:
+    """What changes the description of msmodelslim in a folder; None takes an entry away."""
+
+    def change(path: Path) -> None:
+        described = json.loads((path / DESCRIPTION).read_text()) | changes
+        described = {key: value for key, value in described.items() if value is not None}
+        (path / DESCRIPTION).write_text(json.dumps(described))
+
+    return change
 
 
 def write_tensors(

@@ -162,6 +162,18 @@ def as_markdown(result: Result) -> str:
     return "\n\n".join(_blocks(result, markdown_table))
 
 
+def present(result: Result, path: Path, *, with_plot: bool) -> None:
+    """Print a result that lies at `path`, and draw it beside that."""
+    files = [path]
+    if with_plot:
+        from benchmark.plots import write_plot
+
+        files += write_plot(path, result)
+    print(title(result))
+    print(as_text(result))
+    print("Files: " + ", ".join(map(str, files)))
+
+
 def _blocks(result: Result, draw: Draw) -> list[str]:
     blocks = {
         "cases": _cases,

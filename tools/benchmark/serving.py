@@ -44,14 +44,7 @@ def measure_service(args: Namespace, command: Sequence[str], say: Say) -> int:
     start = f"{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     path = args.output_dir / safe_name(f"{result['model']['name']}-serve-{start}.json")
     results.write(result, path)
-    files = [path]
-    if args.plot:
-        from benchmark.plots import write_plot
-
-        files += write_plot(path, result)
-    print(results.title(result))
-    print(results.as_text(result))
-    print("Files: " + ", ".join(map(str, files)))
+    results.present(result, path, with_plot=args.plot)
     runs = [run for case in result["cases"] for run in case["runs"].values()]
     return int(bool(bench.left_out) or any(run["errors"] for run in runs))
 

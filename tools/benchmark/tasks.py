@@ -58,14 +58,7 @@ def measure(args: Namespace, command: Sequence[str], say: Say) -> int:
         task(session, args, cases, result, path)
         num_engines = 1 + len(args.variant) + len(args.against)
         is_whole = len(session.contestants) == num_engines
-    files = [path]
-    if args.plot:
-        from benchmark.plots import write_plot
-
-        files += write_plot(path, result)
-    print(results.title(result))
-    print(results.as_text(result))
-    print("Files: " + ", ".join(map(str, files)))
+    results.present(result, path, with_plot=args.plot)
     return 0 if is_whole else 1
 
 

@@ -118,16 +118,16 @@ class CompiledCpuOperators(CpuOperators):
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         """In panels."""
-        wide = None if bias is None else bias.float().contiguous()
-        return PackedLinear(self.kernels.pack(weight), wide, weight.shape[1], weight.shape[0])
+        return PackedLinear(
+            self.kernels.pack(weight), _wide(bias), weight.shape[1], weight.shape[0]
+        )
 
     def pack_int8(
         self, values: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> PackedLinear:
         """In panels of bytes, with the scales; `linear` multiplies by them."""
-        wide = None if bias is None else bias.float().contiguous()
         packed = self.kernels.pack(values, scale)
-        return PackedLinear(packed, wide, values.shape[1], values.shape[0])
+        return PackedLinear(packed, _wide(bias), values.shape[1], values.shape[0])
 
     def pack_int4(
         self,
@@ -138,9 +138,8 @@ class CompiledCpuOperators(CpuOperators):
         dtype: torch.dtype,
     ) -> PackedLinear:
         """In panels of half bytes, with scales and zeros; `linear` multiplies by them."""
-        wide = None if bias is None else bias.float().contiguous()
         packed = self.kernels.pack_int4(values, scale, zero)
-        return PackedLinear(packed, wide, 2 * values.shape[1], values.shape[0])
+        return PackedLinear(packed, _wide(bias), 2 * values.shape[1], values.shape[0])
 
     def pack_integers(
         self,
@@ -154,9 +153,8 @@ class CompiledCpuOperators(CpuOperators):
         """In panels of four neighbours, with scales and starts."""
         step, offset = inputs or (None, 0)
         panels = self.kernels.pack_integers(values, scale, start, step, offset)
-        wide = None if bias is None else bias.float().contiguous()
         sizes = values.shape[1], values.shape[0]
-        return PackedIntegers(panels, wide, *sizes, scale=scale, inputs=inputs, start=None)
+        return PackedIntegers(panels, _wide(bias), *sizes, scale=scale, inputs=inputs, start=None)
 
     def linear_integers(self, x: Tensor, packed: PackedIntegers) -> Tensor:
         """x [T, K]; returns [T, F], in fp32 until the end."""
@@ -182,8 +180,8 @@ class CompiledCpuOperators(CpuOperators):
             norms=[t.float().contiguous() for t in (*weights.norm_attention, *weights.norm_mlp)],
             weights=[linear.weight for linear in packed],
             biases=[
-                None if qkv_bias is None else qkv_bias.float().contiguous(),
-                weights.dense_h_to_4h[1].float().contiguous(),
+                _wide(qkv_bias),
+                _wide(weights.dense_h_to_4h[1]),
                 weights.back_bias().contiguous(),
             ],
             eps=weights.eps,
@@ -250,3 +248,8 @@ class CompiledCpuOperators(CpuOperators):
             return tensor.transpose(1, 2)
 
         return kv_format.allocate(shape, empty)
+
+
+def _wide(bias: Tensor | None) -> Tensor | None:
+    """A bias as the kernels add it."""
+    return None if bias is None else bias.float().contiguous()

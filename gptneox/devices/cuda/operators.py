@@ -255,6 +255,17 @@ class CudaOperators(Operators):
         unit = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
         return float(worst), 2 * unit * max(1.0, largest)
 
+    def _find_product_fault(self, scheme: str, trial: Callable[[], tuple[float, float]]) -> str:
+        """`_find_fault` of the products with quantized weights; says what runs instead."""
+        fault = self._find_fault(trial)
+        if fault:
+            logger.warning(
+                "%s products: torch, which widens the weights each time and is slow (%s)",
+                scheme,
+                fault,
+            )
+        return fault
+
     def _find_fault_in_graphs(self) -> str:
         """Empty when this device captures and replays."""
         x = torch.zeros(8, device=self.torch_device)
@@ -290,12 +301,7 @@ class CudaOperators(Operators):
             RuntimeError: not enough memory.
         """
         if self._int8_fault is None:
-            self._int8_fault = self._find_fault(lambda: self._try_int8(dtype))
-            if self._int8_fault:
-                logger.warning(
-                    "W8A16 products: torch, which widens the weights each time and is slow (%s)",
-                    self._int8_fault,
-                )
+            self._int8_fault = self._find_product_fault("W8A16", lambda: self._try_int8(dtype))
         try:
             sizes = values.shape[1], values.shape[0]
             return PackedInt8(values.contiguous(), bias, *sizes, scale=scale.contiguous())
@@ -357,12 +363,7 @@ class CudaOperators(Operators):
             RuntimeError: not enough memory.
         """
         if self._int4_fault is None:
-            self._int4_fault = self._find_fault(lambda: self._try_int4(dtype))
-            if self._int4_fault:
-                logger.warning(
-                    "W4A16 products: torch, which widens the weights each time and is slow (%s)",
-                    self._int4_fault,
-                )
+            self._int4_fault = self._find_product_fault("W4A16", lambda: self._try_int4(dtype))
         try:
             sizes = 2 * values.shape[1], values.shape[0]
             kept = scale.contiguous(), zero.contiguous()
