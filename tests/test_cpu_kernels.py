@@ -59,10 +59,10 @@ from gptneox.devices.cpu.compiled import ACTIVATION_IDS, CompiledCpuDevice, Comp
 from gptneox.devices.cpu.device import CpuDevice
 from gptneox.devices.cpu.operators import CpuOperators
 from gptneox.devices.device import Finding
-from gptneox.devices.operators import InputRange, LayerWeights
+from gptneox.devices.operators import FourProducts, InputRange, LayerWeights
 from gptneox.devices.step import ForwardBatch, PagedStep, RotaryTables, Step
 from gptneox.kv_cache import ContiguousKVCache
-from gptneox.weights.formats import FloatWeight
+from gptneox.weights.formats import FloatWeight, IntegerWeight
 from gptneox.weights.quantize import dequantize, quantize_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,24 +152,43 @@ def test_products(
 
 
 @few(max_examples=60)
-@given(ROWS, WIDTH, WIDTH, st.booleans(), st.sampled_from(["", *ACTIVATION_IDS]))
+@given(
+    ROWS,
+    WIDTH,
+    WIDTH,
+    st.sampled_from([torch.float32, torch.float16]),
+    st.booleans(),
+    st.sampled_from(["", *ACTIVATION_IDS]),
+)
 def test_int8_products(
-    cpu: CompiledCpuOperators, num_rows: int, k: int, f: int, has_bias: bool, activation: str
+    cpu: CompiledCpuOperators,
+    num_rows: int,
+    k: int,
+    f: int,
+    dtype: torch.dtype,
+    has_bias: bool,
+    activation: str,
 ) -> None:
-    """The limit of fp16 weights: integers are exact, a sum is rounded once more by its scale."""
+    """Integers are exact. Inputs are rounded to 24 bits of the largest in a row, or to 16."""
     generator = torch.Generator().manual_seed(k)
     values = torch.randint(-128, 128, (f, k), generator=generator, dtype=torch.int8)
     values[0] = -128
     scale = torch.rand(f, generator=generator) / (100 * math.sqrt(k))
     scale[-1] = 0
     x, bias = randn(num_rows, k, seed=1), randn(f, seed=3) if has_bias else None
-    packed = cpu.pack_int8(values, scale, bias, torch.float32)
+    packed = cpu.pack_int8(values, scale, bias, dtype)
     assert packed.weight.nbytes < values.numel() + 64 * (k + f) + 2**14, "bytes, not floats"
     number = ACTIVATION_IDS.get(activation, 0)
-    actual = cpu.kernels.linear(x, packed.weight, packed.bias, number)
     weight = values.double() * scale.double()[:, None]
     exact = x.double() @ weight.T + (0 if bias is None else bias.double())
-    limit = 4 * math.sqrt(k) * 2**-24 * (x.double().abs() @ weight.abs().T) + 2**-22
+    if isinstance(packed.weight, cpu.kernels.PackedIntegers):
+        actual = cpu.kernels.linear_integers(x, packed.weight, packed.bias, number)
+        step = 2.0 ** (-23 if dtype == torch.float32 else -15) * x.double().abs().amax(1, True)
+        limit = (0.51 * step + 2**-22 * x.double().abs().amax(1, True)) * weight.abs().sum(1)
+    else:
+        actual = cpu.kernels.linear(x, packed.weight, packed.bias, number)
+        limit = 4 * math.sqrt(k) * 2**-24 * (x.double().abs() @ weight.abs().T)
+    limit = limit + 2**-22
     if activation:
         exact = BASE.activation(activation)(exact)
         limit = 1.2 * limit + 1e-6
@@ -347,12 +366,14 @@ def test_a_layer_in_two_calls(
         assert_near(out, BASE.layer_back(front[0][:, : sizes[1]], front[1], folded, x))
 
 
-def in_int8(weights: LayerWeights, *linears: str) -> tuple[LayerWeights, LayerWeights]:
-    """The layer with some weights of eight bits, and with the floats that they stand for."""
+def in_int8(
+    weights: LayerWeights, *linears: str, dtype: torch.dtype = torch.float32
+) -> tuple[LayerWeights, LayerWeights]:
+    """A layer of `dtype` with some weights of eight bits, and with the floats they stand for."""
     small, floats = {}, {}
     for name in linears:
         weight, bias = getattr(weights, name)
-        made = quantize_rows(weight.values, torch.float32)
+        made = quantize_rows(weight.values, dtype)
         small[name] = made, bias
         floats[name] = FloatWeight(dequantize(made, torch.float64)), bias
     return replace(weights, **small), replace(weights, **floats)
@@ -366,6 +387,7 @@ LINEARS = ("query_key_value", "dense_h_to_4h", "dense", "dense_4h_to_h")
     st.one_of(st.sampled_from([1, 3, 12, 13, 24, 25, 300]), st.integers(1, 130)),
     st.tuples(st.integers(2, 160), st.integers(1, 100), st.integers(1, 300)),
     st.one_of(st.just(LINEARS), st.lists(st.sampled_from(LINEARS), min_size=1, unique=True)),
+    st.sampled_from([torch.float32, torch.float16]),
     st.sampled_from([1, 3]),
 )
 def test_layers_of_int8_weights(
@@ -374,6 +396,7 @@ def test_layers_of_int8_weights(
     num_rows: int,
     sizes: tuple[int, int, int],
     linears: list[str],
+    dtype: torch.dtype,
     num_threads: int,
 ) -> None:
     """Against fp64, all four of eight bits in the kernels of a layer, or mixed with floats.
@@ -383,7 +406,7 @@ def test_layers_of_int8_weights(
     torch.set_num_threads(num_threads)
     weights = random_layer(*sizes, has_bias=True, dtype=torch.float32, activation="gelu_erf")
     weights.dense[0].values.mul_(100)
-    small, floats = in_int8(weights, *linears)
+    small, floats = in_int8(weights, *linears, dtype=dtype)
     x = 3 * randn(num_rows, sizes[0], seed=20) + 1
     exact = layer_by_layer(x.double(), floats, plain)
     packed, stream = cpu.pack_layer(small), x.clone()
@@ -393,9 +416,46 @@ def test_layers_of_int8_weights(
     partial = cpu.layer_back(attended, mlp, packed)
     largest = max(1.0, exact[1].abs().max().item())
     torch.testing.assert_close(out, x + partial, rtol=0, atol=4e-6 * largest)
+    limit = 2e-5 if dtype == torch.float32 else 4e-4
     for actual, expected in zip((qkv, out), exact, strict=True):
-        limit = 2e-5 * max(1.0, expected.abs().max().item())
-        assert (actual - expected).abs().max() <= limit
+        assert (actual - expected).abs().max() <= limit * max(1.0, expected.abs().max().item())
+
+
+@few(max_examples=30)
+@given(
+    st.one_of(st.sampled_from([1, 8, 9, 300]), st.integers(1, 130)),
+    st.tuples(st.integers(2, 160), st.integers(1, 100), st.integers(1, 300)),
+    st.sampled_from([None, InputRange(0.02, -9)]),
+    st.booleans(),
+)
+def test_layers_of_integers(
+    cpu: CompiledCpuOperators,
+    num_rows: int,
+    sizes: tuple[int, int, int],
+    inputs: InputRange | None,
+    shares_norm: bool,
+) -> None:
+    """The products one by one give the same integers; one weight has inputs of two digits."""
+    weights = random_layer(*sizes, has_bias=True, dtype=torch.float32, activation="gelu_tanh")
+    if shares_norm:
+        weights = replace(weights, norm_mlp=weights.norm_attention)
+    small = in_int8(weights, *LINEARS, dtype=torch.float16)[0]
+    for name in LINEARS[:3]:
+        weight, bias = getattr(small, name)
+        start = torch.arange(weight.out_features, dtype=torch.int32)
+        integers = IntegerWeight(weight.values, weight.scale, torch.float16, inputs, start)
+        small = replace(small, **{name: (integers, bias)})
+    x = 3 * randn(num_rows, sizes[0], seed=20) + 1
+    packed, stream = cpu.pack_layer(small), x.clone()
+    assert not isinstance(packed.front, FourProducts)
+    qkv, mlp = cpu.layer_front(stream, packed)
+    attended = qkv.view(num_rows, -1)[:, : sizes[1]].contiguous()
+    out = cpu.layer_back(attended, mlp, packed, stream)
+    apart = cpu._pack_four(small)
+    front = cpu.layer_front(x, apart)
+    assert torch.equal(qkv, front[0])
+    expected = cpu.layer_back(attended, front[1], apart, x)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
 def test_half_precision_layers_err_less_than_plain_torch(
@@ -416,14 +476,14 @@ def test_a_trial_is_kept_and_read(cpu: CompiledCpuOperators, tmp_path: Path) -> 
     """The numbers are those of the file; one that is damaged is measured and written again."""
     path, before = tmp_path / "blocked.json", cpu.kernels.blocked_from()
     try:
-        kept = {"bf16": 3, "fp16": 40, "fp32": blocked.NEVER, "int8": 17, "int4": 9}
+        kept = {"bf16": 3, "fp16": 40, "fp32": blocked.NEVER, "int4": 17, "int4_rounded": 9}
         kept["integers"] = 5
         path.write_text(json.dumps(kept))
         blocked.choose(cpu.kernels, path)
         assert cpu.kernels.blocked_from() == tuple(kept.values())
         assert blocked.describe(cpu.kernels) == (
-            "blocked products: bf16 from 3 rows, fp16 from 40 rows, int8 from 17 rows, "
-            "int4 from 9 rows, integers from 5 rows"
+            "blocked products: bf16 from 3 rows, fp16 from 40 rows, int4 from 17 rows, "
+            "int4_rounded from 9 rows, integers from 5 rows"
         )
         zero, of_an_older_version = (
             dict.fromkeys(kept, 1) | {"fp16": 0},

@@ -70,6 +70,7 @@ def compile_flags(capability: str, processor_flags: str) -> list[str]:
     """
     flags = [
         "-O3",
+        "-g0",  # Python's own options ask for debug symbols, which take half of the time
         "-std=c++20",
         "-fopenmp",
         "-fvisibility=hidden",

@@ -6,9 +6,9 @@ Activations are fp32 between the products, whatever the weights are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ from gptneox.devices.operators import (
 from gptneox.devices.step import ForwardBatch, PaddedBatch, PagedStep, RotaryTables, Step
 
 # The numbers that the kernels know activations by.
+# The most inputs whose products add up in 32 bits.
+MAX_INTEGER_INPUTS = 65535
 ACTIVATION_IDS = {"gelu_erf": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
 
 
@@ -125,9 +127,16 @@ class CompiledCpuOperators(CpuOperators):
     def pack_int8(
         self, values: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> PackedLinear:
-        """In panels of bytes, with the scales; `linear` multiplies by them."""
-        packed = self.kernels.pack(values, scale)
-        return PackedLinear(packed, _wide(bias), values.shape[1], values.shape[0])
+        """For a product of integers, with inputs of two digits, or three in a model of fp32.
+
+        Without instructions for it, and for more inputs than it can add, in panels of bytes.
+        """
+        sizes = values.shape[1], values.shape[0]
+        if "int8 dot products" not in self.kernels.describe() or sizes[0] > MAX_INTEGER_INPUTS:
+            return PackedLinear(self.kernels.pack(values, scale), _wide(bias), *sizes)
+        digits = 3 if dtype == torch.float32 else 2
+        panels = self.kernels.pack_integers(values, scale, None, None, 0, digits)
+        return PackedIntegers(panels, _wide(bias), *sizes, scale=scale, inputs=None, start=None)
 
     def pack_int4(
         self,
@@ -138,7 +147,8 @@ class CompiledCpuOperators(CpuOperators):
         dtype: torch.dtype,
     ) -> PackedLinear:
         """In panels of half bytes, with scales and zeros; `linear` multiplies by them."""
-        packed = self.kernels.pack_int4(values, scale, zero)
+        rounds, digits = dtype == torch.bfloat16, dtype != torch.float32
+        packed = self.kernels.pack_int4(values, scale, zero, rounds, digits)
         return PackedLinear(packed, _wide(bias), 2 * values.shape[1], values.shape[0])
 
     def pack_integers(
@@ -152,7 +162,7 @@ class CompiledCpuOperators(CpuOperators):
     ) -> PackedLinear:
         """In panels of four neighbours, with scales and starts."""
         step, offset = inputs or (None, 0)
-        panels = self.kernels.pack_integers(values, scale, start, step, offset)
+        panels = self.kernels.pack_integers(values, scale, start, step, offset, digits=1)
         sizes = values.shape[1], values.shape[0]
         return PackedIntegers(panels, _wide(bias), *sizes, scale=scale, inputs=inputs, start=None)
 
@@ -167,28 +177,41 @@ class CompiledCpuOperators(CpuOperators):
     def pack_layer(self, weights: LayerWeights) -> PackedLayer:
         """Weights stay as they are: a second normalisation costs nothing here.
 
-        The kernels for a layer take four weights of one format, and floats as inputs; others are
-        multiplied one by one.
+        The kernels for a layer take four weights whose inputs are all floats, of one format, or
+        all integers; others are multiplied one by one.
         """
         linears = weights.linears()
-        kinds = {type(weight) for weight, _ in linears}
-        if len(kinds) > 1 or any(k.adjusts_inputs or k.quantizes_inputs for k in kinds):
+        if any(weight.adjusts_inputs for weight, _ in linears):
             return self._pack_four(weights)
-        qkv_bias = weights.query_key_value[1]
         packed = [weight.pack(self, None) for weight, _ in linears]
-        layer = self.kernels.Layer(
-            norms=[t.float().contiguous() for t in (*weights.norm_attention, *weights.norm_mlp)],
-            weights=[linear.weight for linear in packed],
-            biases=[
-                _wide(qkv_bias),
-                _wide(weights.dense_h_to_4h[1]),
-                weights.back_bias().contiguous(),
-            ],
-            eps=weights.eps,
-            activation=ACTIVATION_IDS[weights.activation],
-        )
+        make = self._layer_of([linear.weight for linear in packed])
+        biases = _wide(weights.query_key_value[1]), _wide(weights.dense_h_to_4h[1])
+        out_bias = weights.back_bias().contiguous()
+        norms = weights.norm_attention, weights.norm_mlp
+        if make is None:
+            qkv, up, dense, down = packed
+            qkv.bias, up.bias, down.bias = *biases, out_bias
+            layer = FourProducts(norms, qkv, up, dense, down)
+        else:
+            layer = make(
+                norms=[t.float().contiguous() for norm in norms for t in norm],
+                weights=[linear.weight for linear in packed],
+                biases=[*biases, out_bias],
+                eps=weights.eps,
+                activation=ACTIVATION_IDS[weights.activation],
+            )
         act = self.activation(weights.activation)
         return PackedLayer(layer, layer, weights.eps, act, packed[0].out_features)
+
+    def _layer_of(self, panels: Sequence[Any]) -> Callable[..., Any] | None:
+        """What makes a layer of four packed weights; None where there is no such kind."""
+        if all(isinstance(each, self.kernels.PackedIntegers) for each in panels):
+            make = self.kernels.IntegerLayer
+        elif all(isinstance(each, self.kernels.Packed) for each in panels):
+            make = self.kernels.FloatLayer if len({each.format for each in panels}) == 1 else None
+        else:
+            make = None
+        return cast("Callable[..., Any] | None", make)
 
     def layer_front(self, x: Tensor, packed: PackedLayer) -> tuple[Tensor, Tensor]:
         """x [T, C]; returns qkv [T, 3W] and the activated MLP as `layer_back` reads it."""

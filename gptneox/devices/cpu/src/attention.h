@@ -541,7 +541,7 @@ class PrefillTask {
     const int64_t stride = step.num_heads * dim_;
     const int64_t count = last - first;
     q += first * stride + head * dim_;
-    q_.resize(count, dim_, kBlocked);
+    q_.resize(count, dim_, kBlocked ? RowForm::kBlocked : RowForm::kTransposed);
     for (int64_t b = 0; b < q_.num_blocks(); ++b) {
       q_.fill(b, q + b * q_.height * stride, dim_, stride);
     }

@@ -6,8 +6,8 @@
 // fp16 weights are multiplied as two bf16 parts: every finite fp16 value is the sum of two bf16
 // values, and so is an fp32 activation to within 2^-16. w x = w_hi x_hi + w_hi x_lo + w_lo x_hi has
 // a relative error of 4e-6 (the product in fp32: 3e-7; activations rounded to fp16: 2e-4). Weights
-// of eight bits are bf16 values: w x = w x_hi + w x_lo. Weights of four bits are scaled first, and
-// multiplied as fp16 ones are.
+// of four bits are scaled first, and multiplied as fp16 ones are; in a model of bf16, w_hi x_hi is
+// enough. Weights of eight bits: see integers.h, where the processor has its instructions.
 #pragma once
 
 #include <ATen/native/CPUBlas.h>
@@ -51,18 +51,19 @@ constexpr int64_t kSplitDepth = 256;
 // The smallest number of rows that goes to the blocked kernels, by dtype of the weights. With fewer
 // rows the register tile is faster. blocked.py measures the numbers after loading the library.
 struct BlockedFrom {
-  int64_t bf16 = kNever, fp16 = kNever, fp32 = kNever, int8 = kNever, int4 = kNever;
+  int64_t bf16 = kNever, fp16 = kNever, fp32 = kNever, int4 = kNever, int4_rounded = kNever;
 };
 inline BlockedFrom blocked_from;
 
 // Whether brgemm can read the panels of this format. It multiplies half precision as pairs of bf16,
 // a layout that exists only with bf16 dot products, and only on x86.
 template <typename F>
-constexpr bool kCanBlock = std::is_same_v<typename F::Weight, float> || GPTNEOX_BF16_DOT;
+constexpr bool kCanBlock = std::is_same_v<typename F::Weight, float> ||
+    (GPTNEOX_BF16_DOT && !kRowScaled<F>);
 
-// Whether activations [rows, depth] go to the blocked kernels.
+// Whether activations [rows, depth] go to the blocked kernels. `rounds`: see Packed.
 template <typename F>
-inline bool is_blocked(int64_t rows, int64_t depth) {
+inline bool is_blocked(int64_t rows, int64_t depth, bool rounds = false) {
   using W = typename F::Weight;
   if constexpr (!kCanBlock<F>) {
     return false;
@@ -71,10 +72,10 @@ inline bool is_blocked(int64_t rows, int64_t depth) {
   } else if constexpr (std::is_same_v<W, c10::BFloat16>) {
     return rows >= blocked_from.bf16;
   } else {
-    const int64_t least = std::is_same_v<W, int8_t> ? blocked_from.int8
-                          : std::is_same_v<W, Int4> ? blocked_from.int4
-                                                    : blocked_from.fp16;
-    return rows >= least && depth >= kSplitDepth;
+    const int64_t least = !std::is_same_v<W, Int4> ? blocked_from.fp16
+                          : rounds                 ? blocked_from.int4_rounded
+                                                   : blocked_from.int4;
+    return rows >= least && (rounds || depth >= kSplitDepth);
   }
 }
 
@@ -111,7 +112,7 @@ inline void write_row(const float* x, int64_t count, int64_t plane, void* out) {
 
 #if GPTNEOX_BF16_DOT
 // Split fp16 or fp32 weights [count][kCols] of a panel into w_hi and w_lo, panels of bf16 pairs
-// [count / 2][kCols][2]. int8 weights have no w_lo.
+// [count / 2][kCols][2].
 template <typename W>
 inline void split_weights(
     const W* panel, int64_t count, c10::BFloat16* high, c10::BFloat16* low) {
@@ -124,16 +125,11 @@ inline void split_weights(
       3, 18, 2, 17, 1, 16, 0);
   for (int64_t k = 0; k < count; k += 2, panel += 2 * kCols) {
     __builtin_prefetch(reinterpret_cast<const char*>(panel) + 4096, 0, 2);
-    if constexpr (sizeof(W) == 2) {
-      __builtin_prefetch(reinterpret_cast<const char*>(panel) + 4096 + 64, 0, 2);
-    }
+    __builtin_prefetch(reinterpret_cast<const char*>(panel) + 4096 + 64, 0, 2);
     for (int64_t j = 0; j < kCols; j += kVec, high += 2 * kVec, low += 2 * kVec) {
       const __m512 even = load(panel + j), odd = load(panel + kCols + j);
       const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even); // rounded
       _mm512_storeu_si512(high, _mm512_permutexvar_epi16(to_pairs, both));
-      if constexpr (std::is_same_v<W, int8_t>) {
-        continue;
-      }
       const __m512 even_rest = _mm512_sub_ps(even, widened(_mm512_castsi512_si256(both)));
       const __m512 odd_rest = _mm512_sub_ps(odd, widened(_mm512_extracti64x4_epi64(both, 1)));
       const __m512i rest = (__m512i)_mm512_cvtne2ps_pbh(odd_rest, even_rest);

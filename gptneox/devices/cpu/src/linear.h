@@ -29,7 +29,7 @@ inline at::Tensor linear(
   with_weight_type(weight->panels.scalar_type(), [&](auto zero) {
     using F = Format<decltype(zero)>;
     auto& blocks = scratch<F>(0);
-    fill_blocks(blocks, rows, is_blocked<F>(rows.size(0), weight->depth));
+    fill_blocks(blocks, rows, form_for<F>(*weight, rows.size(0)));
     Output<F> out;
     out.terms = {{weight.get(), &blocks}};
     out.bias = bias_of(bias, weight->features);

@@ -25,6 +25,8 @@ struct Packed {
   at::Tensor scales; // of int8 weights, fp32 [ceil(F / kCols) * kCols], zeros behind F
   at::Tensor zeros; // of weights of four bits
   int64_t group = 0; // likewise, values of K with one scale
+  bool rounds = false; // products of many rows may round weights and activations to bf16
+  bool takes_digits = false; // of few rows, take activations in digits; see int4.h
   int64_t features = 0;
   int64_t depth = 0; // K, unpadded
 

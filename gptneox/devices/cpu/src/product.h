@@ -117,6 +117,33 @@ void combine(const Output<F>& out, int64_t panel, int64_t rows, int64_t size, fl
   }
 }
 
+// Write c [rows][kCols] plus bias [width] and residual, which may be null, to y, whose rows and those
+// of the residual are `ldy` apart.
+inline void store_tile(
+    const float* c, int64_t rows, int64_t width, const float* bias, const float* residual, float* y,
+    int64_t ldy) {
+  if (width == kCols) {
+    const Vec low = bias ? Vec::loadu(bias) : Vec(0.f);
+    const Vec high = bias ? Vec::loadu(bias + kVec) : Vec(0.f);
+    for (int64_t r = 0; r < rows; ++r, c += kCols, y += ldy) {
+      Vec left = Vec::loadu(c) + low, right = Vec::loadu(c + kVec) + high;
+      if (residual) {
+        left = left + Vec::loadu(residual + r * ldy);
+        right = right + Vec::loadu(residual + r * ldy + kVec);
+      }
+      left.store(y);
+      right.store(y + kVec);
+    }
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r, c += kCols, y += ldy) {
+    for (int64_t j = 0; j < width; ++j) {
+      const float value = c[j] + (bias ? bias[j] : 0.f);
+      y[j] = residual ? value + residual[r * ldy + j] : value;
+    }
+  }
+}
+
 // Apply bias and activation to the sums c [rows][kCols] of row block `b` and write the output.
 template <typename F>
 void finish(const Output<F>& out, int64_t panel, int64_t b, float* c) {
@@ -136,29 +163,8 @@ void finish(const Output<F>& out, int64_t panel, int64_t b, float* c) {
     bias = nullptr; // added before the activation
   }
   const int64_t offset = b * x->height * features + first;
-  if (width == kCols) {
-    const Vec low = bias ? Vec::loadu(bias) : Vec(0.f);
-    const Vec high = bias ? Vec::loadu(bias + kVec) : Vec(0.f);
-    for (int r = 0; r < rows; ++r, c += kCols) {
-      float* y = out.y + offset + r * features;
-      Vec left = Vec::loadu(c) + low, right = Vec::loadu(c + kVec) + high;
-      if (out.residual) {
-        const float* residual = out.residual + offset + r * features;
-        left = left + Vec::loadu(residual);
-        right = right + Vec::loadu(residual + kVec);
-      }
-      left.store(y);
-      right.store(y + kVec);
-    }
-    return;
-  }
-  for (int r = 0; r < rows; ++r, c += kCols) {
-    for (int64_t j = 0; j < width; ++j) {
-      const int64_t i = offset + r * features + j;
-      const float value = c[j] + (bias ? bias[j] : 0.f);
-      out.y[i] = out.residual ? value + out.residual[i] : value;
-    }
-  }
+  const float* residual = out.residual ? out.residual + offset : nullptr;
+  store_tile(c, rows, width, bias, residual, out.y + offset, features);
 }
 
 // K steps per chunk of a panel with many rows: the chunk stays in the second-level cache while all
@@ -180,7 +186,8 @@ void panel_few(const Output<F>& out, int64_t panel) {
     for (const auto& term : out.terms) {
       const int block_rows = term.x->rows_of(b);
       if constexpr (kGrouped<F>) {
-        run_tile_int4(
+        const bool in_digits = term.x->form == RowForm::kDigits;
+        (in_digits ? run_digit_tile : run_tile_int4)(
             block_rows, *term.weight, panel, term.x->block(b), term.x->k_steps, sums, kCols,
             accumulate);
       } else {
@@ -262,16 +269,14 @@ void panels_blocked(
   const int64_t rows = std::min(last * x0.height, x0.rows) - first * x0.height;
   const int64_t resident = kResidentBytes / (rows * sizeof(typename F::Scalar)) / 32 * 32;
   const int64_t chunk = std::clamp<int64_t>(resident, 256, kChunk);
-  const int64_t size = (end - panel) * rows * kCols; // of the sums of a term
   bool accumulate = false;
-  float* term_sums = c;
   for (const auto& term : out.terms) {
     const int64_t k_steps = term.x->k_steps, stride = term.x->stride();
     for (int64_t k = 0; k < k_steps; k += chunk, accumulate = true) {
       const int64_t count = std::min(chunk, k_steps - k);
       for (int64_t p = panel; p < end; ++p) {
         const auto* part = panel_at<F>(*term.weight, p, k * F::kPerLane);
-        float* sums = term_sums + (p - panel) * rows * kCols;
+        float* sums = c + (p - panel) * rows * kCols;
         if constexpr (kWidened<F>) {
           auto* high = reinterpret_cast<c10::BFloat16*>(wide);
           auto* low = high + kChunk * kCols;
@@ -285,25 +290,16 @@ void panels_blocked(
             block_product<F>(rows, x, stride, w, kCols, kCols, count / 2, sums, kCols, adds);
           };
           add(a, high, accumulate);
-          if constexpr (!kRowScaled<F>) {
+          if (!term.weight->rounds) {
             add(a, low, true);
+            add(a + k_steps, high, true);
           }
-          add(a + k_steps, high, true);
         } else {
           block_product<F>(
               rows, term.x->block(first) + k, stride, part, kCols, kCols, count, sums, kCols,
               accumulate);
         }
       }
-    }
-    if constexpr (kRowScaled<F>) {
-      accumulate = false;
-      term_sums += size;
-    }
-  }
-  if constexpr (kRowScaled<F>) {
-    for (int64_t p = panel; p < end; ++p) {
-      combine(out, p, rows, size, c + (p - panel) * rows * kCols);
     }
   }
   for (int64_t b = first; b < last; ++b) {
@@ -330,8 +326,9 @@ void multiply(const std::vector<Output<F>>& outputs) {
     }
     return std::make_pair(which, index);
   };
-  const bool blocked = outputs[0].terms[0].x->blocked;
-  const bool few = !blocked && rows <= 2 * kRows;
+  const RowForm form = outputs[0].terms[0].x->form;
+  const bool blocked = form == RowForm::kBlocked;
+  const bool few = form == RowForm::kDigits || (!blocked && rows <= 2 * kRows);
   int64_t bytes = 0, deepest = 0; // of all rows; of one row of a term
   for (const auto& term : outputs[0].terms) {
     const int64_t row_bytes = term.x->k_steps * static_cast<int64_t>(sizeof(typename F::Scalar));
@@ -347,8 +344,8 @@ void multiply(const std::vector<Output<F>>& outputs) {
   on_all_threads([&] {
     static thread_local std::vector<float> c, wide;
     if (!few) {
-      int64_t sums = blocked ? kBlockedPanels * kBlockedRows : kRows;
-      sums *= kRowScaled<F> ? kTerms : 1;
+      const int64_t sums =
+          blocked ? kBlockedPanels * kBlockedRows : kRows * (kRowScaled<F> ? kTerms : 1);
       c.resize(std::max<size_t>(c.size(), span * sums * kCols));
       wide.resize(std::max<size_t>(wide.size(), F::kPerLane == 1 ? kChunk * kCols : 0));
     }

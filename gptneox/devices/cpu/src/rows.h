@@ -8,6 +8,8 @@
 #include <vector>
 
 #include "blocked.h"
+#include "int4.h"
+#include "packing.h"
 #include "team.h"
 #include "tile.h"
 
@@ -44,44 +46,60 @@ inline void to_columns(const float* rows, int count, int64_t width, float* out) 
   }
 }
 
-// Activations [T, K] in row blocks. K is padded with zeros to a multiple of kDepth.
-// For the register tile, a row block is transposed: [K / kPerLane][rows][kPerLane]. The rows are
-// spread evenly over the fewest blocks of at most kRows.
-// For the blocked kernels, all rows are row-major (`write_row`), a cache line apart: rows at a
-// distance of 4096 bytes would compete for the same lines of the first-level cache.
+// How activations [T, K] lie in row blocks. K is padded with zeros to a multiple of kDepth.
+enum class RowForm {
+  // For the register tile: a row block is transposed, [K / kPerLane][rows][kPerLane]. The rows are
+  // spread evenly over the fewest blocks of at most kRows.
+  kTransposed,
+  // For the blocked kernels: all rows are row-major (`write_row`), a cache line apart. Rows at a
+  // distance of 4096 bytes would compete for the same lines of the first-level cache.
+  kBlocked,
+  // For dot products with weights of four bits: rows of DigitBlocks, spread as for kTransposed.
+  kDigits,
+};
+
+// The form that `rows` activations for a weight take.
+template <typename F>
+RowForm form_for(const Packed& weight, int64_t rows) {
+  if (is_blocked<F>(rows, weight.depth, weight.rounds)) {
+    return RowForm::kBlocked;
+  }
+  return weight.takes_digits ? RowForm::kDigits : RowForm::kTransposed;
+}
+
 template <typename F>
 struct RowBlocks {
   using Scalar = typename F::Scalar;
   int64_t rows = 0, k_steps = 0, height = 1; // height: rows of a block; the last may have fewer
-  bool blocked = false; // for the blocked kernels
+  RowForm form = RowForm::kTransposed;
 
   // Use memory of its own, which later calls reuse.
-  void resize(int64_t num_rows, int64_t depth, bool for_blocked) {
-    bind(nullptr, num_rows, depth, for_blocked);
+  void resize(int64_t num_rows, int64_t depth, RowForm row_form) {
+    bind(nullptr, num_rows, depth, row_form);
     if (static_cast<int64_t>(own_.size()) < rows * stride()) {
       own_.resize(rows * stride());
     }
     data_ = own_.data();
   }
-  // Use the caller's memory of `num_scalars(num_rows, depth, for_blocked)` scalars.
-  void bind(Scalar* data, int64_t num_rows, int64_t depth, bool for_blocked) {
+  // Use the caller's memory of `num_scalars(num_rows, depth, row_form)` scalars.
+  void bind(Scalar* data, int64_t num_rows, int64_t depth, RowForm row_form) {
     data_ = data;
     rows = num_rows;
     k_steps = round_up(depth, kDepth) / F::kPerLane;
-    blocked = for_blocked;
-    if (blocked) {
+    form = row_form;
+    if (form == RowForm::kBlocked) {
       height = std::min(kBlockedRows, rows);
       return;
     }
     const int64_t blocks = std::max<int64_t>(1, (rows + kRows - 1) / kRows);
     height = std::max<int64_t>(1, (rows + blocks - 1) / blocks);
   }
-  static int64_t num_scalars(int64_t num_rows, int64_t depth, bool for_blocked) {
-    return num_rows * (round_up(depth, kDepth) / F::kPerLane + (for_blocked ? kGap : 0));
+  static int64_t num_scalars(int64_t num_rows, int64_t depth, RowForm row_form) {
+    return num_rows * stride_of(round_up(depth, kDepth) / F::kPerLane, row_form);
   }
-  // Scalars of a row; for the blocked kernels, also from one row to the next.
+  // Scalars of a row; but for kTransposed, also from one row to the next.
   int64_t stride() const {
-    return k_steps + (blocked ? kGap : 0);
+    return stride_of(k_steps, form);
   }
   // Block `index` starts at row height * index.
   Scalar* block(int64_t index) {
@@ -99,7 +117,7 @@ struct RowBlocks {
 
   // Write block `index` from its rows, fp32 [rows_of(index), depth], `stride` apart.
   void fill(int64_t index, const float* x, int64_t depth, int64_t stride) {
-    if (blocked) {
+    if (form == RowForm::kBlocked) {
       const int64_t padding = k_steps * F::kPerLane - depth;
       const float zeros[kDepth] = {};
       for (int r = 0; r < rows_of(index); ++r) {
@@ -125,11 +143,20 @@ struct RowBlocks {
   // `stride` apart.
   void fill_tile(int64_t index, int64_t k, const float* rows, int64_t stride) {
     const int count = rows_of(index);
-    if (blocked) {
+    if (form == RowForm::kBlocked) {
       for (int r = 0; r < count; ++r) {
         write(index, r, k, rows + r * stride, std::min<int64_t>(kCols, k_steps * F::kPerLane - k));
       }
       return;
+    }
+    if constexpr (kDigitForm<F>) {
+      if (form == RowForm::kDigits) {
+        for (int r = 0; r < count; ++r) {
+          auto* row = reinterpret_cast<DigitBlock*>(block(index) + r * this->stride());
+          row[k / kCols].fill(rows + r * stride);
+        }
+        return;
+      }
     }
     Scalar* out = block(index) + k / F::kPerLane * count;
     const int64_t width = k_steps - k / F::kPerLane;
@@ -159,7 +186,11 @@ struct RowBlocks {
     write_row<F>(x, count, k_steps, out); // of two planes, x_lo follows x_hi in the row
   }
 
-  static constexpr int64_t kGap = 64 / sizeof(Scalar);
+  static int64_t stride_of(int64_t steps, RowForm form) {
+    return form == RowForm::kBlocked  ? steps + static_cast<int64_t>(64 / sizeof(Scalar))
+           : form == RowForm::kDigits ? round_up(steps, kCols)
+                                      : steps;
+  }
 
   Scalar* data_ = nullptr;
   std::vector<Scalar> own_;
@@ -167,9 +198,9 @@ struct RowBlocks {
 
 // All of x, fp32 [T, K] and contiguous, to row blocks.
 template <typename F>
-void fill_blocks(RowBlocks<F>& blocks, const at::Tensor& x, bool blocked) {
+void fill_blocks(RowBlocks<F>& blocks, const at::Tensor& x, RowForm form) {
   const int64_t rows = x.size(0), depth = x.size(1);
-  blocks.resize(rows, depth, blocked);
+  blocks.resize(rows, depth, form);
   const float* data = x.const_data_ptr<float>();
   for_ranges(blocks.num_blocks(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
