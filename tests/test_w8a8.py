@@ -28,7 +28,7 @@ from gptneox.__main__ import main
 from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EMBEDDED_CHECKPOINT, QuantizeOptions
 from gptneox.devices.device import Device, Memory
-from gptneox.devices.operators import InputRange, Operators, PackedIntegers
+from gptneox.devices.operators import FourProducts, InputRange, Operators, PackedIntegers
 from gptneox.engine.detokenizer import load_tokenizer
 from gptneox.layers import Linear
 from gptneox.model import GPTNeoX
@@ -239,15 +239,21 @@ def test_rewriting_leaves_the_function(name: str, tmp_path: Path) -> None:
 
 
 def test_one_product_behind_one_normalisation(source: Path, tmp_path: Path, device: Device) -> None:
-    """A canonical layer has a product of all rows; a mixed one has two."""
+    """A canonical layer quantizes its inputs once, for all rows; a mixed one has two products."""
     if not device.operators().fuses_layers:
         pytest.skip("layers are not fused here")
     path = quantized(source, tmp_path / "q", "w8a8_dynamic", disable_names=(f"{UP}",))
     engine = checkpoints.load_engine(path, device, num_blocks=3)
     layers = [layer.packed.front for layer in engine.model.gpt_neox.layers]
-    assert [layer.up is None for layer in layers] == [True, False, True]
+    assert isinstance(layers[1], FourProducts)
+    assert layers[1].up is not None
     width = 3 * CONFIG["hidden_size"] + CONFIG["intermediate_size"]
-    assert layers[0].qkv.out_features == width
+    for layer in (layers[0], layers[2]):
+        if isinstance(layer, FourProducts):
+            assert layer.up is None
+            assert layer.qkv.out_features == width
+        else:
+            assert layer.shares_inputs
 
 
 # -- files ---------------------------------------------------------------------------------------

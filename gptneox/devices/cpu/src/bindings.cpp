@@ -24,9 +24,9 @@ namespace {
 
 // A kind of layer, made of four weights: query_key_value, dense_h_to_4h, dense, dense_4h_to_h.
 template <typename Kind, typename Weight>
-void define_layer(pybind11::module_& m, const char* name) {
+auto define_layer(pybind11::module_& m, const char* name) {
   namespace py = pybind11;
-  py::class_<Kind, gptneox::Layer, std::shared_ptr<Kind>>(m, name).def(
+  return py::class_<Kind, gptneox::Layer, std::shared_ptr<Kind>>(m, name).def(
       py::init([](std::vector<at::Tensor> norms, std::vector<std::shared_ptr<Weight>> weights,
                   std::vector<std::optional<at::Tensor>> biases, double eps, int activation) {
         auto layer = std::make_shared<Kind>();
@@ -74,7 +74,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           "back", &Layer::back, Release(), py::arg("attended"), py::arg("mlp"),
           py::arg("residual"));
   define_layer<FloatLayer, Packed>(m, "FloatLayer");
-  define_layer<IntegerLayer, PackedIntegers>(m, "IntegerLayer");
+  define_layer<IntegerLayer, PackedIntegers>(m, "IntegerLayer")
+      .def_readonly("shares_inputs", &IntegerLayer::shares_inputs);
   py::class_<StepAttention>(m, "Step")
       .def(
           py::init<const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,

@@ -112,8 +112,8 @@ inline void write_row(const float* x, int64_t count, int64_t plane, void* out) {
 
 #if GPTNEOX_BF16_DOT
 // Split fp16 or fp32 weights [count][kCols] of a panel into w_hi and w_lo, panels of bf16 pairs
-// [count / 2][kCols][2].
-template <typename W>
+// [count / 2][kCols][2]. Without kLow, w_hi alone.
+template <bool kLow, typename W>
 inline void split_weights(
     const W* panel, int64_t count, c10::BFloat16* high, c10::BFloat16* low) {
   const auto widened = [](__m256i half) { // bf16 to fp32
@@ -130,6 +130,9 @@ inline void split_weights(
       const __m512 even = load(panel + j), odd = load(panel + kCols + j);
       const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even); // rounded
       _mm512_storeu_si512(high, _mm512_permutexvar_epi16(to_pairs, both));
+      if constexpr (!kLow) {
+        continue;
+      }
       const __m512 even_rest = _mm512_sub_ps(even, widened(_mm512_castsi512_si256(both)));
       const __m512 odd_rest = _mm512_sub_ps(odd, widened(_mm512_extracti64x4_epi64(both, 1)));
       const __m512i rest = (__m512i)_mm512_cvtne2ps_pbh(odd_rest, even_rest);

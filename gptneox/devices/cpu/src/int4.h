@@ -351,7 +351,8 @@ inline void split_int4(
   alignas(64) float wide[kDepth * kCols];
   for (int64_t i = 0; i < count; i += kDepth) {
     widen_int4(weight, panel, k + i, kDepth, wide);
-    split_weights(wide, kDepth, high + i * kCols, low + i * kCols);
+    (weight.rounds ? split_weights<false, float> : split_weights<true, float>)(
+        wide, kDepth, high + i * kCols, low + i * kCols);
   }
 }
 #endif
