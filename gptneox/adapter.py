@@ -7,14 +7,17 @@ finds the adapter through modeling_gpt_neox_ascend.py in the checkpoint director
 
 from __future__ import annotations
 
+import inspect
 import time
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, GPTNeoXConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.generation import candidate_generator
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from gptneox.config.environment import Environment
@@ -45,13 +48,17 @@ _IGNORED_KEYWORDS = {
 }
 
 
+_CACHE_ARGUMENTS = inspect.signature(Cache.__init__).parameters
+
+
 class NeoXCache(Cache):
     """`past_key_values` for `generate`, stored in a `ContiguousKVCache`."""
 
     is_compileable = False
 
     def __init__(self, kv: ContiguousKVCache) -> None:
-        super().__init__(layers=[])
+        # transformers before 4.54 has no layers
+        super().__init__(**({"layers": []} if "layers" in _CACHE_ARGUMENTS else {}))
         self.kv = kv
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -72,10 +79,12 @@ class NeoXCache(Cache):
         self.reorder_cache(rows)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last positions; the number is negative, as transformers 5 passes it."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): pass a negative number of positions")
-        self.kv.truncate(self.kv.length + tokens_to_remove)
+        """Remove the last positions; the number is negative, as transformers 5 passes it.
+
+        transformers 4 passes how many positions stay: a number above 0.
+        """
+        length = self.kv.length + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
+        self.kv.truncate(min(length, self.kv.length))
 
     def reset(self) -> None:
         """Remove all positions."""
@@ -88,6 +97,7 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
     config_class = GPTNeoXConfig
     base_model_prefix = "gpt_neox"
     _supports_sdpa = True
+    _supports_cache_class = True  # transformers before 4.54 asks
     _keys_to_ignore_on_load_missing = None
 
     def __init__(self, config: GPTNeoXConfig, model: GPTNeoX) -> None:
@@ -187,9 +197,16 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         raise NotImplementedError("the loaded weights are packed; copy the checkpoint directory")
 
     def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *_: Any, **__: Any
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *others: Any,
+        **_: Any,
     ) -> None:
-        """Give `generate` our cache, unless it has one or does not use any."""
+        """Give `generate` our cache, unless it has one or does not use any.
+
+        Of `others` the first is the model or the generator that assists.
+        """
         cache = model_kwargs.get("past_key_values")
         _check_cache(cache)
         if generation_config.cache_implementation not in (None, "dynamic"):
@@ -197,15 +214,26 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
                 f"cache_implementation {generation_config.cache_implementation!r} is not served; "
                 "leave it out"
             )
+        is_assisted = generation_config.prompt_lookup_num_tokens or (others and others[0])
+        if is_assisted and hasattr(candidate_generator, "_crop_past_key_values"):
+            raise ValueError(
+                f"transformers {transformers.__version__} serves assisted generation with its own "
+                "caches alone; leave it out, or type: pip install 'transformers>=4.57,<6'"
+            )
         if cache is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache()
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Inputs of `forward`, without the tokenizers that `generate` passes for stop strings."""
+        """Inputs of `forward`, without what else `generate` passes.
+
+        That is the tokenizers for stop strings, and transformers 4's `cache_position`: the cache
+        knows its length.
+        """
         if self.starts is not None:
             self.starts.append(time.perf_counter())
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
-        return {k: v for k, v in inputs.items() if k not in ("tokenizer", "assistant_tokenizer")}
+        foreign = ("tokenizer", "assistant_tokenizer", "cache_position")
+        return {k: v for k, v in inputs.items() if k not in foreign}
 
     def new_cache(self) -> NeoXCache:
         """An empty cache for one batch."""
@@ -307,7 +335,10 @@ def _read_generation_config(path: Path) -> GenerationConfig:
     """generation_config.json, or the same keys of an older config.json."""
     file = path / "generation_config.json"
     if not file.is_file():
-        return GenerationConfig.from_model_config(read_json(path / "config.json"))
+        raw = read_json(path / "config.json")
+        if transformers.__version__.startswith("4."):  # it takes the object alone
+            return GenerationConfig.from_model_config(_read_config(path))
+        return GenerationConfig.from_model_config(raw)
     read_json(file)  # its errors name the file
     try:
         return GenerationConfig.from_pretrained(path)

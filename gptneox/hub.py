@@ -117,8 +117,8 @@ def _download(model_id: str, revision: str) -> Path:
         RevisionNotFoundError,
     )
 
-    # OSError, and the common class of httpx's errors
-    network_errors = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
+    # OSError, also the errors of requests (huggingface_hub 0), and the common class of httpx's
+    network_errors = cast("tuple[type[Exception], ...]", (OSError, *HfHubHTTPError.__bases__))
     api, place = HfApi(), f"{model_id} at {constants.ENDPOINT}"
     try:
         return _fetch(api, model_id, revision, place)

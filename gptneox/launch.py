@@ -129,7 +129,7 @@ def _folder(path: str, what: str, remedy: str) -> str:
 
 
 def _paged(job: Job, arguments: list[str]) -> None:
-    if arguments[:1] in ([word] for word in HELP):
+    if HELP & set(arguments):
         job.arguments = ["--help"]
         return
     model_path = _model_path(job, arguments)
@@ -150,7 +150,7 @@ def _model_path(job: Job, arguments: list[str]) -> list[str]:
 
 def _serve(job: Job, arguments: list[str]) -> None:
     """The front, which starts the ranks by `_ranks`; on the other hosts of a run, the ranks."""
-    if arguments[:1] in ([word] for word in HELP):
+    if HELP & set(arguments):
         job.arguments = ["--help"]
         return
     options = [*_model_path(job, arguments), *arguments]

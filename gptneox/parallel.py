@@ -45,7 +45,8 @@ class TensorParallelGroup:
         """x [T, F] on each rank; returns [T, world_size * F] on every rank, in rank order."""
         if self.world_size == 1:
             return x
-        parts = torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
+        with torch.inference_mode(False):  # gloo of torch 2.5 writes none of inference mode's
+            parts = torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
         dist.all_gather(list(parts.unbind(0)), x.contiguous())
         return parts.permute(1, 0, 2).flatten(1)
 

@@ -52,13 +52,15 @@ env_needed() {
   [[ $1 != dev ]] || env_requirements dev
 }
 
-# env_lacks INTERPRETER REQUIREMENT…: true when something is missing; ENV_LACKING then names it.
+# env_lacks INTERPRETER REQUIREMENT…: true when something is missing; ENV_LACKING then names it, and
+# ENV_REMEDY says what to do.
 env_lacks() {
-  local status=0
-  ENV_LACKING=$("$1" -c "$ENV_CHECK_CODE" "${@:2}" 2>/dev/null) || status=$?
+  local status=0 answer
+  answer=$("$1" -c "$ENV_CHECK_CODE" "${@:2}" 2>/dev/null) || status=$?
+  ENV_LACKING=${answer%%$'\n'*} ENV_REMEDY="install that there"
   case $status in
     0) return 1 ;;
-    3) ;;
+    3) [[ $answer != *$'\n'* ]] || ENV_REMEDY="type: $1 -m pip install ${answer#*$'\n'}" ;;
     *) ENV_LACKING="a working interpreter" ;;
   esac
 }
@@ -89,10 +91,13 @@ env_base_python() {
   return 1
 }
 
-# Any Python can look at the launcher's arguments: no package is needed for that.
+# Any Python can look at the launcher's arguments, or explain them: no package is needed for that.
 env_check_launch() {
-  local base
+  local base word
   [[ -n ${launch[*]+set} ]] && base=$(env_base_python 2>/dev/null) || return 0
+  for word in "${launch[@]:2}"; do
+    [[ $word != -h && $word != --help ]] || PYTHON=$base exec "$base" "${launch[@]}"
+  done
   "$base" "${launch[0]}" --check "${launch[@]:1}" || exit "$?"
 }
 
@@ -136,9 +141,10 @@ network or pip's index and start again, or set PYTHON to an interpreter that has
 env_check_owner() {
   [[ -z $(env_note) && -e $ENV_VENV ]] || return 0
   [[ -d $ENV_VENV && -z $(find "$ENV_VENV/" -mindepth 1 -print -quit) ]] && return 0
-  [[ -x $ENV_VENV/bin/python ]] || ENV_LACKING="a working interpreter"
+  [[ -x $ENV_VENV/bin/python ]] ||
+    ENV_LACKING="a working interpreter" ENV_REMEDY="install that there"
   env_say "$ENV_VENV was not made by this toolkit, so it is not changed, but it lacks $ENV_LACKING; \
-install that there (.venv/bin/python -m pip install …), move it away, or set PYTHON to another interpreter"
+$ENV_REMEDY, move it away, or set PYTHON to another interpreter"
   return 1
 }
 
@@ -181,7 +187,7 @@ PYTHON to an interpreter that has the packages"
 
 # env_setup NEED [INTERPRETER]: the whole of the above.
 env_setup() {
-  local need=$1 checksum needed=() name active="" container_python="" lacking=()
+  local need=$1 checksum needed=() name active="" container_python=""
   ENV_ROOT=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/..") || return 1
   ENV_CHECK_CODE=$(<"$ENV_ROOT/gptneox/interpreter.py") || return 1
   ENV_VENV=$ENV_ROOT/.venv
@@ -193,7 +199,7 @@ env_setup() {
     active=$(type -P -- "$PYTHON") || active=$PYTHON
     if env_lacks "$active" "${needed[@]}"; then
       env_check_launch
-      env_say "PYTHON=$PYTHON lacks $ENV_LACKING; install that there, or unset PYTHON"
+      env_say "PYTHON=$PYTHON lacks $ENV_LACKING; $ENV_REMEDY, or unset PYTHON"
       return 1
     fi
     # absolute, but not resolved: the python of a virtual environment is a link
@@ -224,9 +230,7 @@ env_setup() {
     if ! env_venv_is_ready "$need" "$checksum" torch_npu "${needed[@]}"; then
       env_check_launch
       env_lacks "$container_python" "${needed[@]}"
-      read -ra lacking <<<"$ENV_LACKING"
-      env_say "$container_python has torch_npu but lacks $ENV_LACKING; add it there: \
-$container_python -m pip install$(printf " '%s'" "${lacking[@]}")"
+      env_say "$container_python has torch_npu but lacks $ENV_LACKING; $ENV_REMEDY"
       return 1
     fi
     PYTHON=$ENV_VENV/bin/python

@@ -327,11 +327,14 @@ def test_a_length_that_was_asked_for_has_to_fit(sound, both):
 
 
 def test_an_old_package(monkeypatch):
-    monkeypatch.setattr(doctor, "version", lambda name: "2.1.0+cpu" if name == "torch" else "9.9")
+    there = {"torch": "2.1.0+cpu", "transformers": "6.0"}
+    monkeypatch.setattr("importlib.metadata.version", lambda name: there.get(name, "9.9"))
     found = {f.topic: f for f in doctor.software()}
-    assert found["torch"].ok is False
-    assert "2.1.0+cpu is older than 2.7; type: pip install -U torch" in found["torch"].text
-    assert found["transformers"].ok
+    assert [found[name].ok for name in (*there, "safetensors")] == [False, False, True]
+    line = f"is needed; type: {sys.executable} -m pip install"
+    assert found["torch"].text == f"torch>=2.5 (2.1.0+cpu is there) {line} 'torch>=2.5'"
+    assert "(6.0 is there) is needed" in found["transformers"].text
+    assert "numpy" not in found, "what is as it should be is shown for three packages alone"
 
 
 @pytest.mark.parametrize(

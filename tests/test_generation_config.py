@@ -63,7 +63,7 @@ def write(path: Path, **files: Any) -> None:
 
 def stock(path: Path, **options: Any) -> list[list[int]]:
     """What transformers makes of the directory, one prompt at a time, by its own class."""
-    model = GPTNeoXForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = checkpoints.read_with_transformers(path)
     answers = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])

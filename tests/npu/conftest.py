@@ -23,7 +23,8 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parents[1]
-SITE = REPO / ".npu_site"  # ignored by git through a file of its own
+# ignored by git through a file of its own; another folder for another torch beside it
+SITE = Path(os.environ.get("FAKE_NPU_SITE") or REPO / ".npu_site")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -137,6 +138,13 @@ FAMILY: dict[str, dict[str, Any]] = {
 FORMS = ("safetensors", "sharded", "bin", "new_keys")
 
 
+def read_with_transformers(path: Path, dtype: torch.dtype = torch.float32) -> GPTNeoXForCausalLM:
+    """transformers' own model of a checkpoint, in evaluation mode."""
+    release = tuple(int(n) for n in transformers.__version__.split(".")[:2])
+    keyword = "dtype" if release >= (4, 56) else "torch_dtype"
+    return GPTNeoXForCausalLM.from_pretrained(path, **{keyword: dtype}).eval()
+
+
 def write_checkpoint(
     directory: Path,
     config_dict: dict[str, Any],
@@ -200,7 +208,8 @@ def randomize(
     """
     generator = torch.Generator().manual_seed(seed)
     gains = {"query_key_value": 1.5 * sharpness, "attention.dense": 2.0, "mlp": 1.5}
-    gains |= {"lm_head": 3.0, "embed_in": 3.0 if model.config.tie_word_embeddings else 0.5}
+    gains |= {"lm_head": 3.0, "embed_out": 3.0}  # the head in transformers 5, and in 4
+    gains |= {"embed_in": 3.0 if model.config.tie_word_embeddings else 0.5}
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if "norm" in name:

@@ -50,7 +50,12 @@ def describe(kernels: Any) -> str:
     """From how many rows on products are blocked, for `doctor`."""
     numbers = zip(FORMATS, kernels.blocked_from(), strict=True)
     texts = [f"{name} from {rows} rows" for name, rows in numbers if rows != NEVER]
-    return f"blocked products: {', '.join(texts) or 'none'}"
+    text = f"blocked products: {', '.join(texts) or 'none'}"
+    if torch.__version__ < (2, 6):
+        text += " (they need torch 2.6)"
+    elif torch.__version__ < (2, 7):
+        text += " (of integers: they need torch 2.7)"
+    return text
 
 
 def _read(path: Path) -> dict[str, int] | None:
@@ -78,7 +83,7 @@ def _first_row(kernels: Any, name: str) -> int:
             if not _is_faster(kernels, name, packed, x):
                 break
             first = rows
-    except RuntimeError as error:  # torch has no blocked kernels for this processor
+    except RuntimeError as error:  # this torch has no blocked kernels for the processor
         logger.debug("no blocked kernels for %s: %s", name, error)
     finally:
         torch.set_num_threads(num_threads)

@@ -13,7 +13,6 @@ import pytest
 import torch
 from steps import Sequences
 from support import checkpoints
-from transformers import GPTNeoXForCausalLM
 
 from gptneox.config.errors import ConfigError
 from gptneox.config.settings import QuantizeOptions
@@ -34,7 +33,7 @@ def write(name, folder, **options):
         folder / "float", folder / "w8a16", QuantizeOptions(**options), lambda report: None
     )
     dequantize_checkpoint(folder / "w8a16", folder / "again")
-    model = GPTNeoXForCausalLM.from_pretrained(folder / "again", dtype=torch.float32).eval()
+    model = checkpoints.read_with_transformers(folder / "again")
     return folder / "w8a16", model
 
 

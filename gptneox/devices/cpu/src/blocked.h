@@ -11,8 +11,16 @@
 #pragma once
 
 #include <ATen/native/CPUBlas.h>
+#include <c10/util/Exception.h>
+#include <torch/version.h>
 
 #include "tile.h"
+
+// Which brgemm this torch declares: 2.5 has none that serves here, 2.6 brought bf16 and fp32, 2.7
+// integers.
+#define GPTNEOX_TORCH (TORCH_VERSION_MAJOR * 100 + TORCH_VERSION_MINOR)
+#define GPTNEOX_BRGEMM (GPTNEOX_TORCH >= 206)
+#define GPTNEOX_BRGEMM_INTEGERS (GPTNEOX_TORCH >= 207)
 
 namespace gptneox {
 
@@ -26,7 +34,9 @@ class MatrixUnitScope {
   ~MatrixUnitScope() {
     if (--depth_ == 0 && used_) {
       used_ = false;
+#if GPTNEOX_BRGEMM
       at::native::cpublas::brgemm_release(true);
+#endif
     }
   }
   MatrixUnitScope(const MatrixUnitScope&) = delete;
@@ -153,6 +163,7 @@ inline void block_product(
   using T = std::conditional_t<std::is_same_v<typename F::Weight, float>, float, c10::BFloat16>;
   constexpr int64_t kValues = std::is_same_v<T, float> ? 1 : 2; // of a K step
   const T* x = static_cast<const T*>(a);
+#if GPTNEOX_BRGEMM
   MatrixUnitScope::mark_used();
   for (int64_t height = 256; rows > 0; height /= 2) {
     const int64_t m = height < kBlockedRows ? rows : height;
@@ -164,6 +175,9 @@ inline void block_product(
       c += m * ldc;
     }
   }
+#else
+  TORCH_CHECK(false, "torch " TORCH_VERSION " has no brgemm for bf16 and fp32; 2.6 has");
+#endif
 }
 
 } // namespace gptneox

@@ -432,6 +432,7 @@ inline void integer_panel_few(
 inline void block_integers(
     int64_t rows, const uint8_t* x, int64_t stride, const int8_t* panel, int64_t depth, int32_t* c,
     bool accumulate) {
+#if GPTNEOX_BRGEMM_INTEGERS
   MatrixUnitScope::mark_used();
   for (int64_t height = 256; rows > 0; height /= 2) {
     const int64_t m = height < kBlockedRows ? rows : height;
@@ -443,6 +444,9 @@ inline void block_integers(
       c += m * kCols;
     }
   }
+#else
+  TORCH_CHECK(false, "torch " TORCH_VERSION " has no brgemm for integers; 2.7 has");
+#endif
 }
 
 // Panels [panel, end), rows [first, last), by brgemm, in chunks of K that stay in the second-level
