@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 import sentencepiece
+import transformers
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from support.tokenizers import byte_level_tokenizer, sentence_piece_tokenizer, write_tokenizer
@@ -30,6 +31,7 @@ from gptneox.engine.detokenizer import (
     load_tokenizer,
 )
 
+IS_4 = transformers.__version__.startswith("4.")
 VOCAB_SIZE = 336  # rows of the embedding; the tokenizers are smaller
 REPLACEMENT = "\ufffd"
 
@@ -579,8 +581,11 @@ def test_added_tokens_are_those_of_transformers(named: str, where: str, tmp_path
     settings_file = {"tokenizer_class": "GPTNeoXTokenizer"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings_file))
     (tmp_path / where).write_text(json.dumps(settings_file | ADDED[named]))
-    expected = PreTrainedTokenizerFast.from_pretrained(str(tmp_path))
     tokenizer = load_tokenizer(tmp_path, VOCAB_SIZE)
+    if IS_4 and named == "extra_special_tokens":  # 4 itself reads its older name alone
+        older = {"additional_special_tokens": ADDED[named][named]}
+        (tmp_path / where).write_text(json.dumps(settings_file | older))
+    expected = PreTrainedTokenizerFast.from_pretrained(str(tmp_path))
     text = "<|user|>the cat ### End  plain<>[PAD]the"
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert ids == expected.encode(text)
@@ -623,8 +628,10 @@ def test_vocab_and_merges_are_enough(class_name: str | None, tmp_path: Path) -> 
     if class_name:
         named = {"tokenizer_class": class_name, "eos_token": "<|endoftext|>"}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
-    expected = AutoTokenizer.from_pretrained(str(tmp_path))
     tokenizer = load_tokenizer(tmp_path, VOCAB_SIZE)
+    if IS_4 and class_name != "GPT2Tokenizer":
+        pytest.skip("transformers 4 itself cannot read these files without tokenizer.json")
+    expected = AutoTokenizer.from_pretrained(str(tmp_path))
     text = "the cat 日本 e\u0301<|endoftext|> a"
     assert tokenizer.encode(text, add_special_tokens=False) == expected.encode(text)
     assert decode(tokenizer, expected.encode(text)) == expected.decode(
@@ -651,6 +658,7 @@ def test_broken_settings_of_a_tokenizer_are_named(name: str, content: str, tmp_p
         load_tokenizer(tmp_path, VOCAB_SIZE)
 
 
+@pytest.mark.skipif(IS_4, reason="transformers 4 reads config.json with the tokenizer")
 def test_faults_of_config_json_are_not_the_tokenizers(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     for name in ("chat_template", "model_max_length"):

@@ -31,13 +31,11 @@ PAGE = REPO / "docs/environments.md"
 PROMPT = "What's deep learning?"
 MINI = REPO / "weights/neox-mini"
 
-# What a row runs of the tests: the model, its operators and both paths against transformers, the
-# interface to `generate`, tokenizers, the hub's client, several ranks; then the emulated NPUs.
+# What a row runs of the tests: what touches transformers, tokenizers and huggingface_hub, each of
+# which has changed between the rows.
 TESTS = (
-    *("test_model.py", "test_operators.py", "test_cpu_kernels.py", "test_load.py"),
-    *("test_paged.py", "test_generate.py", "test_modeling_gpt_neox_ascend.py"),
-    *("test_sampler.py", "test_generation_config.py", "test_detokenizer.py"),
-    *("test_hub.py", "test_parallel.py", "test_cut.py"),
+    *("test_modeling_gpt_neox_ascend.py", "test_generate.py", "test_generation_config.py"),
+    *("test_detokenizer.py", "test_hub.py"),
 )
 
 # What transformers itself answers, in fp32.
@@ -83,7 +81,7 @@ def key(version: str) -> tuple[int, ...]:
 
 def test_the_lower_bounds_are_the_oldest_rows() -> None:
     text = (REPO / "pyproject.toml").read_text("utf-8")
-    assert len(ROWS) >= 5
+    assert len(ROWS) >= 3
     for name in ("torch", "transformers"):
         bound = re.search(rf'"{name}>=([\d.]+)', text)
         assert bound

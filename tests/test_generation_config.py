@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from support import checkpoints
 from support.checkpoints import write_chain_checkpoint
 from support.tokenizers import byte_level_tokenizer
@@ -28,6 +29,7 @@ from gptneox.parallel import TensorParallelGroup
 from gptneox.weights.cut import cut_checkpoint
 
 CONFIG = checkpoints.FAMILY["pythia-14m"] | {"torch_dtype": "float32"}
+IS_4 = transformers.__version__.startswith("4.")
 VOCAB = CONFIG["vocab_size"]
 PROMPTS = [[5, 17, 200, 42, 9], [7], [9, 42, 5, 17, 200, 42, 9, 42]]
 NUM_NEW = 12
@@ -135,6 +137,8 @@ OBEYED: dict[str, Any] = {
 def test_both_paths_obey_what_transformers_obeys(
     case: str, copy: Path, greedy: list[list[int]]
 ) -> None:
+    if IS_4 and case == "bad words":
+        pytest.skip("transformers 4 overlooks a sequence that begins with the whole prompt")
     write(copy, generation={"eos_token_id": 0} | OBEYED[case](greedy))
     expected = stock(copy)
     assert expected != greedy, "the case shows nothing"
@@ -385,6 +389,8 @@ def test_faults_of_keys_that_no_run_needs(
     """Neither path stumbles over them; transformers does, and the adapter says over what."""
     write(copy, config=keys)
     assert paged(copy) == flash(copy) == greedy
+    if IS_4:  # it takes them as they are
+        return
     with pytest.raises(ConfigError, match=r"config\.json: transformers refuses it"):
         Adapter.from_pretrained(str(copy), device_map="cpu")
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from support.hub import COMMIT, Hub, files_of, serve
 from support.processes import REPO
@@ -79,6 +80,10 @@ def test_a_run_by_id_equals_one_by_path(hub: Hub, tmp_path: Path, tiny_checkpoin
     assert answers[0] == answers[1]
 
 
+@pytest.mark.skipif(
+    huggingface_hub.__version__.startswith("0."),
+    reason="huggingface_hub 0 ends with the connection; the next start goes on",
+)
 def test_a_download_goes_on_where_it_was_cut(hub: Hub, tmp_path: Path) -> None:
     written = 10 << 20  # the client writes so much at once
     hub.files = {"config.json": b"{}", "model.safetensors": os.urandom(written + 2000)}

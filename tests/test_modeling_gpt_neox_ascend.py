@@ -48,8 +48,9 @@ CONFIG = checkpoints.FAMILY["pythia-14m"] | {"eos_token_id": 303}
 VOCAB = CONFIG["vocab_size"]
 LENGTHS = (9, 1, 40, 17, 3, 33, 26, 12)
 MODELING = "modeling_gpt_neox_ascend.py"
+IS_4 = transformers.__version__.startswith("4.")
 REMEMBERED = pytest.mark.skipif(
-    transformers.__version__.startswith("4."),
+    IS_4,
     reason="transformers 4 goes on using a checkpoint's code in a process that once trusted it",
 )
 
@@ -317,6 +318,7 @@ def assistant(helper: str, ours: PreTrainedModel, stock: PreTrainedModel) -> dic
     return {"assistant_model": stock if helper == "assistant" else ours}
 
 
+@pytest.mark.skipif(IS_4, reason="transformers 4 fails itself on ids that its tokenizer lacks")
 def test_stop_strings(tmp_path: Path) -> None:
     """`generate` hands the tokenizer on to the model's forward, which has no use for it."""
     path = add_remote_code(write_chain_checkpoint(tmp_path / "chain", "123456789"))
@@ -492,9 +494,9 @@ def test_unknown_arguments_are_refused(ours: PreTrainedModel) -> None:
 def test_another_cache_is_refused(ours: PreTrainedModel, stock: GPTNeoXForCausalLM) -> None:
     ids = torch.tensor([[1, 2, 3]])
     with pytest.raises(ValueError, match="past_key_values is a DynamicCache"):
-        generate(ours, padded([[1, 2]]), past_key_values=DynamicCache(config=stock.config))
+        generate(ours, padded([[1, 2]]), past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="past_key_values is a DynamicCache"):
-        ours(ids, past_key_values=DynamicCache(config=stock.config))
+        ours(ids, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="cache_implementation 'static' is not served"):
         generate(ours, padded([[1, 2]]), cache_implementation="static")
     cache = ours(ids).past_key_values

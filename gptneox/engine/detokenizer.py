@@ -93,22 +93,36 @@ def _load_fast(model_path: Path, settings: dict[str, Any], *, with_json: bool) -
     """transformers' base class: its subclasses would rebuild parts of tokenizer.json."""
     from transformers import PreTrainedTokenizerFast  # slow to import, and only needed for text
 
-    for name in ("tokenizer.json", "added_tokens.json"):
-        if (model_path / name).is_file():
-            read_json(model_path / name)  # its errors name the file
+    files = {
+        name: read_json(model_path / name)  # its errors name the file
+        for name in ("tokenizer.json", "added_tokens.json")
+        if (model_path / name).is_file()
+    }
     with _one_line_errors(model_path):
-        built = {} if with_json else _byte_level(model_path, settings)
+        built = _for_transformers_4(settings) if with_json else _byte_level(model_path, settings)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(
             str(model_path), local_files_only=True, clean_up_tokenization_spaces=False, **built
         )
     tokenizer.model_max_length = sys.maxsize  # the engines check lengths themselves
-    # transformers' GPT-NeoX class applies this key too; the model was trained with it.
+    # transformers' GPT-NeoX class applies this key too; the model was trained with it. Without it
+    # transformers 4 sets False, whatever tokenizer.json says.
     splitter = tokenizer.backend_tokenizer.pre_tokenizer
-    prefix = settings.get("add_prefix_space")
+    stored = (files.get("tokenizer.json") or {}).get("pre_tokenizer") or {}
+    prefix = settings.get("add_prefix_space", stored.get("add_prefix_space"))
     if isinstance(prefix, bool) and getattr(splitter, "add_prefix_space", prefix) != prefix:
         splitter.add_prefix_space = prefix
         tokenizer.backend_tokenizer.pre_tokenizer = splitter
     return tokenizer
+
+
+def _for_transformers_4(settings: dict[str, Any]) -> dict[str, Any]:
+    """A list of extra special tokens, as transformers 5 writes it: 4 has another name for it."""
+    import transformers
+
+    extra = settings.get("extra_special_tokens")
+    if not isinstance(extra, list) or not transformers.__version__.startswith("4."):
+        return {}
+    return {"extra_special_tokens": {}, "additional_special_tokens": extra}
 
 
 def _byte_level(model_path: Path, settings: dict[str, Any]) -> dict[str, Any]:
