@@ -58,7 +58,8 @@ class NeoXCache(Cache):
 
     def __init__(self, kv: ContiguousKVCache) -> None:
         # transformers before 4.54 has no layers
-        super().__init__(**({"layers": []} if "layers" in _CACHE_ARGUMENTS else {}))
+        arguments: dict[str, Any] = {"layers": []} if "layers" in _CACHE_ARGUMENTS else {}
+        super().__init__(**arguments)
         self.kv = kv
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

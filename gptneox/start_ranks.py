@@ -17,6 +17,10 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 PATIENCE_S = 10.0
 
@@ -52,11 +56,24 @@ def _run(argv: list[str]) -> int:
         _end_ranks()
         return _ended_by(error.sigval, is_said=error.sigval == signal.SIGINT)  # by rank 0
     except ChildFailedError as error:
-        sys.stderr.write(f"{error}\n")
-        return max(1, error.get_first_failure()[1].exitcode)
+        rank, failure = error.get_first_failure()
+        sys.stderr.write(f"{_why_failed(rank, failure, str(error))}\n")
+        return max(1, failure.exitcode)
     finally:
         watch.cancel()
     return 0
+
+
+def _why_failed(rank: int, failure: ProcessFailure, report: str) -> str:
+    """One line on the rank that failed first; torchrun's report where it has a traceback."""
+    told: Any = failure.message  # a dict where the rank has said why, see parallel.report_failure
+    if isinstance(told, dict):
+        if "Traceback" in told["extraInfo"]["py_callstack"]:  # --debug
+            return report
+        return f"rank {rank} failed first: {' '.join(told['message'].split())}"
+    if failure.exitcode < 0:
+        return f"rank {rank} was ended by {failure.signal_name()}"
+    return f"rank {rank} ended with exit status {failure.exitcode}"
 
 
 def _ended_by(number: int, *, is_said: bool = False) -> int:

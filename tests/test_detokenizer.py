@@ -575,6 +575,8 @@ ADDED = {
 @pytest.mark.parametrize("where", ["tokenizer_config.json", "special_tokens_map.json"])
 @pytest.mark.parametrize("named", ADDED)
 def test_added_tokens_are_those_of_transformers(named: str, where: str, tmp_path: Path) -> None:
+    if IS_4 and (named, where) == ("extra_special_tokens", "special_tokens_map.json"):
+        pytest.skip("transformers 4 cannot read it, and 5 does not write it there")
     write_tokenizer(tmp_path)
     if where == "special_tokens_map.json" and named == "decoder":
         (tmp_path / "added_tokens.json").write_text('{"<|user|>": 313, "### End": 314}')
@@ -628,8 +630,11 @@ def test_vocab_and_merges_are_enough(class_name: str | None, tmp_path: Path) -> 
     if class_name:
         named = {"tokenizer_class": class_name, "eos_token": "<|endoftext|>"}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    elif IS_4:
+        (tmp_path / "tokenizer_config.json").write_text("{}")  # it wants the file
     tokenizer = load_tokenizer(tmp_path, VOCAB_SIZE)
     if IS_4 and class_name != "GPT2Tokenizer":
+        assert tokenizer.encode("the cat")
         pytest.skip("transformers 4 itself cannot read these files without tokenizer.json")
     expected = AutoTokenizer.from_pretrained(str(tmp_path))
     text = "the cat 日本 e\u0301<|endoftext|> a"

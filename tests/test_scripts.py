@@ -384,11 +384,34 @@ def test_the_end_of_the_ranks_is_told_by_the_status(ending: str, tmp_path: Path)
     assert "Traceback" not in text
     if ending == "status 3":
         assert done.returncode == 3
-        assert re.search(r"exitcode +: 3 ", text)
+        assert re.fullmatch(r"rank [01] ended with exit status 3\n", text)
     elif ending == "SIGINT":
         assert (done.returncode, text) == (130, "")
     else:
         assert (done.returncode, text) == (143, "ended by SIGTERM\n")
+
+
+def test_the_rank_that_failed_first_is_told_in_a_line(tmp_path: Path) -> None:
+    """With the reason that it gave; its own lines are above."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, sys, time\n"
+        f"sys.path.insert(0, {str(REPO)!r})\n"
+        "from gptneox.parallel import report_failure\n"
+        "if os.environ['RANK'] == '0': time.sleep(60)\n"
+        "report_failure(ValueError('no\\nroom'))\n"
+        "sys.exit(2)\n"
+    )
+    command = [sys.executable, REPO / "gptneox/start_ranks.py", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, "--master_port", str(ranks.free_port()), script],
+        env=clean_environment() | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (2, "rank 1 failed first: ValueError: no room\n")
 
 
 def test_several_hosts(launch, weights: Path) -> None:

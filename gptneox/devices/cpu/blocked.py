@@ -51,9 +51,9 @@ def describe(kernels: Any) -> str:
     numbers = zip(FORMATS, kernels.blocked_from(), strict=True)
     texts = [f"{name} from {rows} rows" for name, rows in numbers if rows != NEVER]
     text = f"blocked products: {', '.join(texts) or 'none'}"
-    if torch.__version__ < (2, 6):
+    if torch.__version__ < "2.6":
         text += " (they need torch 2.6)"
-    elif torch.__version__ < (2, 7):
+    elif torch.__version__ < "2.7":
         text += " (of integers: they need torch 2.7)"
     return text
 
