@@ -41,9 +41,10 @@ def _run(argv: list[str]) -> int:
     from gptneox.config.environment import variables
 
     if "LOGLEVEL" not in variables():  # torchrun's own variable
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+        # that a rank has failed is said once, below
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         for name in ("agent.server.api", "multiprocessing.api"):
-            logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.ERROR)
+            logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     args = run.parse_args(argv)  # type: ignore[no-untyped-call]
     watch = threading.Timer(PATIENCE_S, _say_who_is_missing, [args])
     watch.daemon = True

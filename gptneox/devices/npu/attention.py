@@ -109,6 +109,11 @@ class PlainAttention:
         return eager(q, k, v, step.mask, step.scale)
 
 
+def has_cache_write(torch_npu: Any) -> bool:
+    """Whether there is an operator that writes the cache; torch_npu before 2.6.0.post5 has none."""
+    return hasattr(torch_npu, "npu_scatter_pa_kv_cache")
+
+
 class A2Attention(PlainAttention):
     """Atlas 800I A2: FusedInferAttentionScore over an ND cache.
 
@@ -145,9 +150,18 @@ class A2Attention(PlainAttention):
 
     def store(self, step: NpuPagedStep, layer: LayerCache, k: Tensor, v: Tensor) -> None:
         """The default cache_mode is another layout."""
-        self.ops.npu_scatter_pa_kv_cache(
-            k.contiguous(), v.contiguous(), *layer, step.batch.slot_mapping, cache_mode="Norm"
-        )
+        self._scatter((k.contiguous(), v.contiguous()), (layer.k, layer.v), step)
+
+    def _scatter(
+        self, new: tuple[Tensor, Tensor], caches: tuple[Tensor, Tensor], step: NpuPagedStep
+    ) -> None:
+        """Write keys and values [T, H, D] to their slots."""
+        slots = step.batch.slot_mapping
+        if has_cache_write(self.ops):
+            self.ops.npu_scatter_pa_kv_cache(*new, *caches, slots, cache_mode="Norm")
+            return
+        for cache, rows in zip(caches, new, strict=True):
+            cache.view(-1, *rows.shape[1:]).index_copy_(0, slots, rows)
 
     def decode(self, step: NpuPagedStep, layer: LayerCache, q: Tensor) -> Tensor:
         """One call for all rows."""
@@ -295,9 +309,7 @@ class A2Int8Attention(A2SmallBlocks):
         """Round both in one call, then write values and scales."""
         assert isinstance(layer, Int8Cache)
         values, scales = self.ops.npu_dynamic_quant(torch.stack((k, v)))  # [2, T, H, D], [2, T, H]
-        self.ops.npu_scatter_pa_kv_cache(
-            values[0], values[1], layer.k, layer.v, step.batch.slot_mapping, cache_mode="Norm"
-        )
+        self._scatter((values[0], values[1]), (layer.k, layer.v), step)
         for cache, new in ((layer.k_scale, scales[0]), (layer.v_scale, scales[1])):
             rows = cache.transpose(1, 2).view(-1, 1)
             self.ops.npu_scatter_nd_update_(rows, step.scale_slots, new.reshape(-1, 1))

@@ -24,6 +24,7 @@ from gptneox.devices.npu.attention import (
     PlainAttention,
     choose_attention,
     choose_int8_attention,
+    has_cache_write,
 )
 from gptneox.devices.npu.steps import NpuPaddedStep, NpuPagedStep
 from gptneox.devices.operators import (
@@ -106,10 +107,17 @@ class NpuOperators(Operators):
         if self.device.is_310p:
             reason = "npu_rotary_mul falls apart into six kernels; ATB's keeps its first table"
             rotary = ChosenOperator("rotary", "torch, fp32", reason)
+        is_written_plainly = not self.device.is_310p and not has_cache_write(self.torch_npu)
+        cache_write = ChosenOperator(
+            "cache write",
+            "index_copy_",
+            "slower: this torch_npu has no npu_scatter_pa_kv_cache, later ones have",
+        )
         weights = ChosenOperator("weights", "ND", "NZ is off by default on A2")
         if self.device.is_310p:
             weights = ChosenOperator("weights", "NZ", "the chip's own layout for products")
         return [
+            *([cache_write] if is_written_plainly else []),
             ChosenOperator("paged attention", paged.operator, paged_reason),
             ChosenOperator("flash attention", dense.operator, dense_reason),
             rotary,

@@ -688,3 +688,9 @@ def gelu(given: Given, self: Tensor, *, approximate: str = "none") -> Tensor:
 @reference("npu::npu_format_cast")
 def format_cast(given: Given, input: Tensor, acl_format: int) -> Tensor:  # noqa: A002
     return input.clone()
+
+
+@reference("npu::npu_dtype_cast")
+def dtype_cast(given: Given, input: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: A002
+    """What torch_npu 2.5 makes of `Tensor.to`."""
+    return input.to(dtype)
