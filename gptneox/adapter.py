@@ -219,7 +219,7 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         if is_assisted and hasattr(candidate_generator, "_crop_past_key_values"):
             raise ValueError(
                 f"transformers {transformers.__version__} serves assisted generation with its own "
-                "caches alone; leave it out, or type: pip install 'transformers>=4.57,<6'"
+                "caches alone; leave it out, or type: pip install 'transformers>=4.57,<5.24'"
             )
         if cache is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache()

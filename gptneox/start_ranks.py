@@ -43,7 +43,11 @@ def _run(argv: list[str]) -> int:
     if "LOGLEVEL" not in variables():  # torchrun's own variable
         # that a rank has failed is said once, below
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-        for name in ("agent.server.api", "multiprocessing.api"):
+        for name in (
+            "agent.server.api",
+            "multiprocessing.api",
+            "multiprocessing.errors.error_handler",
+        ):
             logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     args = run.parse_args(argv)  # type: ignore[no-untyped-call]
     watch = threading.Timer(PATIENCE_S, _say_who_is_missing, [args])
