@@ -31,7 +31,10 @@ COLUMNS = (
 )
 WITHOUT_TORCH = ("engine/sequence.py", "engine/block_manager.py", "engine/scheduler.py")
 # Settings have to name the devices one can choose.
-MAY_NAME_DEVICES = {"gptneox/config/settings.py", "gptneox/config/environment.py", "gptneox/cli.py"}
+MAY_NAME_DEVICES = {
+    *("gptneox/config/settings.py", "gptneox/config/environment.py", "gptneox/cli.py"),
+    "gptneox/interpreter.py",  # the line that installs torch and its plugin as a pair
+}
 DEVICE_WORDS = re.compile(r"\b(npu|cuda|torch_npu|hccl|nccl|aclnn|ascend)\b", re.IGNORECASE)
 
 
