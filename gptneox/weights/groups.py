@@ -19,7 +19,7 @@ from gptneox.weights.formats import INPUTS, FloatWeight, Int8Weight, WeightForma
 
 # The compiled CPU kernels unroll their loops within a group.
 GROUP_MULTIPLE = 16
-_CHUNK = 1 << 24  # values that are widened at a time
+_CHUNK = 1 << 20  # values that are widened at a time: larger pieces are new memory each time
 
 
 # -- integers in words ---------------------------------------------------------------------------

@@ -76,7 +76,7 @@ logger = logging.getLogger(__name__)
 
 HEAD = split_name(HEAD_NAME)[0]
 LARGEST = 127  # of a quantized value; -128 is left out, so that ranges are symmetric
-_CHUNK = 1 << 24  # values that are widened at a time
+_CHUNK = 1 << 20  # values that are widened at a time: larger pieces are new memory each time
 
 # -- numbers -------------------------------------------------------------------------------------
 
