@@ -28,11 +28,16 @@ WAIT_NOTICE_S = 10.0
 
 @dataclass
 class TensorParallelGroup:
-    """All processes of a run; with one process every collective is a no-op."""
+    """All processes of a run; with one process every collective is a no-op.
+
+    What lies in the host's memory travels by gloo, whatever the device has: a rank that waits for
+    it sleeps, occupies no device, and meets no time limit of the device's collectives.
+    """
 
     rank: int = 0
     world_size: int = 1
     num_all_reduces: int = 0  # tests check that the model needs one per layer
+    host_group: dist.ProcessGroup | None = None  # None: the default group is one of gloo
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place; returns x."""
@@ -51,9 +56,9 @@ class TensorParallelGroup:
         return parts.permute(1, 0, 2).flatten(1)
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """Rank 0's x, in place on the others; returns x."""
+        """Rank 0's x, of the device or the host, in place on the others; returns x."""
         if self.world_size > 1:
-            dist.broadcast(x, src=0)
+            dist.broadcast(x, src=0, group=self.host_group if x.device.type == "cpu" else None)
         return x
 
     def broadcast_object(self, value: Any) -> Any:
@@ -61,7 +66,7 @@ class TensorParallelGroup:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
 
     def barrier(self) -> None:
@@ -107,10 +112,13 @@ def leave_group() -> None:
 
 def init_group(rank: int, world_size: int, dist_backend: str) -> TensorParallelGroup:
     """Join the processes that torchrun started; a no-op for one process."""
+    host_group = None
     if world_size > 1 and not dist.is_initialized():
         with _report_waiting(rank, world_size):
             dist.init_process_group(dist_backend, rank=rank, world_size=world_size)
-    return TensorParallelGroup(rank, world_size)
+    if world_size > 1 and dist_backend != "gloo":
+        host_group = dist.new_group(backend="gloo")
+    return TensorParallelGroup(rank, world_size, host_group=host_group)
 
 
 @contextlib.contextmanager

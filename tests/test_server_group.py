@@ -11,22 +11,24 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import checkpoints
 from support.processes import REPO
-from support.service import LIMITS, eventually
+from support.service import LIMITS, EngineThread, eventually
 
-from gptneox.config.settings import EngineSection
+from gptneox.config.settings import EngineSection, ServerSection
 from gptneox.devices import select
 from gptneox.engine.loop import EngineLoop
 from gptneox.engine.paged import PagedEngine
 from gptneox.engine.sequence import SamplingParams, TokenLogprobs
 from gptneox.server import wire, worker
 from gptneox.server.group import EngineGroup
+from gptneox.server.metrics import Metrics
+from gptneox.server.service import Delta, Request, Service
 from gptneox.server.wire import Output, Stats
 
 # Rank 0 without a model: it connects, says that it is ready, and does what its argument says.
@@ -234,6 +236,94 @@ def test_rank_0_answers_aborts_and_refuses(engine: PagedEngine) -> None:
     assert stats[0].num_running == 3
     assert stats[-1].num_running == stats[-1].num_waiting == 0
     assert stats[-1].num_free_blocks == 40
+
+
+# -- several choices of one prompt ---------------------------------------------------------------
+
+
+def run_choices(engine: PagedEngine, request: Request) -> tuple[list[Delta], list[int]]:
+    """The answer, and how many tokens of prompts each step computed that computed any."""
+
+    async def go() -> list[Delta]:
+        thread = EngineThread(engine)
+        service = Service(ServerSection(), [thread], Metrics("", "neox", list))
+        running = service.open(request)
+        async with thread:
+            deltas = await asyncio.wait_for(running.gather(), 60)
+        assert service.num_open == 0
+        return deltas
+
+    engine.stats.steps = []
+    deltas = asyncio.run(go())
+    engine.block_manager.check([])
+    counts = [step.num_prefill_tokens for step in engine.stats.steps]
+    return deltas, [count for count in counts if count]
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, PagedEngine]:
+    """A random model with a prefix cache of blocks of 16 tokens, and without one."""
+    path = tmp_path_factory.mktemp("twins")
+    checkpoints.write_checkpoint(path, checkpoints.FAMILY["gpt-neox-20b"], sharpness=2.0)
+    section = EngineSection(max_batch_size=4, num_blocks=64, block_size=16)
+    return {
+        caching: PagedEngine.from_pretrained(
+            *(path, replace(section, enable_prefix_caching=caching), select("cpu")),
+            dtype="float32",
+            with_tokenizer=False,
+        )
+        for caching in (False, True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("caching", "num_prompt", "num_left"),
+    [
+        (True, 40, 8),  # two full blocks are shared
+        (True, 33, 1),
+        (True, 32, 16),  # the last token has to be computed, so that one block alone is shared
+        (True, 16, 16),  # nothing can be shared, so that nobody waits
+        (True, 5, 5),
+        (False, 40, 40),
+    ],
+)
+@pytest.mark.parametrize("scores", [False, True])
+def test_a_prompt_is_computed_once_for_all_its_choices(
+    caching: bool,
+    num_prompt: int,
+    num_left: int,
+    scores: bool,
+    twins: dict[bool, PagedEngine],
+) -> None:
+    prompt = checkpoints.prompts((num_prompt,), 288, seed=num_prompt + 100 * scores)[0]
+    params = SamplingParams(
+        max_new_tokens=6, temperature=1.0, seed=3, ignore_eos=True, logprobs=1,
+        prompt_logprobs=1 if scores else None,
+    )  # fmt: skip
+    request = Request("id", [prompt], params, 4)
+    deltas, computed = run_choices(twins[caching], request)
+    assert sum(computed) == num_prompt + 3 * num_left
+    waits = scores or num_left < num_prompt
+    assert computed[0] == (num_prompt if waits else 4 * num_prompt)
+    alone = [twins[False].generate([prompt], replace(params, seed=3 + i))[0] for i in range(4)]
+    assert [delta.token_ids for delta in deltas] == [c.token_ids for c in alone]
+    assert len({tuple(delta.token_ids) for delta in deltas}) == 4
+    for delta in deltas:
+        scored = alone[0].prompt_logprobs
+        assert [entry.token_id for entry in delta.prompt_logprobs] == [t.token_id for t in scored]
+        assert [entry.logprob for entry in delta.prompt_logprobs] == pytest.approx(
+            [entry.logprob for entry in scored], abs=1e-4
+        )
+
+
+def test_choices_of_several_prompts_may_end_at_their_first_token(
+    twins: dict[bool, PagedEngine],
+) -> None:
+    prompts = checkpoints.prompts((40, 50), 288, seed=9)
+    params = SamplingParams(max_new_tokens=1, temperature=1.0, seed=3, ignore_eos=True)
+    deltas, computed = run_choices(twins[True], Request("id", prompts, params, 3))
+    assert [delta.num_tokens for delta in deltas] == [1] * 6
+    assert sum(computed) == 40 + 2 * 8 + 50 + 2 * 2
 
 
 def test_a_rank_notices_that_the_front_has_gone(tmp_path: Path) -> None:

@@ -65,6 +65,10 @@ class Device:
         """Empty when this device can be used here, else the reason and the remedy."""
         return ""
 
+    def count(self) -> int:
+        """How many of this kind this process sees; 0: the host itself computes."""
+        return 0
+
     def setup(self, local_rank: int, local_world_size: int = 1, num_threads: int = 0) -> None:
         """Bind this process to its device."""
 

@@ -14,7 +14,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -123,36 +123,62 @@ class Share:
     cores: list[int]  # logical processors to stay on; empty: any
 
 
-def split_host(environ: Mapping[str, str], num_engines: int) -> list[Share]:
-    """Disjoint devices for several engines; without a list of devices, disjoint cores.
+def split_host(
+    environ: Mapping[str, str], num_engines: int, count_devices: Callable[[], int]
+) -> list[Share]:
+    """Disjoint devices for several engines; where there are none, disjoint cores.
+
+    The devices listed are shared out. Without a list each engine gets one for each of its ranks, of
+    those that there are.
+
+    Args:
+        environ: of the engines.
+        num_engines: how many engines.
+        count_devices: tells how many devices there are, 0 where the CPU computes; only called for
+            several engines without a list.
 
     Raises:
-        ConfigError: the devices cannot be shared evenly, or there are several hosts.
+        ConfigError: the devices cannot be shared evenly, are too few, or there are several hosts.
     """
     if num_engines == 1:
         return [Share(dict(environ), [])]
     if read_nodes(environ)[0] > 1:
         raise ConfigError(f"replicas is {num_engines}, which is for one host; unset NNODES")
     shares = []
-    num_devices = _count_devices(environ.get("ASCEND_RT_VISIBLE_DEVICES"))
-    if num_devices is not None and num_devices % num_engines:
-        raise ConfigError(
-            f"replicas is {num_engines}, but ASCEND_RT_VISIBLE_DEVICES="
-            f"{environ['ASCEND_RT_VISIBLE_DEVICES']} lists {num_devices}; list as many devices for "
-            "each"
-        )
+    devices = _devices_to_share(environ, num_engines, count_devices)
+    size = len(devices) // num_engines
     for index in range(num_engines):
         own, cores = dict(environ), list[int]()
-        if num_devices is None:
-            cores = share_cores(index, num_engines, usable_cpus())
-        else:
-            devices = environ["ASCEND_RT_VISIBLE_DEVICES"].split(",")
-            size = num_devices // num_engines
+        if devices:
             own["ASCEND_RT_VISIBLE_DEVICES"] = ",".join(devices[index * size : (index + 1) * size])
+        else:
+            cores = share_cores(index, num_engines, usable_cpus())
         if index:  # these take the next free ports
             own.pop("MASTER_PORT", None)
         shares.append(Share(own, cores))
     return shares
+
+
+def _devices_to_share(
+    environ: Mapping[str, str], num_engines: int, count_devices: Callable[[], int]
+) -> list[str]:
+    """Numbers of the devices that the engines get; none where the CPU computes."""
+    if (listed := environ.get("ASCEND_RT_VISIBLE_DEVICES")) is not None:
+        num_listed = _count_devices(listed) or 0
+        if num_listed % num_engines:
+            raise ConfigError(
+                f"replicas is {num_engines}, but ASCEND_RT_VISIBLE_DEVICES={listed} lists "
+                f"{num_listed}; list as many devices for each"
+            )
+        return listed.split(",")
+    num_found, num_ranks = count_devices(), read_ranks(environ).local
+    num_needed = num_engines * num_ranks if num_found else 0
+    if num_needed > num_found:
+        raise ConfigError(
+            f"replicas is {num_engines} with {num_ranks} rank(s) each, which take {num_needed} "
+            f"devices, but {num_found} are there; lower --replicas or TP_WORLD_SIZE"
+        )
+    return [str(number) for number in range(num_needed)]
 
 
 @dataclass

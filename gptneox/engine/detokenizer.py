@@ -198,8 +198,9 @@ class Detokenizer:
     """Text of one growing sequence.
 
     `text` holds what can be shown, in whole tokens. It lags behind the tokens while a character is
-    incomplete or the end may still become a stop string. Stop strings are searched in the text
-    including special tokens; `text` leaves special tokens out. Only a stop string may cut a token.
+    incomplete or the end may still become a stop string that is left out. Stop strings are searched
+    in the text including special tokens; `text` leaves special tokens out. Only a stop string may
+    cut a token.
     """
 
     def __init__(self, tokenizer: Any, stop: Seq[str] = (), *, include_stop: bool = False) -> None:
@@ -208,7 +209,8 @@ class Detokenizer:
         Args:
             tokenizer: see `load_tokenizer`.
             stop: strings that end the text.
-            include_stop: the text ends after the stop string, not before it.
+            include_stop: the text ends after the stop string, not before it, so that nothing has
+                to wait for what may become one.
         """
         self.tokenizer, self.stop, self.include_stop = tokenizer, stop, include_stop
         self.text = ""
@@ -218,6 +220,7 @@ class Detokenizer:
         self._token_ids: list[int] = []
         self._context, self._next = 0, 0  # first token decoded as context; first undecoded token
         self._pending = ""  # decoded text that is not in `text` yet
+        self._begun = ""  # the end of what is in `text`, where a stop string may have begun
         self._hidden: set[int] = set()  # indices into `_pending` that belong to special tokens
         self._ends: list[int] = []  # in `_pending`, of the decoded tokens that are not released
 
@@ -267,12 +270,14 @@ class Detokenizer:
 
     def _show(self, *, last: bool) -> str:
         """Move the text that cannot become a stop string from `_pending` to `text`."""
-        hits = [(i, len(s), s) for s in self.stop if (i := self._pending.find(s)) >= 0]
+        searched = self._begun + self._pending
+        hits = [(i, len(s), s) for s in self.stop if (i := searched.find(s)) >= 0]
         if hits:
             cut, length, self.stop_string = min(hits)
-            cut += length if self.include_stop else 0
-        elif last:
+            cut += length - len(self._begun) if self.include_stop else 0
+        elif last or self.include_stop:
             cut = len(self._pending)
+            self._begun = searched[len(searched) - _possible_stop(searched, self.stop) :]
         else:  # back to the end of a token
             cut = len(self._pending) - _possible_stop(self._pending, self.stop)
             cut = max((end for end in self._ends if end <= cut), default=0)

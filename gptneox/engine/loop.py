@@ -19,7 +19,7 @@ from gptneox.engine.api import Completion, RequestFailed
 from gptneox.engine.paged import PagedEngine
 from gptneox.engine.sequence import SamplingParams
 
-# Collectives time out after ten minutes (NCCL's default, the shortest), so rank 0 sends earlier.
+# Gloo gives up a wait after 30 minutes, so rank 0 sends earlier.
 HEARTBEAT_S = 60.0
 
 
@@ -275,11 +275,13 @@ class EngineLoop:
         del self._numbers[self._request_ids.pop(number)]
 
     def _exchange(self, commands: Seq[Command]) -> Seq[Command]:
-        """Rank 0's commands on every rank; an empty list costs one broadcast of one integer."""
+        """Rank 0's commands on every rank; an empty list costs one broadcast of one integer.
+
+        Ranks without work wait here. Both collectives are the host's, so no device waits with them.
+        """
         if self.group.world_size == 1:
             return commands
-        size = torch.tensor([len(commands)], device=self.engine.device.torch_device)
-        if not int(self.group.broadcast(size).item()):
+        if not int(self.group.broadcast(torch.tensor([len(commands)])).item()):
             return []
         received: Seq[Command] = self.group.broadcast_object(commands)
         return received

@@ -15,10 +15,11 @@ import signal
 import socket
 import ssl
 import stat
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from pathlib import Path
@@ -173,6 +174,38 @@ def socket_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def count_devices(device: str, environ: Mapping[str, str]) -> int:
+    """How many devices the ranks would see; 0: they would compute on the CPU.
+
+    A process of its own tells it, because that needs torch.
+
+    Args:
+        device: [model] device.
+        environ: of the ranks.
+
+    Raises:
+        RuntimeError: it is not known.
+    """
+    if device == "cpu":
+        return 0
+    code = "import sys, gptneox.devices as d; print(d.select(sys.argv[1]).count())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, device],
+        cwd=Path(gptneox.__file__).parents[1],
+        env=dict(environ),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        reason = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
+        raise RuntimeError(
+            f"the devices for the replicas cannot be counted ({reason}); list them in "
+            "ASCEND_RT_VISIBLE_DEVICES, as many for each"
+        )
+    return int(done.stdout.split()[-1])
+
+
 def open_model(settings: Settings, service: Service) -> tuple[Vocabulary, Context]:
     """What the front needs of the checkpoint: its limits and its tokenizer, no weights.
 
@@ -242,7 +275,10 @@ class Front:
         self._folder = folder
         environ = dict(variables())
         environ.pop("GPTNEOX_API_KEY", None)  # the ranks need none
-        self._shares = split_host(environ, self.own.replicas)
+        device = settings.model.device
+        self._shares = split_host(
+            environ, self.own.replicas, lambda: count_devices(device, environ)
+        )
         self._stopping = asyncio.Event()
         self._signals = 0
         self._ends_engines = False  # from then on it is no loss that they go

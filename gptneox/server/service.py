@@ -51,11 +51,13 @@ class Request:
         return len(self.prompts) * self.n
 
     def choice(self, index: int) -> tuple[Seq[int], SamplingParams]:
-        """Prompt and parameters of a choice."""
+        """Prompt and parameters of a choice. The first one of a prompt scores it for all."""
         prompt, i = divmod(index, self.n)
         params = self.params
         if params.seed is not None and i:
             params = replace(params, seed=(params.seed + i) % _MAX_SEED)
+        if params.prompt_logprobs is not None and i and params.max_new_tokens:
+            params = replace(params, prompt_logprobs=None)
         return self.prompts[prompt], params
 
 
@@ -148,6 +150,7 @@ class Running:
         self.deadline = self.start + service.settings.request_timeout_s
         self._service = service
         self._numbers: dict[int, tuple[Engine, int]] = {}  # choice -> where it runs
+        self._awaited: dict[int, Engine] = {}  # first choice of a prompt -> where the others will
         self._times: dict[int, _Times] = {}  # choice -> when its tokens came
         self._pending: dict[int, Delta] = {}
         self._arrived = asyncio.Event()
@@ -162,12 +165,19 @@ class Running:
             )
 
     def submit(self) -> None:
-        """Hand every choice to the engine that suits its prompt; those of one prompt together."""
+        """Hand every choice to the engine that suits its prompt; those of one prompt together.
+
+        Where the first one spares the others work, they start once it has computed the prompt.
+        """
         for first in range(0, self.request.num_choices, self.request.n):
-            engine = self._service.choose(self.request.choice(first)[0])
-            for index in range(first, first + self.request.n):
-                prompt, params = self.request.choice(index)
-                self._numbers[index] = (engine, engine.add(prompt, params, self._taker(index)))
+            prompt, params = self.request.choice(first)
+            engine = self._service.choose(prompt)
+            self._start(first, engine)
+            shares = engine.limits is not None and engine.limits.shares(len(prompt))
+            if self.request.n > 1 and (shares or params.prompt_logprobs is not None):
+                self._awaited[first] = engine
+            else:
+                self._start_others(first, engine)
 
     async def wait(self, timeout_s: float) -> bool:
         """Wait for the first delta; False if none has come in time.
@@ -237,14 +247,24 @@ class Running:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _taker(self, index: int) -> OnOutput:
-        """What takes the outputs of a choice."""
+    def _start(self, index: int, engine: Engine, scores: Seq[TokenLogprobs] = ()) -> None:
+        """Start a choice; `scores` are those of its prompt, if another choice has found them."""
 
         def take(output: Output) -> None:
-            if not self._ended:
-                self._take(index, output)
+            nonlocal scores
+            if self._ended:
+                return
+            if scores:
+                output.prompt_logprobs, scores = scores, ()
+            self._take(index, output)
 
-        return take
+        prompt, params = self.request.choice(index)
+        self._numbers[index] = (engine, engine.add(prompt, params, take))
+
+    def _start_others(self, first: int, engine: Engine, scores: Seq[TokenLogprobs] = ()) -> None:
+        """Start all choices of a prompt but its first."""
+        for index in range(first + 1, first + self.request.n):
+            self._start(index, engine, scores)
 
     def _take(self, index: int, output: Output) -> None:
         if output.error:
@@ -254,6 +274,8 @@ class Running:
                 message = output.error
             self.fail(ServiceError(Kind.FAILED, message))
             return
+        if index in self._awaited:
+            self._start_others(index, self._awaited.pop(index), output.prompt_logprobs)
         self._measure(index, output)
         delta = Delta.of(index, output)
         if index in self._pending:
@@ -303,8 +325,9 @@ class Running:
             timer.cancel()
         for engine, number in self._numbers.values():
             engine.abort(number)
-        self._service.release(len(self._numbers))
+        self._service.release(len(self._numbers) + len(self._awaited) * (self.request.n - 1))
         self._numbers.clear()
+        self._awaited.clear()
         self._service.forget(self)
         seconds = time.monotonic() - self.start
         self._service.metrics.request_ended(outcome, finish_reason, seconds)

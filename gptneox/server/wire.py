@@ -97,6 +97,14 @@ class Limits:
     world_size: int
     dtype: str
     device: str
+    enable_prefix_caching: bool
+
+    def shares(self, num_prompt: int) -> bool:
+        """Whether one request with a prompt of so many tokens spares a second one work.
+
+        Only full blocks are shared, and the last token of a prompt is always computed.
+        """
+        return self.enable_prefix_caching and num_prompt > self.block_size
 
     @property
     def max_tokens(self) -> int:

@@ -115,6 +115,7 @@ def limits_of(engine: PagedEngine) -> Limits:
         world_size=engine.group.world_size,
         dtype=str(engine.dtype).removeprefix("torch."),
         device=engine.device.name,
+        enable_prefix_caching=engine.block_manager.enable_prefix_caching,
     )
 
 

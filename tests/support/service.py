@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import queue
 import re
 import subprocess
 import sys
@@ -25,14 +26,18 @@ from transformers import PreTrainedTokenizerFast
 
 from gptneox.chat_templates import find_template
 from gptneox.config.settings import ServerSection
+from gptneox.engine.loop import EngineLoop
+from gptneox.engine.paged import PagedEngine
 from gptneox.engine.sequence import SamplingParams, TokenLogprobs
 from gptneox.server.app import Application
 from gptneox.server.connection import Connection
 from gptneox.server.dialects.base import Context
+from gptneox.server.group import EngineGroup
 from gptneox.server.metrics import EngineState, Metrics
 from gptneox.server.service import OnOutput, Service
 from gptneox.server.vocabulary import Vocabulary
-from gptneox.server.wire import Limits, Output, Stats
+from gptneox.server.wire import Limits, Message, Output, Stats
+from gptneox.server.worker import RankZero, limits_of
 from support.processes import MAIN, clean_environ
 from support.tokenizers import byte_level_tokenizer
 
@@ -46,6 +51,7 @@ LIMITS = Limits(
     world_size=1,
     dtype="float32",
     device="cpu",
+    enable_prefix_caching=True,
 )
 JSON = {"content-type": "application/json"}
 
@@ -117,6 +123,49 @@ class ScriptedEngine:
 def scored(token_id: int) -> TokenLogprobs:
     """A token of the scripted engine with its log-probabilities, one of them infinite."""
     return TokenLogprobs(token_id, -0.5, {token_id: -0.5, token_id + 1: -float("inf")})
+
+
+class EngineThread(EngineGroup):
+    """A real engine behind the code of front and rank 0: a thread instead of socket and process."""
+
+    def __init__(self, engine: PagedEngine) -> None:
+        super().__init__(
+            *("0", Path("none")),
+            heartbeat_timeout_s=60,
+            on_lost=lambda group: None,
+            on_step=lambda num_tokens: None,
+        )
+        self.engine, self.limits = engine, limits_of(engine)
+        self._commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
+
+    async def __aenter__(self) -> EngineThread:
+        loop = asyncio.get_running_loop()
+
+        def send(message: Message) -> None:
+            loop.call_soon_threadsafe(self._take, json.loads(json.dumps(message)))
+
+        self.send = send
+        rank = RankZero(EngineLoop(self.engine), self)  # type: ignore[arg-type]
+        self._thread = threading.Thread(target=rank.run)
+        self._thread.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._send({"type": "stop"})
+        await asyncio.to_thread(self._thread.join, 30)
+        assert not self._thread.is_alive()
+
+    def _send(self, message: Message) -> None:
+        self._commands.put(json.loads(json.dumps(message)))
+
+    def take(self, timeout_s: float) -> list[Message]:
+        """As `FrontLink`."""
+        taken = []
+        with contextlib.suppress(queue.Empty):
+            taken.append(self._commands.get(timeout=timeout_s or 1e-9))
+            while True:
+                taken.append(self._commands.get_nowait())
+        return taken
 
 
 @dataclass

@@ -61,6 +61,10 @@ class CudaDevice(Device):
             )
         return ""
 
+    def count(self) -> int:
+        """See `Device`."""
+        return len(self.devices())
+
     def devices(self) -> list[int]:
         """Numbers of this machine's GPUs in the order of local ranks.
 

@@ -106,6 +106,10 @@ class NpuDevice(Device):
             )
         return ""
 
+    def count(self) -> int:
+        """See `Device`."""
+        return int(self.torch_npu.npu.device_count())
+
     def setup(self, local_rank: int, local_world_size: int = 1, num_threads: int = 0) -> None:
         """Take device `local_rank` of the visible ones.
 
