@@ -75,7 +75,7 @@ def test_what_is_no_prompt_is_refused(prompt: Any) -> None:
         *(("best_of", v) for v in (-1, 10**6, "2")),
         *(("stop", v) for v in ([""], "", ["x"] * 100, ["x" * 600], 5, [5])),
         *(("logprobs", v) for v in (-2, 21, 10**6, True, "2")),
-        *(("seed", v) for v in (-1, 2**63, 1.5)),
+        *(("seed", v) for v in (-(2**63) - 1, 2**63, 1.5)),
         *(("logit_bias", v) for v in ({"x": 1}, {"336": 1}, {"1": 101}, {"-1": 1}, [1])),
         *(("presence_penalty", v) for v in (-3, 3, "1")),
         *(("frequency_penalty", v) for v in (-3, 3)),
@@ -167,12 +167,17 @@ def test_the_fields_reach_the_engine() -> None:
     assert params_of({"stop": "x"}).stop == ("x",)
 
 
-def test_choices_have_seeds_of_their_own() -> None:
+@pytest.mark.parametrize(
+    ("seed", "seeds"),
+    [(2**63 - 2, [2**63 - 2, 2**63 - 1, 0]), (-1, [2**63 - 1, 0, 1]), (-(2**63), [0, 1, 2])],
+)
+def test_choices_have_seeds_of_their_own(seed: int, seeds: list[int]) -> None:
+    """OpenAI's have a sign."""
+
     async def go(served: Stub) -> None:
-        body = {"prompt": ["a", "b"], "n": 3, "seed": 2**63 - 2, "max_tokens": 1}
+        body = {"prompt": ["a", "b"], "n": 3, "seed": seed, "max_tokens": 1}
         await ask(served, PATH, body)
-        seeds = [params.seed for _, params in served.engine.added]
-        assert seeds == [2**63 - 2, 2**63 - 1, 0] * 2
+        assert [params.seed for _, params in served.engine.added] == seeds * 2
 
     run_with(go)
 
@@ -342,6 +347,16 @@ def test_a_stream_has_a_chunk_for_each_token_and_the_usage_last() -> None:
     plain = complete({**body, "stream": False}).json["choices"][0]["text"]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == plain
     assert all("usage" not in chunk for chunk in complete(body).chunks)
+
+
+def test_the_usage_may_come_with_every_chunk() -> None:
+    def chunks(**options: bool) -> list[Any]:
+        body = {"prompt": "hi", "max_tokens": 3, "stream": True, "stream_options": options}
+        return complete(body, step_s=0.005).chunks
+
+    usages = [c["usage"] for c in chunks(include_usage=True, continuous_usage_stats=True)]
+    assert [usage["completion_tokens"] for usage in usages] == [1, 2, 3, 3]
+    assert all("usage" not in c for c in chunks(continuous_usage_stats=True))
 
 
 def test_choices_of_a_stream_are_interleaved_and_all_finish() -> None:

@@ -69,6 +69,9 @@ def test_a_stream_begins_with_the_role_and_ends_with_the_reason() -> None:
         assert own[-1]["delta"] == {}
         assert [c["finish_reason"] for c in own] == [None] * 4 + ["length"]
     assert last["usage"]["completion_tokens"] == 6
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    counted = chat({**body, "n": 1, "stream_options": options}, step_s=0.005).chunks
+    assert [c["usage"]["completion_tokens"] for c in counted] == [0, 1, 2, 3, 3, 3]
 
 
 def test_logprobs_have_the_bytes_of_each_token() -> None:

@@ -92,7 +92,12 @@ class Sampling(Body):
     top_p: float | None = None
     n: int | None = Field(None, ge=1)
     stop: str | list[str] | None = None
-    seed: int | None = Field(None, description="Choice i has the seed + i.")
+    seed: int | None = Field(
+        None,
+        ge=-(2**63),
+        le=2**63 - 1,
+        description="Choice i has the seed + i; -1 is a seed as others.",
+    )
     logit_bias: dict[str, float] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -411,7 +416,7 @@ def sampling_values(body: Sampling) -> dict[str, Any]:
         "repetition_penalty": body.repetition_penalty,
         "presence_penalty": body.presence_penalty,
         "frequency_penalty": body.frequency_penalty,
-        "seed": body.seed,
+        "seed": None if body.seed is None else body.seed % 2**63,  # SamplingParams has no sign
         "ignore_eos": body.ignore_eos,
         "include_stop": body.include_stop_str_in_output,
         "min_new_tokens": body.min_tokens,
@@ -509,8 +514,8 @@ def make_plan(body: Sampling, request: Request, writer: Writer, num_best: int) -
         request=request,
         writer=writer,
         is_stream=bool(body.stream),
-        include_usage=bool(options.include_usage or options.continuous_usage_stats),
-        continuous_usage=bool(options.continuous_usage_stats),
+        include_usage=bool(options.include_usage),
+        continuous_usage=bool(options.include_usage and options.continuous_usage_stats),
         num_best=num_best,
     )
 
@@ -560,7 +565,7 @@ class Writer:
         raise NotImplementedError
 
     def chunks(self, delta: Delta) -> Iterable[dict[str, Any]]:
-        """The pieces of a stream that a delta makes."""
+        """The pieces of a stream that a delta makes; counts its tokens where they are shown."""
         raise NotImplementedError
 
     def count(self, delta: Delta) -> None:
@@ -649,6 +654,7 @@ class CompletionWriter(Writer):
 
     def chunks(self, delta: Delta) -> Iterable[dict[str, Any]]:
         """See `Writer`. The first piece waits for the scores of the prompt that it echoes."""
+        self.count(delta)
         state = self._states.get(delta.index)
         if self._echo and self._logprobs is not None and not (state and state.is_echoed):
             if state is None:
@@ -743,7 +749,6 @@ async def events(running: Running, plan: Plan) -> AsyncIterator[bytes]:
         async for batch in running.batches():
             parts = [] if batch else [PING]
             for delta in batch:
-                writer.count(delta)
                 for choice in writer.chunks(delta):
                     more: dict[str, Any] = {"usage": None} if plan.include_usage else {}
                     if plan.continuous_usage:

@@ -290,6 +290,7 @@ class ChatWriter(Writer):
         if delta.index not in self._begun:
             self._begun.add(delta.index)
             yield self._piece(delta, {"role": "assistant", "content": ""})
+        self.count(delta)
         is_end_alone = delta.finish_reason and not delta.text and not delta.token_ids
         if not is_end_alone:
             yield self._piece(delta, {"content": delta.text}, self._tokens(delta))
