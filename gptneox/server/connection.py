@@ -29,6 +29,7 @@ class Connection(H11Protocol):
     ) -> None:
         super().__init__(config, server_state, {**app_state, "abort": self.abort}, _loop)
         self._head_timer: asyncio.TimerHandle | None = None
+        self._read_timer: asyncio.TimerHandle | None = None
 
     def abort(self) -> None:
         """Cut the connection, whatever has not been sent yet."""
@@ -43,6 +44,8 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
         self._stop_timer()
+        if self._read_timer is not None:  # it holds this connection and its last request
+            self._read_timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -56,8 +59,10 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         """See uvicorn's class; its close would wait for ever for a client that reads nothing."""
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+        self._read_timer = self.loop.call_later(READ_S, self._cut_unread)
         super().on_response_complete()
-        self.loop.call_later(READ_S, self._cut_unread)
 
     def _cut_unread(self) -> None:
         if self.transport is not None and self.transport.is_closing():  # it is not used again

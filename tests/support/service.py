@@ -190,15 +190,20 @@ async def stub(
     num_engines: int = 1,
     step_s: float = 0.0,
     template: str = "",
+    real: EngineThread | None = None,
     **settings: Any,
 ) -> AsyncIterator[Stub]:
-    """A service over scripted engines; `template` as --chat_template, `settings` as in [server]."""
+    """A service over scripted engines; `template` as --chat_template, `settings` as in [server].
+
+    `real` takes their place: an engine with a checkpoint of `write_chain_checkpoint`.
+    """
     own = ServerSection(**settings)
-    engines = [ScriptedEngine(step_s) for _ in range(num_engines)]
+    engines: list[Any] = [real] if real else [ScriptedEngine(step_s) for _ in range(num_engines)]
     state = EngineState(Stats(num_free_blocks=64), 64, 0.0)
-    service = Service(own, engines, Metrics(own.metrics_prefix, NAME, lambda: [state]))
+    metrics = Metrics(own.metrics_prefix, NAME, lambda: [real.state() if real else state])
+    service = Service(own, engines, metrics)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=_backend(), eos_token="<|endoftext|>")
-    vocabulary = Vocabulary(tokenizer, LIMITS.vocab_size, LIMITS.max_positions)
+    vocabulary = Vocabulary(tokenizer, LIMITS.vocab_size, engines[0].limits.max_positions)
     info = {"eos_token": "<|endoftext|>"}
     chat = find_template(template, tokenizer) if template else None
     context = Context(service, vocabulary, own, (NAME, "an/alias"), 1, info, chat)
