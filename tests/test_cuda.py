@@ -262,6 +262,7 @@ def test_ranks_take_the_visible_gpus_in_order(gpus, monkeypatch) -> None:
     for rank in range(4):
         create("cuda").setup(rank, 4)
     assert gpus.taken == [torch.device("cuda", i) for i in range(4)]
+    assert create("cuda").count() == 4
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "3,1")
     device = create("cuda")
     device.setup(1, 2)

@@ -7,9 +7,12 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import re
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -26,10 +29,12 @@ from support.processes import MAIN, REPO, clean_environ
 from support.service import JSON, Program, program
 
 from gptneox.cli import read_settings
+from gptneox.config.errors import ConfigError
 from gptneox.config.settings import EMBEDDED_CHECKPOINT, EngineSection
-from gptneox.devices import select
+from gptneox.devices import create, ranks, select
 from gptneox.engine.paged import PagedEngine
 from gptneox.engine.sequence import SamplingParams
+from gptneox.server import front
 from gptneox.tasks import serve
 
 PATH = "/v1/completions"
@@ -457,6 +462,199 @@ def test_a_grace_that_is_over_ends_what_runs(tmp_path: Path) -> None:
         assert served.process.wait(timeout=30) == 0
         assert sorted(code for code, _ in answers) == [200, 503]
         assert all(b'"unavailable"' in body for _, body in answers)
+
+
+@pytest.mark.slow
+def test_an_engine_that_hangs_ends_the_service(tmp_path: Path) -> None:
+    with program("--heartbeat_timeout_s", "2", cwd=tmp_path) as served:
+        (engine,) = descendants(served.process.pid)
+        with requests_in_flight(served) as answers:
+            os.kill(engine, signal.SIGSTOP)
+        assert served.process.wait(timeout=30) == 1
+        served.wait_for("has been silent for")
+        assert all(b'"engine_lost"' in body for _, body in answers)
+        assert_nothing_is_left([engine], tmp_path)
+
+
+# -- several ranks, engines and services ---------------------------------------------------------
+
+
+def cpu_seconds(pids: list[int]) -> float:
+    """What processes have computed."""
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.parametrize(
+    ("busy_s", "idle_s"), [(2, 2), pytest.param(60, 60, marks=pytest.mark.slow)]
+)
+def test_two_ranks_stay_alike_and_wait_without_work(
+    busy_s: float, idle_s: float, tmp_path: Path
+) -> None:
+    """Eight clients ask and go away at random; then nothing comes; then a request."""
+    with program(
+        "--dtype", "float32", "--max_batch_size", "4", cwd=tmp_path, TP_WORLD_SIZE="2"
+    ) as s:
+        s.wait_for("2 rank")
+        bodies = [
+            {"prompt": text, "max_tokens": n, "temperature": 0, "ignore_eos": True}
+            for text, n in zip(TEXTS, (3, 40, 17, 9, 60), strict=True)
+        ]
+        texts = [s.post(PATH, body).json["choices"][0]["text"] for body in bodies]
+        end, counts = time.monotonic() + busy_s, {"whole": 0, "gone": 0}
+
+        def client(seed: int) -> None:
+            choose = random.Random(seed)
+            while time.monotonic() < end:
+                which = choose.randrange(len(bodies))
+                if choose.random() < 0.4:
+                    connection = http.client.HTTPConnection("127.0.0.1", s.port, timeout=60)
+                    data = json.dumps({**bodies[which], "max_tokens": 400, "stream": True})
+                    connection.request("POST", PATH, data, JSON)
+                    time.sleep(choose.random() * 0.1)
+                    connection.close()
+                    counts["gone"] += 1
+                else:
+                    answer = s.post(PATH, bodies[which])
+                    assert answer.json["choices"][0]["text"] == texts[which]
+                    counts["whole"] += 1
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(client, range(8)))
+        assert min(counts.values()) > 3
+        time.sleep(1.5)
+        resting = s.get("/metrics").body.decode()
+        for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+            assert re.search(rf"gptneox:{name}\{{[^}}]*}} 0\.0", resting), name
+        started = [pid for pid, rank in descendants(s.process.pid).items() if rank]
+        assert len(started) == 2
+        before = cpu_seconds(started)
+        time.sleep(idle_s)
+        assert cpu_seconds(started) - before < 0.1 * idle_s  # of 2 * idle_s
+        assert s.get("/health").status == 200
+        assert s.post(PATH, bodies[1]).json["choices"][0]["text"] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("num_engines", "num_ranks"), [(1, 1), pytest.param(2, 2, marks=pytest.mark.slow)]
+)
+def test_two_services_on_one_host(num_engines: int, num_ranks: int, tmp_path: Path) -> None:
+    """They start at once, with the same folder for temporary files, and share nothing."""
+    options = ("--replicas", str(num_engines), "--max_batch_size", "2")
+    environ = {"TP_WORLD_SIZE": str(num_ranks), "BIND_CPU": "0"}
+    with (
+        program(*options, cwd=tmp_path, wait=False, **environ) as one,
+        program(*options, cwd=tmp_path, wait=False, **environ) as two,
+    ):
+        for served in (one, two):
+            served.port = int(served.wait_for(r"at http://.*:(\d+)")[1])
+        for served in (one, two):
+            for index in range(num_engines):
+                served.wait_for(f"engine {index} is ready", 120)
+        body = {"prompt": "The cat", "max_tokens": 20, "temperature": 0}
+        texts = [served.post(PATH, body).json["choices"][0]["text"] for served in (one, two)]
+        assert texts[0] == texts[1]
+        assert one.port != two.port
+        sockets = list(tmp_path.glob("gptneox-*/*.sock"))
+        assert len({socket.parent for socket in sockets}) == 2
+        assert len(sockets) == 2 * num_engines
+        started = list(descendants(one.process.pid))
+        assert not set(started) & set(descendants(two.process.pid))
+        one.process.kill()
+        end = time.monotonic() + 30
+        while any(map(is_running, started)):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert two.post(PATH, body).json["choices"][0]["text"] == texts[0]
+
+
+@pytest.mark.parametrize(
+    ("environ", "num_found", "lists"),
+    [
+        ({"ASCEND_RT_VISIBLE_DEVICES": "4,5,6,7"}, None, ["4,5", "6,7"]),
+        ({}, 8, ["0", "1"]),
+        ({"TP_WORLD_SIZE": "2"}, 4, ["0,1", "2,3"]),
+        ({}, 0, [None, None]),
+        ({}, 1, "replicas is 2 with 1 rank.* take 2 devices, but 1 are there"),
+        ({"TP_WORLD_SIZE": "2"}, 3, "with 2 rank.* take 4 devices, but 3 are there"),
+        ({"ASCEND_RT_VISIBLE_DEVICES": "1,2,3"}, None, "lists 3"),
+        ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a"}, 8, "one host"),
+    ],
+)
+def test_engines_share_the_devices(
+    environ: dict[str, str], num_found: int | None, lists: list[str | None] | str
+) -> None:
+    """Those listed, else those that there are; the devices are only counted where that matters."""
+
+    def count() -> int:
+        assert num_found is not None
+        return num_found
+
+    if isinstance(lists, str):
+        with pytest.raises(ConfigError, match=lists):
+            ranks.split_host(environ, 2, count)
+        return
+    shares = ranks.split_host({**environ, "MASTER_PORT": "1"}, 2, count)
+    assert [share.environ.get("ASCEND_RT_VISIBLE_DEVICES") for share in shares] == lists
+    assert [share.environ.get("MASTER_PORT") for share in shares] == ["1", None]
+    if num_found == 0 and len(os.sched_getaffinity(0)) > 1:
+        first, second = (set(share.cores) for share in shares)
+        assert first
+        assert second
+        assert not first & second
+    for share in shares:  # the ranks that each engine starts
+        assert ranks.read_ranks(share.environ).local == int(environ.get("TP_WORLD_SIZE", 0)) or (
+            "TP_WORLD_SIZE" not in environ
+        )
+
+
+def test_devices_that_cannot_be_counted_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the package is found from anywhere
+    assert front.count_devices("cpu", clean_environ()) == 0
+    if create("npu").why_unusable():
+        with pytest.raises(
+            RuntimeError, match=r"counted \(.*'npu' cannot be used: .*\); list them"
+        ):
+            front.count_devices("npu", clean_environ())
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificates")
+def test_tls_and_certificates_of_clients(tmp_path: Path) -> None:
+    for name in ("server", "client", "stranger"):
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+             "-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1",
+             "-keyout", f"{name}.key", "-out", f"{name}.crt"],
+            cwd=tmp_path, check=True, capture_output=True, timeout=60,
+        )  # fmt: skip
+    argv = ("--ssl_certfile", "server.crt", "--ssl_keyfile", "server.key")
+    argv += ("--ssl_ca_certs", "client.crt")
+
+    def status(name: str) -> int:
+        context = ssl.create_default_context(cafile=str(tmp_path / "server.crt"))
+        if name:
+            context.load_cert_chain(tmp_path / f"{name}.crt", tmp_path / f"{name}.key")
+        connection = http.client.HTTPSConnection("127.0.0.1", served.port, context=context)
+        try:
+            connection.request("GET", "/v1/models")
+            return connection.getresponse().status
+        finally:
+            connection.close()
+
+    with program(*argv, cwd=tmp_path, wait=False) as served:
+        served.port = int(served.wait_for(r"at https://.*:(\d+)")[1])
+        assert status("client") == 200
+        for name in ("", "stranger"):
+            with pytest.raises((ssl.SSLError, OSError)):
+                status(name)
+        with pytest.raises((http.client.HTTPException, OSError)):
+            urllib.request.urlopen(f"http://127.0.0.1:{served.port}/health", timeout=10)
+        assert status("client") == 200
 
 
 @pytest.mark.slow

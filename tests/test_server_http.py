@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import gzip
 import json
 import logging
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -182,6 +184,49 @@ def test_old_pipelined_and_closing_requests() -> None:
 # -- keys ----------------------------------------------------------------------------------------
 
 KEYS = ("secret-1", "pässwörd")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_connection_that_has_ended_is_let_go(stream: bool) -> None:
+    """No timer holds it; at many requests in a second that would be much memory."""
+
+    async def go(served: Stub) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        body = {**SMALL, "stream": stream}
+        for _ in range(3):
+            writer.write(request(PATH, body, headers={"connection": "keep-alive"}))
+            await reader.readuntil(b"0\r\n\r\n" if stream else b"}}}")
+        (made,) = served.connections()
+        reference = weakref.ref(made)
+        del made
+        writer.close()
+        await eventually(lambda: not served.connections())
+        await asyncio.sleep(0.05)
+        gc.collect()
+        assert reference() is None
+
+    run_with(go)
+
+
+def test_tokenizing_delays_no_other_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def go(served: Stub) -> None:
+        tokenizer = served.application.context.vocabulary.tokenizer
+        encode = tokenizer.encode
+
+        def encode_slowly(text: str, **options: Any) -> Any:
+            time.sleep(1.0)
+            return encode(text, **options)
+
+        monkeypatch.setattr(tokenizer, "encode", encode_slowly)
+        slow = asyncio.create_task(ask(served, PATH, SMALL))
+        await asyncio.sleep(0.05)
+        for _ in range(5):
+            answer = await ask(served, PATH, {"prompt": [66], "max_tokens": 5})
+            assert answer.json["choices"][0]["text"] == "abcde"
+        assert not slow.done()
+        assert (await slow).status == 200
+
+    run_with(go)
 
 
 def test_every_route_but_health_and_the_page_needs_a_key() -> None:

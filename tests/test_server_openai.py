@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from support.service import NAME, Stub, ask, run_with, scored
@@ -404,14 +405,15 @@ def test_an_error_is_a_status_before_the_first_byte_and_an_event_after_it(first:
 def test_models_are_listed_and_found_by_names_with_slashes() -> None:
     async def go(served: Stub) -> None:
         listed = (await ask(served, "/v1/models")).json
-        assert [model["id"] for model in listed["data"]] == [NAME, "an/alias"]
-        assert (await ask(served, "/v1/models/an/alias")).json == listed["data"][1]
+        names = [model["id"] for model in listed["data"]]
+        assert names == [NAME, "an/alias", "gr\u00f6\u00dfe/\u6a21\u578b"]
+        for i, name in enumerate(names):
+            assert (await ask(served, f"/v1/models/{quote(name)}")).json == listed["data"][i]
+            assert (await ask(served, PATH, {"prompt": "hi", "model": name})).json["model"] == NAME
         for path in ("/v1/models/none", "/v1/models/%F0%9F%98%80", "/v1/models/.."):
             answer = await ask(served, path)
             assert answer.status == 404
             assert answer.json["error"]["code"] == "model_not_found"
-        answer = await ask(served, PATH, {"prompt": "hi", "model": "an/alias"})
-        assert answer.json["model"] == NAME
         answer = await ask(served, PATH, {"prompt": "hi", "model": "\u212bngstr\ud800m"})
         assert (answer.status, answer.json["error"]["param"]) == (404, "model")
 

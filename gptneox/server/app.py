@@ -77,7 +77,7 @@ class Application:
                 inner,
                 allow_origins=origins,
                 allow_methods=["GET", "POST"],
-                allow_headers=["authorization", "content-type", "x-request-id"],
+                allow_headers=["authorization", "content-type", "x-api-key", "x-request-id"],
                 expose_headers=["x-request-id", "retry-after"],
             )
         self.asgi: ASGIApp = Guard(inner, context.settings.root_path, self.answer_error)

@@ -206,7 +206,9 @@ async def stub(
     vocabulary = Vocabulary(tokenizer, LIMITS.vocab_size, engines[0].limits.max_positions)
     info = {"eos_token": "<|endoftext|>"}
     chat = find_template(template, tokenizer) if template else None
-    context = Context(service, vocabulary, own, (NAME, "an/alias"), 1, info, chat)
+    context = Context(
+        service, vocabulary, own, (NAME, "an/alias", "gr\u00f6\u00dfe/\u6a21\u578b"), 1, info, chat
+    )
     application = Application(context, keys)
     config = uvicorn.Config(
         application.asgi,
