@@ -7,10 +7,12 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from support import checkpoints
 from support.ranks import Teams, open_teams
@@ -217,6 +219,45 @@ def waiting(group: TensorParallelGroup, path: Path) -> tuple[int, list[list[int]
     outputs = loop.generate(PROMPTS[:1], [PARAMS])
     loop.stop()
     return rounds, [c.token_ids for c in outputs]
+
+
+def waiting_apart(group: TensorParallelGroup, path: Path) -> tuple[list[list[int]], set[bool]]:
+    """As on an NPU, whose own collectives stand still: another group carries the commands.
+
+    It gives up after a second, and rank 0 is silent for longer.
+    """
+    loop_module.HEARTBEAT_S = 0.2
+    group.host_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=1))
+    loop = open_loop(group, path)
+    are_apart: set[bool] = set()
+    broadcast = dist.broadcast
+
+    def note(*args: Any, **options: Any) -> Any:
+        are_apart.add(options["group"] is group.host_group)
+        return broadcast(*args, **options)
+
+    dist.broadcast = note
+    try:
+        if group.rank > 0:
+            loop.follow()
+            return [], are_apart
+        with loop.idle():
+            time.sleep(2.0)
+        assert are_apart == {True}
+        outputs = loop.generate(PROMPTS[:2], [PARAMS] * 2)
+        loop.stop()
+        return [c.token_ids for c in outputs], are_apart
+    finally:
+        dist.broadcast = broadcast
+        group.host_group = None
+
+
+def test_commands_have_a_group_of_their_own(
+    path: Path, expected: list[list[int]], teams: Teams
+) -> None:
+    (answers, _), (_, followed) = teams(2).run(waiting_apart, path)
+    assert answers == expected[:2]
+    assert followed == {True}
 
 
 def busy(group: TensorParallelGroup, path: Path) -> list[list[int]]:
