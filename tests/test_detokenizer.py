@@ -344,11 +344,15 @@ def test_released_tokens_are_those_of_the_text(
     stop: list[str],
     noise: list[tuple[int, int]],
 ) -> None:
-    """After every token, what was released decodes to what was shown."""
+    """After every token, what was released decodes to what was shown.
+
+    A stop string that stays holds nothing back: as much is released as without stop strings.
+    """
     ids = chat.encode("".join(text), add_special_tokens=False)
     for where, token_id in noise:
         ids.insert(where, token_id)
     detokenizer = Detokenizer(chat, tuple(stop), include_stop=include_stop)
+    free = Detokenizer(chat)
     num_released, shown, reason = 0, "", ""
     for i, token_id in enumerate(ids):
         appended = append_until_end(detokenizer, [token_id], {}, len(ids) - i)
@@ -358,6 +362,8 @@ def test_released_tokens_are_those_of_the_text(
         if reason == "stop":
             break
         assert decode(chat, ids[:num_released]) == shown
+        free.add([token_id], last=bool(reason))
+        assert num_released == free.num_released or not include_stop
     assert detokenizer.text == shown
     if reason != "stop":
         assert num_released == len(ids), "the end releases everything"

@@ -13,11 +13,13 @@ import json
 import shutil
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from support import checkpoints
+from support.service import program
 
 REPO = Path(__file__).resolve().parents[2]
 MAIN = (sys.executable, REPO / "main.py")
@@ -288,3 +290,50 @@ def test_doctor_where_something_is_short(machines, checkpoint):
     done = run(*command, FAKE_NPU_MEM=str(64 << 20))
     assert done.returncode == 1
     assert "no memory for the KV cache: one block takes" in done.stdout
+
+
+# -- the service ---------------------------------------------------------------------------------
+
+
+def visible_devices(pid):
+    """What a process was told of its devices."""
+    for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+        if entry.startswith(b"ASCEND_RT_VISIBLE_DEVICES="):
+            return entry.partition(b"=")[2].decode()
+    return None
+
+
+def children(pid):
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "devices"), [((), {"ASCEND_RT_VISIBLE_DEVICES": "0,1"}), (("--replicas", "2"), {})]
+)
+def test_serve(machines, tmp_path, options, devices):
+    """Two ranks wait for work on the host; two engines divide the devices that there are."""
+    trace = tmp_path / "trace"
+    environ = machines["910B4"].environment(FAKE_NPU_TRACE=str(trace), **devices)
+    environ.pop("TMPDIR", None)
+    body = {"prompt": TEXTS[1], "max_tokens": 12, "temperature": 0}
+    with program("--device", "cpu", "--dtype", "float32", cwd=tmp_path) as served:
+        expected = served.post("/v1/completions", body).json["choices"][0]["text"]
+    with program(*options, cwd=tmp_path, wait=False, **environ) as served:
+        served.port = int(served.wait_for(r"at http://.*:(\d+)", 120)[1])
+        for index in range(2 if options else 1):
+            served.wait_for(f"engine {index} is ready", 240)
+        answer = served.post("/v1/completions", body)
+        assert answer.json["choices"][0]["text"] == expected
+        if options:
+            engines = children(served.process.pid)
+            assert sorted(map(visible_devices, engines)) == ["0", "1"]
+            return
+        traces = [Path(f"{trace}.{rank}") for rank in range(2)]
+        kernels = traces[0].read_text(encoding="ascii").split()
+        assert kernels.count("c10d::broadcast_") == 12, "the tokens, and nothing else"
+        sizes = [path.stat().st_size for path in traces]
+        time.sleep(3.0)  # some signs of life
+        assert [path.stat().st_size for path in traces] == sizes
+        assert served.post("/v1/completions", body).json["choices"][0]["text"] == expected
