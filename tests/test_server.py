@@ -466,7 +466,7 @@ def test_a_grace_that_is_over_ends_what_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_engine_that_hangs_ends_the_service(tmp_path: Path) -> None:
-    with program("--heartbeat_timeout_s", "2", cwd=tmp_path) as served:
+    with program("--heartbeat_timeout_s", "3", cwd=tmp_path) as served:
         (engine,) = descendants(served.process.pid)
         with requests_in_flight(served) as answers:
             os.kill(engine, signal.SIGSTOP)
