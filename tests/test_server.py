@@ -543,17 +543,17 @@ def test_two_ranks_stay_alike_and_wait_without_work(
 )
 def test_two_services_on_one_host(num_engines: int, num_ranks: int, tmp_path: Path) -> None:
     """They start at once, with the same folder for temporary files, and share nothing."""
-    options = ("--replicas", str(num_engines), "--max_batch_size", "2")
+    options = ("--device", "cpu", "--replicas", str(num_engines), "--max_batch_size", "2")
     environ = {"TP_WORLD_SIZE": str(num_ranks), "BIND_CPU": "0"}
     with (
         program(*options, cwd=tmp_path, wait=False, **environ) as one,
         program(*options, cwd=tmp_path, wait=False, **environ) as two,
     ):
         for served in (one, two):
-            served.port = int(served.wait_for(r"at http://.*:(\d+)")[1])
+            served.port = int(served.wait_for(r"at http://.*:(\d+)", 120)[1])
         for served in (one, two):
             for index in range(num_engines):
-                served.wait_for(f"engine {index} is ready", 120)
+                served.wait_for(f"engine {index} is ready", 240)
         body = {"prompt": "The cat", "max_tokens": 20, "temperature": 0}
         texts = [served.post(PATH, body).json["choices"][0]["text"] for served in (one, two)]
         assert texts[0] == texts[1]
