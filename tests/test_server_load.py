@@ -410,7 +410,9 @@ def test_a_soak_leaves_memory_tasks_descriptors_and_blocks_as_they_were(
 @pytest.mark.slow
 def test_a_soak_of_the_program(tmp_path: Path) -> None:
     rows: list[dict[str, float]] = []
-    with program("--max_batch_size", "4", "--block_size", "16", cwd=tmp_path) as served:
+    # a small KV cache: memory is taken when a block is written for the first time
+    options = ("--max_batch_size", "4", "--block_size", "16", "--num_blocks", "200")
+    with program(*options, cwd=tmp_path) as served:
         front = served.process.pid
         (engine,) = children(front)
 
