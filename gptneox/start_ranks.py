@@ -90,25 +90,18 @@ def _ended_by(number: int, *, is_said: bool = False) -> int:
 
 def _end_ranks() -> None:
     """Leave none behind, where a second signal has cut short what torchrun does for that."""
-    for pid in _children():
+    from gptneox.lifeline import children
+
+    for pid in children():
         with contextlib.suppress(OSError):
             os.killpg(pid, signal.SIGKILL)
 
 
-def _children() -> list[int]:
-    """The ranks that this process has started."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
-            if fields[1:2] == [str(os.getpid())]:
-                found.append(int(entry.name))
-    return found
-
-
 def _say_who_is_missing(args: argparse.Namespace) -> None:
     """Ranks are started only when all hosts have met."""
-    if _children():
+    from gptneox.lifeline import children
+
+    if children():
         return
     here, last = int(args.node_rank), int(args.nnodes.split(":")[-1]) - 1
     others = [str(i) for i in range(last + 1) if i != here] if here == 0 else ["0"]

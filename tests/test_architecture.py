@@ -17,7 +17,7 @@ from support.processes import REPO
 COLUMNS = (
     {"main", "cut_model_util", "modeling_gpt_neox_ascend", "setup", "tools"},
     {"__main__", "launch", "start_ranks"},
-    {"tasks", "server"},
+    {"tasks", "server", "cluster"},
     {"chat", "evaluation", "output"},
     {"session", "prompts", "terminal", "chat_templates"},
     {"cli"},
@@ -27,7 +27,7 @@ COLUMNS = (
     {"layers", "kv_cache"},
     {"devices", "parallel"},
     {"config", "files", "hub", "interpreter"},
-    {"file_faults"},
+    {"file_faults", "lifeline"},
 )
 WITHOUT_TORCH = ("engine/sequence.py", "engine/block_manager.py", "engine/scheduler.py")
 # Settings have to name the devices one can choose.
