@@ -20,8 +20,10 @@ from support import checkpoints
 from support.processes import REPO
 from support.service import LIMITS, EngineThread, eventually
 
+from gptneox.cluster.collector import Collector
 from gptneox.config.settings import EngineSection, ServerSection
 from gptneox.devices import select
+from gptneox.engine.api import Completion
 from gptneox.engine.loop import EngineLoop
 from gptneox.engine.paged import PagedEngine
 from gptneox.engine.sequence import SamplingParams, TokenLogprobs
@@ -324,6 +326,45 @@ def test_choices_of_several_prompts_may_end_at_their_first_token(
     deltas, computed = run_choices(twins[True], Request("id", prompts, params, 3))
     assert [delta.num_tokens for delta in deltas] == [1] * 6
     assert sum(computed) == 40 + 2 * 8 + 50 + 2 * 2
+
+
+def test_what_comes_together_is_computed_together(engine: PagedEngine) -> None:
+    """And the outputs make the completions that the engine itself gives."""
+    ids = {c: engine.tokenizer.encode(c)[0] for c in "abcxyz"}
+    prompts = [[ids["a"]], [ids["x"], ids["x"]], [ids["b"]] * 3, [ids["a"], ids["b"]]]
+    params = [
+        SamplingParams(max_new_tokens=5, logprobs=1, prompt_logprobs=0),
+        SamplingParams(max_new_tokens=9, logprobs=0),
+        SamplingParams(max_new_tokens=9, logprobs=0, stop=("abc",)),
+        SamplingParams(
+            max_new_tokens=1,
+            logprobs=0,
+            detokenize=False,
+            ignore_eos=True,
+            obey_rules=False,
+            logprob_token_ids=(ids["a"], ids["c"]),
+        ),
+    ]
+    messages = [
+        {"type": "add", "number": i, "prompt": prompt, "params": wire.pack_params(each)}
+        for i, (prompt, each) in enumerate(zip(prompts, params, strict=True))
+    ]
+    link = FakeLink([{"type": "together", "messages": messages}], *[[]] * 12, [{"type": "stop"}])
+    worker.RankZero(EngineLoop(engine), link).run()  # type: ignore[arg-type]
+    assert Stats(**link.sent[0]["stats"]).num_running == 3, "all but the one that ended in a step"
+    for i, expected in enumerate(engine.generate(prompts, params)):
+        found: list[Completion] = []
+        collector = Collector(found.append)
+        for output in link.outputs(i):
+            collector.take(output)
+        (completion,) = found
+        for name in ("text", "token_ids", "finish_reason", "stop_reason", "error"):
+            assert getattr(completion, name) == getattr(expected, name), name
+        assert completion.new_text == expected.text
+        for name in ("logprobs", "prompt_logprobs"):
+            own, other = getattr(completion, name), getattr(expected, name)
+            assert [entry.token_id for entry in own] == [entry.token_id for entry in other]
+            assert [e.top for e in own] == [pytest.approx(e.top, abs=1e-5) for e in other]
 
 
 def test_a_rank_notices_that_the_front_has_gone(tmp_path: Path) -> None:

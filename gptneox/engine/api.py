@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 
@@ -125,6 +125,28 @@ class EngineStats:
             self.num_decode_context_tokens += step.num_context_tokens
         if self.steps is not None:
             self.steps.append(step)
+
+
+class Answering(Protocol):
+    """What asking questions needs of an engine, which may be elsewhere; see `Engine`."""
+
+    tokenizer: Any
+
+    @property
+    def group(self) -> TensorParallelGroup:
+        """The ranks that call it alike."""
+
+    @property
+    def max_positions(self) -> int:
+        """Maximum length of prompt and answer together."""
+
+    def generate(
+        self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams]
+    ) -> list[Completion]:
+        """The finished completions in prompt order."""
+
+    def score_next(self, prompts: Seq[Seq[int]], token_ids: Seq[int]) -> list[NextToken]:
+        """Log-probability of each of `token_ids` as the next token of each prompt."""
 
 
 class Engine(ABC):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -157,23 +157,7 @@ class PagedEngine(Engine):
 
     def score_next(self, prompts: Seq[Seq[int]], token_ids: Seq[int]) -> list[NextToken]:
         """See `Engine`."""
-        params = SamplingParams(
-            max_new_tokens=1,
-            ignore_eos=True,
-            detokenize=False,
-            obey_rules=False,
-            logprobs=0,
-            logprob_token_ids=tuple(token_ids),
-        )
-        completions = self.generate(prompts, params)
-        raise_failure(completions)
-        scores = []
-        for completion in completions:
-            top = [entry.top for entry in completion.logprobs]  # empty on ranks above 0
-            scores.append(
-                NextToken(completion.token_ids[0], [t[i] for t in top for i in token_ids])
-            )
-        return scores
+        return score_by(self.generate, prompts, token_ids)
 
     def check_batch(self, prompt_lens: Seq[int], num_new: int) -> None:
         """See `Engine`."""
@@ -365,3 +349,26 @@ def check_fits_cache(num_prompt: int, params: SamplingParams, blocks: BlockManag
             f"a request of at most {blocks.num_blocks} KV-cache blocks, "
             f"not {needed}, (raise --num_blocks)",
         )
+
+
+def score_by(
+    generate: Callable[[Seq[Seq[int]], SamplingParams], list[Completion]],
+    prompts: Seq[Seq[int]],
+    token_ids: Seq[int],
+) -> list[NextToken]:
+    """`Engine.score_next` by the generation of one token each."""
+    params = SamplingParams(
+        max_new_tokens=1,
+        ignore_eos=True,
+        detokenize=False,
+        obey_rules=False,
+        logprobs=0,
+        logprob_token_ids=tuple(token_ids),
+    )
+    completions = generate(prompts, params)
+    raise_failure(completions)
+    scores = []
+    for completion in completions:
+        top = [entry.top for entry in completion.logprobs]  # empty on ranks above 0
+        scores.append(NextToken(completion.token_ids[0], [t[i] for t in top for i in token_ids]))
+    return scores

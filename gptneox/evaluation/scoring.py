@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gptneox.config.errors import ConfigError
-from gptneox.engine.api import Engine, is_alike_on_all_ranks, raise_failure
+from gptneox.engine.api import Answering, is_alike_on_all_ranks, raise_failure
 from gptneox.engine.sequence import SamplingParams
 
 NO_ANSWER = "-1"
@@ -81,7 +81,7 @@ class Scorer(ABC):
         """Raise ConfigError if questions cannot be answered this way with `tokenizer`."""
 
     @abstractmethod
-    def predict(self, engine: Engine, prompts: Seq[Seq[int]]) -> list[Prediction]:
+    def predict(self, engine: Answering, prompts: Seq[Seq[int]]) -> list[Prediction]:
         """One prediction per prompt; on ranks above 0 their values are not valid."""
 
     def is_correct(self, value: str, answer: str) -> bool:
@@ -120,7 +120,7 @@ class NextTokenScorer(Scorer):
         """See `Scorer`."""
         self.token_ids(tokenizer)
 
-    def predict(self, engine: Engine, prompts: Seq[Seq[int]]) -> list[Prediction]:
+    def predict(self, engine: Answering, prompts: Seq[Seq[int]]) -> list[Prediction]:
         """See `Scorer`."""
         rows = engine.score_next(prompts, self.token_ids(engine.tokenizer))
         predictions = []
@@ -146,7 +146,7 @@ class GenerationScorer(Scorer):
         self.name, self.num_new_tokens = name, num_new_tokens
         self._extract, self._matches = extract, matches
 
-    def predict(self, engine: Engine, prompts: Seq[Seq[int]]) -> list[Prediction]:
+    def predict(self, engine: Answering, prompts: Seq[Seq[int]]) -> list[Prediction]:
         """See `Scorer`."""
         completions = engine.generate(prompts, SamplingParams(max_new_tokens=self.num_new_tokens))
         raise_failure(completions)
@@ -232,7 +232,7 @@ class QuestionFailed(RuntimeError):
 def evaluate(
     questions: Seq[Question],
     scorer: Scorer,
-    engine: Engine,
+    engine: Answering,
     batch_size: int,
     on_result: Callable[[list[Result]], None],
     *,
@@ -266,7 +266,7 @@ def evaluate(
 
 
 def _ask(
-    batch: Seq[Question], scorer: Scorer, engine: Engine, limit: int, *, go_on: bool
+    batch: Seq[Question], scorer: Scorer, engine: Answering, limit: int, *, go_on: bool
 ) -> list[Result]:
     prompts = [question.fit(engine.tokenizer, limit) for question in batch]
     fitting = [prompt.ids for prompt in prompts if prompt]

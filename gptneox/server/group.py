@@ -11,8 +11,9 @@ import signal
 import socket
 import struct
 import time
+from asyncio.subprocess import DEVNULL
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,18 +84,21 @@ class EngineGroup:
 
     def add(self, prompt: Seq[int], params: SamplingParams, on_output: OnOutput) -> int:
         """Start a choice; returns its number. Its outputs go to `on_output`."""
+        message = self._admit(prompt, params, on_output)
+        self._send(message)
+        return int(message["number"])
+
+    def add_together(self, choices: Iterable[tuple[Seq[int], SamplingParams, OnOutput]]) -> None:
+        """Start choices, of which no step sees some without the others."""
+        self._send({"type": "together", "messages": [self._admit(*choice) for choice in choices]})
+
+    def _admit(self, prompt: Seq[int], params: SamplingParams, on_output: OnOutput) -> Message:
+        """The message that starts a choice."""
         number, self._next_number = self._next_number, self._next_number + 1
         self._choices[number] = _Choice(on_output, len(prompt) + params.max_new_tokens)
         self._prefixes.append(prompt)
-        self._send(
-            {
-                "type": "add",
-                "number": number,
-                "prompt": list(prompt),
-                "params": wire.pack_params(params),
-            }
-        )
-        return number
+        packed = wire.pack_params(params)
+        return {"type": "add", "number": number, "prompt": list(prompt), "params": packed}
 
     def abort(self, number: int) -> None:
         """Forget a choice in any state; one that has finished is ignored."""
@@ -120,8 +124,15 @@ class EngineGroup:
 
     # -- its life --------------------------------------------------------------------------------
 
-    async def start(self, command: Seq[str], environ: Mapping[str, str]) -> None:
+    async def start(
+        self, command: Seq[str], environ: Mapping[str, str], *, stdin: int = DEVNULL
+    ) -> None:
         """Listen, and start the ranks in a session of their own, which no Ctrl-C reaches.
+
+        Args:
+            command: starts them.
+            environ: its whole environment.
+            stdin: its standard input; PIPE: one that ends with this process.
 
         Raises:
             OSError: the socket or the process cannot be made.
@@ -130,7 +141,7 @@ class EngineGroup:
         self._process = await asyncio.create_subprocess_exec(
             *command,
             env=dict(environ),
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=stdin,
             start_new_session=True,
         )
         self._tasks.append(asyncio.create_task(self._wait_for_process(self._process)))

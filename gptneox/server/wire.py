@@ -3,7 +3,8 @@
 
 They travel through a Unix socket in a folder of mode 0700. Nothing is unpickled.
 
-To the rank: `add` (number, prompt, params), `abort` (number), `stop`.
+To the rank: `add` (number, prompt, params), `abort` (number), `together` (messages, to be applied
+before the same step), `stop`.
 To the front: `hello` (rank, pid; every rank of this host), `ready` (limits), `step` (outputs,
 stats; at least every second, as a sign of life).
 

@@ -152,6 +152,8 @@ class RankZero:
             self._is_over = True
         elif message["type"] == "add":
             return self._add(message)
+        elif message["type"] == "together":
+            return [output for each in message["messages"] for output in self._apply(each)]
         elif message["number"] in self._loop_numbers:  # abort
             number = self._loop_numbers[message["number"]]
             self._forget(number, message["number"])
