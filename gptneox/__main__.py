@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `gptneox TASK …` of an installed package, `python main.py --task TASK …`.
 
-TASK is inference, serve, precision, performance, compare, doctor, modeltest, quantize or cut.
+TASK is inference, serve, precision, performance, compare, doctor, modeltest, quantize, cut or ray.
 
 Exit status: 0 done, 1 failed, 2 wrong usage or settings, 130 interrupted.
 """
@@ -50,10 +50,9 @@ def run(settings: Settings) -> int:
 def main(argv: list[str]) -> int:
     """Run one task; returns the exit status."""
     word, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
-    if word == "cut":
-        from gptneox.tasks import cut
-
-        return cut.main(rest)
+    if word in ("cut", "ray"):  # with options of their own
+        status: int = importlib.import_module(f"gptneox.tasks.{word}").main(rest)
+        return status
     if word == "modeltest":
         from gptneox import launch
 

@@ -207,7 +207,9 @@ def read_settings(argv: Seq[str], default_config: Path) -> Settings:
     precision, _ = merge_section(PrecisionSection, {}, ini)
     performance, _ = merge_section(PerformanceSection, {}, ini)
     sampling = _sampling_params(engine.max_output_length, chosen)
-    if arguments.tp is not None and arguments.tp != environment.world_size:
+    if arguments.ray:
+        model = _for_cluster(arguments, environment, model)
+    elif arguments.tp is not None and arguments.tp != environment.world_size:
         raise ConfigError(
             f"--tp is {arguments.tp}, but {environment.world_size} process(es) were started; "
             "list the devices in ASCEND_RT_VISIBLE_DEVICES (on a CPU: set TP_WORLD_SIZE) and use "
@@ -235,6 +237,28 @@ def read_settings(argv: Seq[str], default_config: Path) -> Settings:
         given=given,
         sources={"model": model_sources, "engine": engine_sources, "server": server_sources},
     )
+
+
+def _for_cluster(
+    arguments: Arguments, environment: Environment, model: ModelSection
+) -> ModelSection:
+    """Section [model] of a run that computes in a Ray cluster.
+
+    Raises:
+        ConfigError: the run is none that can be spread.
+    """
+    if arguments.ray < 0 or arguments.task not in ("inference", "precision"):
+        raise ConfigError(
+            f"--ray {arguments.ray} with --task {arguments.task}; 1 or more replicas, and "
+            "inference or precision, are expected"
+        )
+    if environment.world_size > 1:
+        raise ConfigError("--ray starts the ranks itself; start it without torchrun")
+    if model.attention == "flash":
+        raise ConfigError("--ray runs on the paged path alone; leave --attention out")
+    if arguments.interactive or arguments.stream or environment.benchmark_enabled:
+        raise ConfigError("--interactive, --stream and ATB_LLM_BENCHMARK_ENABLE are for runs here")
+    return replace(model, attention="paged")
 
 
 def setup_logging(settings: Settings) -> None:

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import logging
 import os
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from gptneox.cli import Settings
+from gptneox.config.errors import ConfigError
 from gptneox.engine.api import Completion, Engine, EngineStats
 from gptneox.evaluation.report import share
 from gptneox.evaluation.timing import read_limit
@@ -125,6 +127,73 @@ def write_output_file(path: Path, prompts: Seq[Prompt], outputs: Seq[Completion]
             record["error"] = output.error
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     write_file(path, "".join(lines))
+
+
+class KeptAnswers:
+    """Answers of a run that may be interrupted, beside its --output_file, until that is written.
+
+    The first line says of what run they are; each further one is an answer with its index.
+    """
+
+    _FIELDS = ("text", "token_ids", "finish_reason", "stop_reason")
+
+    def __init__(self, output_file: Path | None, run: Any) -> None:
+        """Read what an earlier run has left.
+
+        Args:
+            output_file: None: nothing is kept.
+            run: what has to be alike, JSON: the model, the prompts and their parameters.
+
+        Raises:
+            ConfigError: the answers are of another run.
+            RuntimeError: another run writes there now.
+            OSError: the file cannot be written.
+        """
+        self.done: dict[int, Completion] = {}
+        self._file: TextIO | None = None
+        if output_file is None:
+            return
+        self.path = output_file.with_name(output_file.name + ".partial")
+        self._file = self.path.open("a+", encoding="utf-8")
+        if not lock(self._file):
+            self._file.close()
+            raise RuntimeError(f"another run writes {self.path} now; wait for it")
+        head = json.dumps({"run": hashlib.sha256(json.dumps(run).encode()).hexdigest()}) + "\n"
+        self._file.seek(0)
+        lines = self._file.read().splitlines(keepends=True)
+        if lines and lines[0] != head:
+            self._file.close()
+            raise ConfigError(
+                f"{self.path} holds the answers of another run (model, prompts or parameters "
+                "differ); remove it, or name another --output_file"
+            )
+        whole = [line for line in lines or [head] if line.endswith("\n")]
+        self._file.truncate(0)  # without a last line that was cut off
+        self._file.writelines(whole)
+        self._file.flush()
+        for record in map(json.loads, whole[1:]):
+            index = record.pop("index")
+            new = {"new_text": record["text"], "new_token_ids": record["token_ids"]}
+            self.done[index] = Completion(index, **record, **new)
+
+    def __enter__(self) -> KeptAnswers:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._file:
+            self._file.close()
+
+    def add(self, index: int, completion: Completion) -> None:
+        """Keep an answer, unless it has failed: then it is computed again."""
+        if self._file and not completion.error:
+            record = {name: getattr(completion, name) for name in self._FIELDS}
+            self._file.write(json.dumps({"index": index, **record}) + "\n")
+            self._file.flush()
+
+    def remove(self) -> None:
+        """The run is complete."""
+        if self._file:
+            self.path.unlink(missing_ok=True)
 
 
 def benchmark_row(

@@ -29,11 +29,12 @@ from support.tokenizers import byte_level_tokenizer, write_tokenizer
 from transformers import GPTNeoXForCausalLM
 
 from gptneox.cli import read_settings
+from gptneox.config.errors import ConfigError
 from gptneox.config.settings import EngineSection
 from gptneox.engine.api import Completion, EngineStats, StepStats
 from gptneox.engine.sequence import SamplingParams
 from gptneox.evaluation.performance_result import COLUMNS
-from gptneox.output import BENCHMARK_COLUMNS, write_benchmark
+from gptneox.output import BENCHMARK_COLUMNS, KeptAnswers, write_benchmark
 from gptneox.prompts import Prompt
 
 # What the model says: after each letter the next one, then end-of-text.
@@ -888,3 +889,39 @@ def test_float_weights_are_not_quantized_on_the_way(
 
 def test_the_helper_tokenizer_leaves_padding_rows(tmp_path: Path) -> None:
     assert write_tokenizer(tmp_path) < PADDING_ID
+
+
+# -- answers of a run that was interrupted -------------------------------------------------------
+
+
+def test_kept_answers_are_those_of_the_same_run(tmp_path: Path) -> None:
+    file, path = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
+    run = ["float32", [[1, 2], "params"]]
+    first = Completion(0, text="ä\n", token_ids=[1, 2], finish_reason="stop", stop_reason="x")
+    failed = Completion(1, finish_reason="error", error="not finite")
+    with KeptAnswers(file, run) as kept:
+        assert kept.done == {}
+        kept.add(3, first)
+        kept.add(1, failed)
+        with pytest.raises(RuntimeError, match="another run writes"):
+            KeptAnswers(file, run)
+    with path.open("a") as cut_off:
+        cut_off.write('{"index": 4, "te')
+    with KeptAnswers(file, run) as kept:
+        assert list(kept.done) == [3], "neither the failed one nor half an answer"
+        again = kept.done[3]
+        assert (again.text, again.new_text, again.token_ids) == ("ä\n", "ä\n", [1, 2])
+        assert (again.finish_reason, again.stop_reason) == ("stop", "x")
+        kept.add(4, first)
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="answers of another run"):
+        KeptAnswers(file, ["float16", run[1]])
+    assert path.read_bytes() == before
+    with KeptAnswers(file, run) as kept:
+        assert list(kept.done) == [3, 4]
+        kept.remove()
+    assert not path.exists()
+    with KeptAnswers(None, run) as kept:
+        kept.add(0, first)
+        kept.remove()
+    assert list(tmp_path.iterdir()) == []

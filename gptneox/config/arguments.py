@@ -18,6 +18,8 @@ COMPARISON = "comparison of two performance results (--task compare)"
 
 QUANTIZATION = "quantization (--task quantize)"
 
+CLUSTER = "a Ray cluster (--task precision and inference)"
+
 # The groups of flags, in the order of --help.
 GROUPS = (
     "options",
@@ -25,6 +27,7 @@ GROUPS = (
     "input and output",
     COMPARISON,
     QUANTIZATION,
+    CLUSTER,
     "generation",
     "engine",
     "server",
@@ -105,7 +108,8 @@ class Arguments:
     )
     tp: int | None = setting(
         None,
-        "Number of ranks; an error unless as many processes were started.",
+        "Number of ranks; an error unless as many processes were started. With --ray: those of a "
+        "replica.",
         parse=int,
         placeholder="N",
         group="model",
@@ -169,6 +173,23 @@ class Arguments:
         parse=given_path,
         placeholder="PATH",
         group=COMPARISON,
+    )
+    ray: int = setting(
+        0,
+        "Spread questions or prompts over so many replicas in a Ray cluster; --tp is then the "
+        "number of ranks of each. 0: run here.",
+        minimum=0,
+        placeholder="REPLICAS",
+        group=CLUSTER,
+    )
+    ray_hosts: int = setting(1, "Hosts of a replica.", group=CLUSTER)
+    ray_cpus: int = setting(1, "Cores of a rank.", group=CLUSTER)
+    ray_address: str = setting(
+        "auto",
+        "Address of the cluster; auto: RAY_ADDRESS, or the one that runs on this host.",
+        parse=given,
+        placeholder="ADDRESS",
+        group=CLUSTER,
     )
     server_socket: str = setting("", "", group="server", placeholder="PATH", is_hidden=True)
     modeltest_arguments: Seq[str] = setting((), "", nargs="...", group=COMPARISON, is_hidden=True)

@@ -27,6 +27,9 @@ from gptneox.devices.switches import set_hccl_ports, set_overflow_mode
 DEFAULT_PORTS = {"paged": 20014, "flash": 20001, "modeltest": 20020}
 LAST_PORT = 20050
 
+# What Ray calls the devices that it shares out, by our names of them.
+CLUSTER_RESOURCES = {"npu": "NPU", "cuda": "GPU", "cpu": "CPU"}
+
 # What a cluster's operator, an earlier run or another launcher says of ranks and hosts; torchrun
 # takes options from PET_….
 _FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PET_NNODES", "PET_NODE_RANK",

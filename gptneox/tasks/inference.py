@@ -14,17 +14,21 @@ from tqdm import tqdm
 
 from gptneox import chat
 from gptneox.cli import Settings
-from gptneox.engine.api import Completion, Engine, raise_failure
-from gptneox.engine.detokenizer import decode
+from gptneox.cluster.plan import need_ray
+from gptneox.engine.api import Completion, Engine, check_request, raise_failure
+from gptneox.engine.detokenizer import decode, load_tokenizer
 from gptneox.engine.paged import PagedEngine
 from gptneox.engine.sequence import SamplingParams
+from gptneox.evaluation.fingerprint import content_hash, model_files
 from gptneox.output import (
+    KeptAnswers,
     Printer,
     check_results,
     print_summary,
     write_benchmark,
     write_output_file,
 )
+from gptneox.parallel import TensorParallelGroup
 from gptneox.prompts import (
     DEMO_PROMPTS,
     WARM_UP_PROMPT,
@@ -36,7 +40,8 @@ from gptneox.prompts import (
     make_prompts,
     read_texts,
 )
-from gptneox.session import load_engine, refuse_paged_only, start
+from gptneox.session import load_engine, refuse_float, refuse_paged_only, start
+from gptneox.weights.load import check_weights, find_part
 
 
 def run(settings: Settings) -> None:
@@ -51,6 +56,9 @@ def run(settings: Settings) -> None:
     is_demo = is_demonstration(settings)
     refuse_paged_only(settings)
     check_results(settings)
+    if args.ray:
+        _run_in_cluster(settings)
+        return
     device, group = start(settings)
     texts = [] if args.interactive or is_demo else read_texts(settings, group)
     section = settings.engine
@@ -103,6 +111,66 @@ def answer(
                 done[i] = completion
                 bar.update()
     return [done[i] for i in range(len(prompts))]
+
+
+# -- in a cluster --------------------------------------------------------------------------------
+
+
+def _run_in_cluster(settings: Settings) -> None:
+    """The same prompts, each computed by one of several replicas.
+
+    With --output_file an interrupted run goes on where it was.
+    """
+    need_ray()
+    from gptneox.cluster.offline import ModelPlace, answer_prompts, spread
+
+    args, started = settings.args, time.perf_counter()
+    group, place = TensorParallelGroup(), ModelPlace.of(settings)
+    path, config = find_part(settings.model_path, group, prefer_parts=False)
+    if settings.environment.is_quant:
+        refuse_float(settings, check_weights(path, config))
+    positions = config.positions(place.positions)
+    tokenizer = None
+    if args.load_tokenizer:
+        tokenizer = load_tokenizer(
+            path, config.vocab_size, trust_remote_code=args.trust_remote_code
+        )
+    prompts, wishes = make_prompts(settings, read_texts(settings, group), tokenizer)
+    params = [fit_output_length(settings, positions, p, wishes) for p in prompts]
+    requests = [(prompt.ids, each) for prompt, each in zip(prompts, params, strict=True)]
+    has_tokenizer = tokenizer is not None
+    for ids, each in requests:
+        check_request(ids, each, config.vocab_size, positions, has_tokenizer=has_tokenizer)
+    run = [
+        place.dtype,
+        content_hash(model_files(path)),
+        [(ids, str(each)) for ids, each in requests],
+    ]
+    with KeptAnswers(args.output_file, run) as kept:
+        done = dict(kept.done)
+        printer = Printer(prompts, False, sys.stdout, go_on=bool(args.output_file))
+        for i, completion in done.items():
+            printer.add(i, completion, has_tokenizer)
+        todo = [i for i in range(len(prompts)) if i not in done]
+        size = settings.engine.max_batch_size
+        pieces = [(i, todo[i : i + size]) for i in range(0, len(todo), size)]
+        work = [(key, [requests[i] for i in indices]) for key, indices in pieces]
+        places = dict(pieces)
+        hide = not sys.stderr.isatty()
+        with tqdm(total=len(prompts), initial=len(done), desc="prompts", disable=hide) as bar:
+            for key, completions in spread(settings, answer_prompts, work):
+                for i, completion in zip(places[key], completions, strict=True):
+                    done[i] = completion
+                    kept.add(i, completion)
+                    printer.add(i, completion, has_tokenizer)
+                    bar.update()
+        completions = [done[i] for i in range(len(prompts))]
+        seconds, num_new = time.perf_counter() - started, sum(len(done[i].token_ids) for i in todo)
+        print(f"{len(todo)} prompts, {num_new} tokens in {seconds:.1f} s by {args.ray} replica(s)")
+        if args.output_file:
+            write_output_file(args.output_file, prompts, completions)
+        raise_failure(completions)
+        kept.remove()
 
 
 # -- the demonstrations of the flash path --------------------------------------------------------

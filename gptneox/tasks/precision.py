@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from gptneox.cli import Settings
+from gptneox.cluster.plan import need_ray
 from gptneox.config.errors import ConfigError
+from gptneox.config.model import ModelConfig
 from gptneox.config.settings import PrecisionSection
 from gptneox.engine.api import Engine
 from gptneox.engine.detokenizer import load_tokenizer
@@ -19,6 +22,7 @@ from gptneox.evaluation.datasets import SHIPPED_SETS, Dataset, read_boolq, read_
 from gptneox.evaluation.fingerprint import content_hash, model_files
 from gptneox.evaluation.precision_results import ResultFolder
 from gptneox.evaluation.scoring import QuestionFailed, Result, evaluate
+from gptneox.parallel import TensorParallelGroup
 from gptneox.session import load_engine, refuse_float, start
 from gptneox.weights.formats import scheme_of
 from gptneox.weights.load import check_weights, find_part
@@ -43,6 +47,9 @@ def run(settings: Settings) -> None:
             raise ConfigError(f"--{name} does not go with --task precision; see [precision]")
     section = settings.precision
     dataset = read_dataset(section)
+    if settings.args.ray:
+        _run_in_cluster(settings, dataset)
+        return
     device, group = start(settings)
     is_flash = settings.attention == "flash"
     path, config = find_part(settings.model_path, group, prefer_parts=is_flash)
@@ -68,14 +75,60 @@ def run(settings: Settings) -> None:
             tokenizer = engine.tokenizer
             ask(dataset, engine, section.batch, num_done, results)
         if results:
-            # Counted at the end, because a resumed run has not seen every question.
-            unanswered = results.unanswered()
-            if unanswered and tokenizer is None:
-                tokenizer = load_tokenizer(path, config.vocab_size)
-            results.finish(sum(q.fit(tokenizer, limit) is None for q in unanswered))
+            _finish(results, tokenizer, path, config, limit)
     finally:
         if results:
             results.close()
+
+
+def _finish(
+    results: ResultFolder, tokenizer: Any, path: Path, config: ModelConfig, limit: int
+) -> None:
+    """Write the accuracies. A resumed run has not seen every question, so it counts them here."""
+    unanswered = results.unanswered()
+    if unanswered and tokenizer is None:
+        tokenizer = load_tokenizer(path, config.vocab_size)
+    results.finish(sum(q.fit(tokenizer, limit) is None for q in unanswered))
+
+
+def _run_in_cluster(settings: Settings, dataset: Dataset) -> None:
+    """The same questions in the same batches, each computed by one of several replicas."""
+    need_ray()
+    from gptneox.cluster.offline import ModelPlace, ask, spread
+
+    section = settings.precision
+    path, config = find_part(settings.model_path, TensorParallelGroup(), prefer_parts=False)
+    limit = prompt_limit(dataset, config.positions(settings.engine.max_position_embeddings))
+    formats = check_weights(path, config)
+    refuse_float(settings, formats)
+    labels = [ModelPlace.of(settings).dtype, scheme_of(formats)]
+    protocol = describe_protocol(settings, dataset, limit, "_".join(filter(None, labels)))
+    fingerprint = make_fingerprint(protocol, dataset, path)
+    results = ResultFolder(result_folder(section), dataset, protocol, fingerprint)
+    try:
+        num_done = results.resume(section.batch)
+        results.log_settings({**asdict(section), "ray": settings.args.ray})
+        size = section.batch
+        engine = replace(settings.engine, max_batch_size=size)
+        pieces = [
+            (i, dataset.questions[i : i + size])
+            for i in range(num_done, len(dataset.questions), size)
+        ]
+        compute = partial(ask, scorer=dataset.scorer, max_tokens=dataset.max_prompt_tokens)
+        waiting: dict[int, list[Result]] = {}
+        total = len(dataset.questions)
+        with tqdm(total=total, initial=num_done, desc=dataset.name, unit="q") as bar:
+            for key, answers in spread(replace(settings, engine=engine), compute, pieces):
+                waiting[key] = answers
+                bar.update(len(answers))
+                while batch := waiting.pop(results.num_done, None):  # the file keeps their order
+                    results.add(batch)
+        _finish(results, None, path, config, limit)
+    except RuntimeError as error:
+        kept = f"{results.num_done} answers are kept in {results.cache_path}"
+        raise RuntimeError(f"{error}; {kept}; run again to go on there") from error
+    finally:
+        results.close()
 
 
 # -- questions -------------------------------------------------------------------------------------
