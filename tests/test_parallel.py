@@ -571,7 +571,7 @@ def processes_that_name(path: Path) -> list[str]:
     ],
 )
 def test_a_killed_rank_takes_the_job_with_it(phase: str, large: Path, job_of: Any) -> None:
-    """The job ends within 30 s, names the rank on its last lines, and leaves no process.
+    """The job ends within 30 s, names the rank on its last line, and leaves no process.
 
     The kill comes at the end of a second: torchrun compares whole seconds, and the other rank,
     whose collective fails because of this, must not pass for the first.
@@ -593,10 +593,8 @@ def test_a_killed_rank_takes_the_job_with_it(phase: str, large: Path, job_of: An
     assert job.processes() == []
     assert processes_that_name(large) == []
     assert_port_is_free(port)
-    *_, rank, exit_code, _, cause, _ = job.err.read_text().rstrip().splitlines()
-    assert re.search(r"rank +: 1 ", rank), job.err.read_text()
-    assert re.search(r"exitcode +: -9 ", exit_code)
-    assert f"Signal 9 (SIGKILL) received by PID {victim}" in cause
+    *_, last = job.err.read_text().rstrip().splitlines()
+    assert last == "rank 1 was ended by SIGKILL", job.err.read_text()
 
 
 def test_ctrl_c_ends_all_ranks_with_one_line(large: Path, job_of: Any) -> None:
