@@ -30,8 +30,9 @@ FORMATS = {
 }
 # A matrix that no second-level cache holds, so that a trial reads as a model does.
 _FEATURES, _DEPTH = 1536, 1024
-_ROWS = (64, 32, 16, 8, 4, 2)  # one row is read fastest by the register tile
-_ROUNDS = 6  # the best counts
+# One row is read fastest by the register tile. Weights that are converted first may need many rows.
+_ROWS = (256, 64, 32, 16, 8, 4, 2)
+_ROUNDS = 6  # the best counts; half of them for the most rows
 
 
 def choose(kernels: Any, path: Path) -> None:
@@ -110,7 +111,7 @@ def _is_faster(kernels: Any, name: str, packed: Any, x: torch.Tensor) -> bool:
     """Whether the blocked kernels took less time, both in their best of some interleaved rounds."""
     linear = kernels.linear_integers if name == "integers" else kernels.linear
     best = [float("inf"), float("inf")]
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS // 2 if len(x) == _ROWS[0] else _ROUNDS):
         for is_blocked in (False, True):
             numbers = dict.fromkeys(FORMATS, NEVER) | ({name: 1} if is_blocked else {})
             kernels.set_blocked_from(**numbers)

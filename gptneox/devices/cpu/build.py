@@ -125,7 +125,7 @@ def load(wanted: str = "") -> ModuleType | None:
     try:
         library = _built(environment)
         module = _import(library)
-        blocked.choose(module, library.with_name("blocked.json"))
+        blocked.choose(module, library.with_name("products.json"))
         return module
     except (OSError, RuntimeError) as error:
         if wanted == "on":
