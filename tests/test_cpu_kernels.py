@@ -435,12 +435,15 @@ def test_layers_of_integers(
     inputs: InputRange | None,
     shares_norm: bool,
 ) -> None:
-    """The products one by one give the same integers; one weight has inputs of two digits."""
+    """The products one by one give the same integers; one weight may have inputs of two digits."""
+    has_digits = "int8 dot products" in cpu.kernels.describe()  # else W8A16 takes floats
+    if not has_digits and cpu.kernels.blocked_from()[-1] == 1:
+        pytest.skip("this processor has no blocked products that are exact")
     weights = random_layer(*sizes, has_bias=True, dtype=torch.float32, activation="gelu_tanh")
     if shares_norm:
         weights = replace(weights, norm_mlp=weights.norm_attention)
     small = in_int8(weights, *LINEARS, dtype=torch.float16)[0]
-    for name in LINEARS[:3]:
+    for name in LINEARS[:3] if has_digits else LINEARS:
         weight, bias = getattr(small, name)
         start = torch.arange(weight.out_features, dtype=torch.int32)
         integers = IntegerWeight(weight.values, weight.scale, torch.float16, inputs, start)
