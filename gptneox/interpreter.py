@@ -55,7 +55,7 @@ def to_install(missing):
         rest = [text for text in missing if _name(text) not in ("torch", "torch_npu")]
         wanted = _OLDEST_NPU + rest
     if is_old:
-        wanted = [re.sub("<5[.]24$", "<5", text) for text in wanted]
+        wanted = [re.sub("^(transformers.*)<6$", r"\1<5", text) for text in wanted]
     return " ".join("'%s'" % text for text in wanted)
 
 

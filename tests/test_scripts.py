@@ -899,7 +899,7 @@ REST = "'safetensors' 'numpy' 'tqdm'\n"
 CONTAINERS = {
     "transformers too old": (
         {},
-        r"transformers>=4\.48,<5\.24 \(4\.30\.2 is there\) safetensors",
+        r"transformers>=4\.48,<6 \(4\.30\.2 is there\) safetensors",
         f"'transformers>=4.48,<6' {REST}",
     ),
     "torch too old": (
@@ -909,12 +909,12 @@ CONTAINERS = {
     ),
     "both too old": (
         {"torch": "2.1.0"},
-        r"torch>=2\.5 \(2\.1\.0 is there\) transformers>=4\.48,<5\.24 \(4\.30\.2 is there\)",
+        r"torch>=2\.5 \(2\.1\.0 is there\) transformers>=4\.48,<6 \(4\.30\.2 is there\)",
         f"'torch==2.5.1' 'torch_npu==2.5.1' 'transformers>=4.48,<5' {REST}",
     ),
     "transformers too new for torch": (
         {"torch": "2.5.1", "transformers": "5.23.0", "needs": "2.6"},
-        r"transformers>=4\.48,<5\.24 \(5\.23\.0 is there, which takes torch>=2\.6\) safetensors",
+        r"transformers>=4\.48,<6 \(5\.23\.0 is there, which takes torch>=2\.6\) safetensors",
         f"'transformers>=4.48,<5' {REST}",
     ),
 }
