@@ -63,6 +63,7 @@ from gptneox.devices.operators import FourProducts, InputRange, LayerWeights
 from gptneox.devices.step import ForwardBatch, PagedStep, RotaryTables, Step
 from gptneox.kv_cache import ContiguousKVCache
 from gptneox.weights.formats import FloatWeight, IntegerWeight
+from gptneox.weights.gptq import quantize_groups
 from gptneox.weights.quantize import dequantize, quantize_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -459,6 +460,37 @@ def test_layers_of_integers(
     assert torch.equal(qkv, front[0])
     expected = cpu.layer_back(attended, front[1], apart, x)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("group_size", [16, 32, 48])
+def test_layers_of_four_bits_in_groups_of_any_size(
+    cpu: CompiledCpuOperators, plain: CpuOperators, group_size: int
+) -> None:
+    """Some of its matrices have one group, of all their inputs, and others several."""
+    weights = random_layer(48, 48, 192, has_bias=True, dtype=torch.float32, activation="silu")
+    small, floats = weights, weights
+    for name in LINEARS:
+        weight, bias = getattr(weights, name)
+        made = quantize_groups(
+            weight.values, group_size if name == "dense_4h_to_h" else 48, torch.float16
+        )
+        small = replace(small, **{name: (made, bias)})
+        floats = replace(floats, **{name: (FloatWeight(made.dequantize(torch.float64)), bias)})
+    x = 3 * randn(5, 48, seed=20) + 1
+    exact = layer_by_layer(x.double(), floats, plain)[1]
+    packed, stream = cpu.pack_layer(small), x.clone()
+    qkv, mlp = cpu.layer_front(stream, packed)
+    out = cpu.layer_back(qkv.view(5, -1)[:, :48].contiguous(), mlp, packed, stream)
+    assert (out - exact).abs().max() <= 4e-4 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_layers_of_no_rows(cpu: CompiledCpuOperators, dtype: torch.dtype) -> None:
+    weights = random_layer(32, 32, 64, has_bias=True, dtype=torch.float32, activation="silu")
+    packed = cpu.pack_layer(in_int8(weights, *LINEARS)[0] if dtype == torch.int8 else weights)
+    qkv, mlp = cpu.layer_front(torch.empty(0, 32), packed)
+    assert qkv.shape[0] == 0
+    assert cpu.layer_back(torch.empty(0, 32), mlp, packed).shape == (0, 32)
 
 
 def test_half_precision_layers_err_less_than_plain_torch(

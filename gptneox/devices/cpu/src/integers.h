@@ -485,6 +485,9 @@ inline void multiply_integers(const std::vector<IntegerOutput>& outputs) {
     blocked = blocked || out.is_blocked();
   }
   const int64_t rows = outputs[0].rows();
+  if (rows == 0) {
+    return;
+  }
   const int64_t span = blocked ? std::min(rows, kBlockedSweep / digits) : rows;
   const int64_t sweeps = (rows + span - 1) / span;
   WorkQueue queue(total * sweeps, blocked ? kBlockedPanels : 16);

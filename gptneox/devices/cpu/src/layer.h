@@ -74,12 +74,17 @@ struct FloatLayer : Layer {
 
   void check() const {
     check_widths(*qkv, *up, *dense, *down);
-    bool fits = true;
-    for (const auto& weight : {up, dense, down}) {
+    bool fits = true, in_digits = true;
+    for (const auto& weight : {qkv, up, dense, down}) {
       fits = fits && weight->panels.scalar_type() == qkv->panels.scalar_type() &&
-          weight->rounds == qkv->rounds && weight->takes_digits == qkv->takes_digits;
+          weight->rounds == qkv->rounds;
+      in_digits = in_digits && weight->takes_digits;
     }
     TORCH_CHECK_VALUE(fits, "the weights of a layer differ in dtype");
+    // All of them share the form of their inputs. The panels are the same for either.
+    for (const auto& weight : {qkv, up, dense, down}) {
+      weight->takes_digits = in_digits;
+    }
   }
 
   // Both products of `back` add up in one tile, so both use the same kernels.
