@@ -360,6 +360,7 @@ struct IntegerOutput {
   Activation activation;
   float* y; // [T, features]
   const float* residual = nullptr; // [T, features], added last; may be y itself
+  bool blocked = false; // by brgemm; `multiply_integers` decides
 
   int64_t rows() const {
     return terms[0].x->rows;
@@ -373,9 +374,6 @@ struct IntegerOutput {
       most = std::max(most, term.x->digits);
     }
     return most;
-  }
-  bool is_blocked() const {
-    return rows() > 1 && rows() * digits() >= integers_blocked_from;
   }
 
   // Columns of one panel, rows [first, first + count), from the sums of each term, rows of digits
@@ -475,18 +473,20 @@ inline void integer_panels_blocked(
 }
 
 // Compute all outputs, which have the same rows, in one parallel loop over their panels.
-inline void multiply_integers(const std::vector<IntegerOutput>& outputs) {
+inline void multiply_integers(std::vector<IntegerOutput> outputs) {
   int64_t total = 0;
   int digits = 1;
   bool blocked = false;
-  for (const IntegerOutput& out : outputs) {
-    total += out.num_panels();
-    digits = std::max(digits, out.digits());
-    blocked = blocked || out.is_blocked();
-  }
   const int64_t rows = outputs[0].rows();
   if (rows == 0) {
     return;
+  }
+  for (IntegerOutput& out : outputs) {
+    total += out.num_panels();
+    digits = std::max(digits, out.digits());
+    // Once: a trial in another thread may change the number meanwhile.
+    out.blocked = rows > 1 && rows * out.digits() >= integers_blocked_from;
+    blocked = blocked || out.blocked;
   }
   const int64_t span = blocked ? std::min(rows, kBlockedSweep / digits) : rows;
   const int64_t sweeps = (rows + span - 1) / span;
@@ -508,7 +508,7 @@ inline void multiply_integers(const std::vector<IntegerOutput>& outputs) {
         const IntegerOutput& out = outputs[which];
         const int64_t first = i / total * span, last = std::min(first + span, rows);
         count = 1;
-        if (out.is_blocked()) {
+        if (out.blocked) {
           count = std::min(end - i, out.num_panels() - panel);
           integer_panels_blocked(out, panel, panel + count, first, last, sums.data());
         } else {
