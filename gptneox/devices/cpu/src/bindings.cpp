@@ -41,7 +41,7 @@ auto define_layer(pybind11::module_& m, const char* name) {
         layer->out_bias = biases.at(2);
         layer->eps = static_cast<float>(eps);
         layer->activation = static_cast<gptneox::Activation>(activation);
-        layer->check();
+        layer->prepare();
         return layer;
       }),
       py::arg("norms"), py::arg("weights"), py::arg("biases"), py::arg("eps"),

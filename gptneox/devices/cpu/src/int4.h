@@ -271,17 +271,9 @@ inline void run_digit_tile(
   const auto* x = reinterpret_cast<const DigitBlock*>(a);
   const int64_t stride = round_up(k_steps, kDigitCount) / kDigitCount;
   for (; rows > 0; rows -= kHeight, x += kHeight * stride, c += kHeight * ldc) {
-    switch (std::min(rows, kHeight)) {
-#define GPTNEOX_ROWS(R)                                                      \
-  case R:                                                                    \
-    digit_tile<R>(data, groups, x, stride, k_steps, c, ldc, accumulate); \
-    break;
-      GPTNEOX_ROWS(1)
-      GPTNEOX_ROWS(2)
-      GPTNEOX_ROWS(3)
-      GPTNEOX_ROWS(4)
-#undef GPTNEOX_ROWS
-    }
+    with_rows<kHeight>(std::min(rows, kHeight), [&](auto r) {
+      digit_tile<decltype(r)::value>(data, groups, x, stride, k_steps, c, ldc, accumulate);
+    });
   }
 }
 
@@ -291,29 +283,11 @@ inline void run_tile_int4(
     int64_t ldc, bool accumulate) {
   const Int4* data = panel_at<Format<Int4>>(weight, panel);
   const Groups groups(weight, panel);
-  switch (rows) {
-#define GPTNEOX_ROWS(R)                                                       \
-  case R:                                                                     \
-    if constexpr (R <= kRows) {                                               \
-      return groups.zeros                                                     \
-          ? tile_int4<R, true>(data, groups, a, k_steps, c, ldc, accumulate)  \
-          : tile_int4<R, false>(data, groups, a, k_steps, c, ldc, accumulate); \
-    }                                                                         \
-    break;
-    GPTNEOX_ROWS(1)
-    GPTNEOX_ROWS(2)
-    GPTNEOX_ROWS(3)
-    GPTNEOX_ROWS(4)
-    GPTNEOX_ROWS(5)
-    GPTNEOX_ROWS(6)
-    GPTNEOX_ROWS(7)
-    GPTNEOX_ROWS(8)
-    GPTNEOX_ROWS(9)
-    GPTNEOX_ROWS(10)
-    GPTNEOX_ROWS(11)
-    GPTNEOX_ROWS(12)
-#undef GPTNEOX_ROWS
-  }
+  with_rows<kRows>(rows, [&](auto r) {
+    constexpr int R = decltype(r)::value;
+    groups.zeros ? tile_int4<R, true>(data, groups, a, k_steps, c, ldc, accumulate)
+                 : tile_int4<R, false>(data, groups, a, k_steps, c, ldc, accumulate);
+  });
 }
 
 // Values [k, k + count) of K of a panel, scaled, to fp32 [count][kCols].

@@ -307,21 +307,9 @@ inline void dot_tile(
 inline void run_dot_tile(
     int64_t rows, const int8_t* panel, const uint8_t* x, int64_t stride, int64_t padded,
     int32_t* c) {
-  switch (rows) {
-#define GPTNEOX_DOT_ROWS(R)                        \
-  case R:                                          \
-    dot_tile<R>(panel, x, stride, padded, c);      \
-    break;
-    GPTNEOX_DOT_ROWS(1)
-    GPTNEOX_DOT_ROWS(2)
-    GPTNEOX_DOT_ROWS(3)
-    GPTNEOX_DOT_ROWS(4)
-    GPTNEOX_DOT_ROWS(5)
-    GPTNEOX_DOT_ROWS(6)
-    GPTNEOX_DOT_ROWS(7)
-    GPTNEOX_DOT_ROWS(8)
-#undef GPTNEOX_DOT_ROWS
-  }
+  with_rows<kDotRows>(rows, [&](auto r) {
+    dot_tile<decltype(r)::value>(panel, x, stride, padded, c);
+  });
 }
 
 // The compiler's vector of as many integers as `Lanes` has floats.

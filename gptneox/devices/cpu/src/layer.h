@@ -72,7 +72,8 @@ struct Layer {
 struct FloatLayer : Layer {
   std::shared_ptr<Packed> qkv, up, dense, down;
 
-  void check() const {
+  // Raises ValueError where the weights do not belong together.
+  void prepare() {
     check_widths(*qkv, *up, *dense, *down);
     bool fits = true, in_digits = true;
     for (const auto& weight : {qkv, up, dense, down}) {
@@ -183,7 +184,8 @@ struct IntegerLayer : Layer {
   std::shared_ptr<PackedIntegers> qkv, up, dense, down;
   bool shares_inputs = false; // qkv and up read the same integers
 
-  void check() {
+  // As for FloatLayer.
+  void prepare() {
     check_widths(*qkv, *up, *dense, *down);
     shares_inputs = qkv->reads_as(*up) && at::equal(norms[0].scale, norms[1].scale) &&
         at::equal(norms[0].shift, norms[1].shift);

@@ -17,6 +17,7 @@
 #include <limits>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #if defined(__aarch64__)
 #include <arm_neon.h>
@@ -265,6 +266,14 @@ inline void tile(
   }
 }
 
+// Call `body` with the number of rows, 1 to kMost, as a constant.
+template <int kMost, typename Body>
+inline void with_rows(int64_t rows, Body&& body) {
+  [&]<int... kBefore>(std::integer_sequence<int, kBefore...>) {
+    (void)((rows == kBefore + 1 && (body(std::integral_constant<int, kBefore + 1>()), true)) || ...);
+  }(std::make_integer_sequence<int, kMost>());
+}
+
 // `tile` for a number of rows that is only known at run time.
 template <typename F, int kRowStride = 0, bool kStreamed = false>
 inline void run_tile(
@@ -275,27 +284,9 @@ inline void run_tile(
     float* c,
     int64_t ldc,
     bool accumulate) {
-  switch (rows) {
-#define GPTNEOX_ROWS(R)                                                       \
-  case R:                                                                     \
-    if constexpr (R <= kRows) {                                               \
-      tile<F, R, kRowStride, kStreamed>(panel, a, k_steps, c, ldc, accumulate); \
-    }                                                                         \
-    break;
-    GPTNEOX_ROWS(1)
-    GPTNEOX_ROWS(2)
-    GPTNEOX_ROWS(3)
-    GPTNEOX_ROWS(4)
-    GPTNEOX_ROWS(5)
-    GPTNEOX_ROWS(6)
-    GPTNEOX_ROWS(7)
-    GPTNEOX_ROWS(8)
-    GPTNEOX_ROWS(9)
-    GPTNEOX_ROWS(10)
-    GPTNEOX_ROWS(11)
-    GPTNEOX_ROWS(12)
-#undef GPTNEOX_ROWS
-  }
+  with_rows<kRows>(rows, [&](auto r) {
+    tile<F, decltype(r)::value, kRowStride, kStreamed>(panel, a, k_steps, c, ldc, accumulate);
+  });
 }
 
 // The vectors and instructions that the library was compiled for.
