@@ -29,9 +29,9 @@ from gptneox.devices.operators import (
 )
 from gptneox.devices.step import ForwardBatch, PaddedBatch, PagedStep, RotaryTables, Step
 
-# The numbers that the kernels know activations by.
 # The most inputs whose products add up in 32 bits.
 MAX_INTEGER_INPUTS = 65535
+# The numbers that the kernels know activations by.
 ACTIVATION_IDS = {"gelu_erf": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
 
 
