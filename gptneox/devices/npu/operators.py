@@ -33,6 +33,7 @@ from gptneox.devices.operators import (
     InputRange,
     LayerWeights,
     Operators,
+    PackedInt4,
     PackedInt8,
     PackedIntegers,
     PackedLayer,
@@ -48,6 +49,10 @@ logger = logging.getLogger(__name__)
 MAX_GRAPH_ROWS = 128  # of a captured step
 # npu_weight_quant_batchmatmul and npu_quant_matmul take at most this many inputs and outputs.
 MAX_QUANT_SIZE = 65535
+# Groups of weights of four bits are multiples of this many inputs, and outputs of this many.
+INT4_GROUP, INT4_COLUMNS = 32, 8
+# At most this factor lifts scales of groups that float16 cannot hold: sums must not overflow.
+MAX_LIFT = 64.0
 
 
 @dataclass
@@ -56,6 +61,17 @@ class NpuInt8(PackedInt8):
 
     `factor` [F] lifts the outputs of rows whose scale the dtype cannot hold to full accuracy; None
     where there are none. The bias is then added behind it.
+    """
+
+    factor: Tensor | None = None
+
+
+@dataclass
+class NpuInt4(PackedInt4):
+    """As npu_convert_weight_to_int4pack lays out int4 [K, F]: int32 [K, F / 8].
+
+    Scales and zeros are [G, F] in the dtype of x. Zeros are what the operator adds to a value from
+    -8 to 7. `factor` is as that of `NpuInt8`.
     """
 
     factor: Tensor | None = None
@@ -90,6 +106,7 @@ class NpuOperators(Operators):
         self._head_dim = self._rotary_dim = 0
         self._cache_shape = CacheShape(0, 0, 0, 0)  # as asked for
         self._num_positions = 0
+        self._has_warned = False  # of weights of four bits that are widened
 
     def prepare(self, head_dim: int, rotary_dim: int) -> None:
         """Keep the sizes by which the rows of the front product are ordered."""
@@ -131,6 +148,13 @@ class NpuOperators(Operators):
                 "W8A16 weights",
                 "npu_weight_quant_batchmatmul",
                 "int8 [F, K] in ND; the scales are in the dtype of the activations",
+            ),
+            ChosenOperator("W4A16 weights", "none", "the operator takes eight bits only on a 310P")
+            if self.device.is_310p
+            else ChosenOperator(
+                "W4A16 weights",
+                "npu_weight_quant_batchmatmul",
+                f"int4 [K, F]; groups that {INT4_GROUP} does not divide: torch, widened",
             ),
             ChosenOperator(
                 "W8A8 weights",
@@ -229,7 +253,11 @@ class NpuOperators(Operators):
         bias: Tensor | None,
         dtype: torch.dtype,
     ) -> PackedLinear:
-        """As the base class, which widens the weight for each product.
+        """int4 [K, F], where the operator takes the groups; else as the base class, with a warning.
+
+        The operator adds a zero to a value and multiplies by a scale, all in `dtype`. A row of
+        float16 that has subnormal scales is lifted by a power of two, up to `MAX_LIFT`; what is
+        subnormal even then, weights below 1e-5, becomes zero.
 
         Raises:
             ConfigError: on a 310P.
@@ -239,7 +267,50 @@ class NpuOperators(Operators):
                 "w4a16: npu_weight_quant_batchmatmul takes weights of eight bits only on a 310P; "
                 "quantize with --quant_type w8a16 for it"
             )
-        return super().pack_int4(values, scale, zero, bias, dtype)
+        (out_features, half), num_groups = values.shape, scale.shape[1]
+        if fault := int4_fault(2 * half, out_features, num_groups):
+            if not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "w4a16: %s, so such weights are widened for each product, which is slow", fault
+                )
+            return super().pack_int4(values, scale, zero, bias, dtype)
+        pairs = values.to(torch.int32).unsqueeze(2)
+        numbers = torch.cat((pairs & 15, pairs >> 4), 2).flatten(1).sub_(8)  # [F, K]
+        packed = self.torch_npu.npu_convert_weight_to_int4pack(numbers.t().contiguous())
+        tiny = torch.finfo(dtype).tiny
+        smallest = scale.masked_fill(scale == 0, 1.0).amin(1)
+        lift = torch.exp2(torch.ceil(torch.log2(tiny / smallest))).clamp(1.0, MAX_LIFT)  # [F]
+        factor = None
+        if (lift > 1).any():
+            factor, scale = (1 / lift).to(dtype), scale * lift.unsqueeze(1)
+            scale = scale.masked_fill(scale < tiny, 0.0)
+        if bias is not None and factor is None and dtype == torch.bfloat16:
+            bias = bias.float()  # what the operator adds to bf16 products
+        return NpuInt4(
+            *(packed, bias, 2 * half, out_features),
+            scale=scale.t().to(dtype).contiguous(),
+            zero=(8 - zero.to(dtype)).t().contiguous(),
+            factor=factor,
+        )
+
+    def linear_int4(self, x: Tensor, packed: PackedInt4) -> Tensor:
+        """By npu_weight_quant_batchmatmul, where `pack_int4` made its layout.
+
+        Source: op-plugin, npu_weight_quant_batchmatmul, per group; a single one is per channel.
+        """
+        if not isinstance(packed, NpuInt4):
+            return super().linear_int4(x, packed)
+        num_groups = len(packed.scale)
+        product = functools.partial(
+            self.torch_npu.npu_weight_quant_batchmatmul,
+            *(x, packed.weight, packed.scale, packed.zero),
+            antiquant_group_size=0 if num_groups == 1 else packed.in_features // num_groups,
+        )
+        if packed.factor is None:
+            return product(bias=packed.bias)
+        y = product().mul_(packed.factor)
+        return y if packed.bias is None else y.add_(packed.bias)
 
     def pack_integers(
         self,
@@ -511,6 +582,17 @@ def check_quant_size(values: Tensor, operator: str) -> tuple[int, int]:
             "--disable_names, or use more ranks"
         )
     return out_features, in_features
+
+
+def int4_fault(in_features: int, out_features: int, num_groups: int) -> str:
+    """Why npu_weight_quant_batchmatmul does not take such a weight of four bits; or empty."""
+    if max(in_features, out_features) > MAX_QUANT_SIZE:
+        return f"a weight is [{out_features}, {in_features}], and at most {MAX_QUANT_SIZE} fit"
+    if out_features % INT4_COLUMNS:
+        return f"a weight has {out_features} outputs, no multiple of {INT4_COLUMNS}"
+    if num_groups > 1 and in_features // num_groups % INT4_GROUP:
+        return f"groups have {in_features // num_groups} inputs, no multiple of {INT4_GROUP}"
+    return ""
 
 
 def replay(graph: Any, batch: ForwardBatch) -> None:

@@ -575,24 +575,75 @@ def weight_quant_batchmatmul(
     inner_precise: int = 0,
     weight_dtype: int | None = None,
 ) -> Tensor:
-    """Of weights of eight bits, one scale for each column of `weight` [K, N]."""
+    """Weights [K, N] of eight bits with a scale for each column, or of four bits in groups of K."""
     check_floats(given, "x", "antiquant_scale")
-    need(weight.dtype == torch.int8, "weight: int8")
-    k, n = weight.shape
-    need(max(k, n) <= 65535, "K and N are at most 65535")
-    need(given["weight"].t().is_contiguous(), "weight: the transposed view of a contiguous [N, K]")
+    need(quant_scale is None, "emulated: float output")
+    need(inner_precise == 0, "emulated: high precision")
     need(storage_format(given["weight"]) == 2, "weight: ND; NZ is for graph mode")
-    need(x.shape == (x.shape[0], k) and antiquant_scale.shape == (n,), "x [M, K], scale [N]")
-    need(antiquant_offset is None and quant_scale is None, "emulated: symmetric, float output")
-    need(antiquant_group_size == 0 and inner_precise == 0, "emulated: one scale for each column")
+    k = weight.shape[0]
+    if weight.dtype == torch.int32:
+        need(not is_310p(), "weight: int8 on a 310P")
+        need(given["weight"].is_contiguous(), "emulated: four bits as [K, N / 8]")
+        weight = unpack_int4(weight)
+        need(antiquant_offset is not None, "emulated: four bits with an offset")
+    else:
+        need(weight.dtype == torch.int8, "weight: int8, or int32 with eight of four bits")
+        need(given["weight"].t().is_contiguous(), "weight: a transposed view of contiguous [N, K]")
+        need(antiquant_offset is None, "emulated: eight bits symmetric")
+    n = weight.shape[1]
+    need(max(k, n) <= 65535, "K and N are at most 65535")
+    need(x.shape == (x.shape[0], k), "x [M, K]")
     normal = antiquant_scale == 0
     normal |= antiquant_scale >= torch.finfo(antiquant_scale.dtype).tiny
     need(bool(normal.all()), "subnormal scales may be flushed to zero")
     if bias is not None:
         wide = torch.float32 if x.dtype == torch.bfloat16 else torch.float16
         need(bias.dtype == wide and bias.shape == (n,), f"bias: {wide} [N]")
-    out = x.float() @ (weight.float() * antiquant_scale.float())
+    wide_weight = widen(given, weight, antiquant_scale, antiquant_offset, antiquant_group_size)
+    out = x.float() @ wide_weight
     return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def widen(
+    given: Given, weight: Tensor, scale: Tensor, offset: Tensor | None, group_size: int
+) -> Tensor:
+    """(weight + offset) * scale [K, N], rounded to the dtype of `scale`, in fp32."""
+    k, n = weight.shape
+    if group_size == 0:
+        need(scale.shape in ((n,), (1, n)), "scale [N] or [1, N]")
+        scale = scale.view(1, n)
+    else:
+        need(not is_310p(), "groups are of A2")
+        need(group_size % 32 == 0 and 32 <= group_size < k, "groups: multiples of 32 below K")
+        need(scale.shape == (-(-k // group_size), n), "scale [ceil(K / group size), N]")
+        scale = scale.repeat_interleave(group_size, 0)[:k]
+    wide = weight.float()
+    if offset is not None:
+        check_floats(given, "antiquant_scale", "antiquant_offset")
+        need(given["antiquant_offset"].shape == given["antiquant_scale"].shape, "offset as scale")
+        wide = wide + (offset if group_size == 0 else offset.repeat_interleave(group_size, 0)[:k])
+    return (wide * scale.float()).to(scale.dtype).float()
+
+
+@reference("npu::npu_convert_weight_to_int4pack")
+def convert_weight_to_int4pack(given: Given, weight: Tensor, inner_k_tiles: int = 0) -> Tensor:
+    """int32 [K, N] from -8 to 7 to int32 [K, N / 8]. Their order within is the device's."""
+    need(not is_310p(), "npu_convert_weight_to_int4pack: Atlas A2 and A3 only")
+    need(
+        given["weight"].dtype == torch.int32 and weight.dim() == 2, "weight: int32, two dimensions"
+    )
+    need(given["weight"].is_contiguous(), "weight must be contiguous")
+    need(weight.shape[1] % 8 == 0 and inner_k_tiles == 0, "the last dimension: a multiple of 8")
+    need(int(weight.min()) >= -8 and int(weight.max()) <= 7, "values from -8 to 7")
+    halves = (weight & 15).to(torch.int64).view(len(weight), -1, 8)
+    packed = (halves << (4 * torch.arange(8))).sum(-1)
+    return (packed - ((packed >> 31) << 32)).to(torch.int32)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """What `convert_weight_to_int4pack` packed, int32 [K, N]."""
+    halves = (packed.unsqueeze(2) >> (4 * torch.arange(8, dtype=torch.int32))) & 15
+    return ((halves ^ 8) - 8).flatten(1)
 
 
 @reference("npu::npu_quantize")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of eight bits on the NPU: which kernels a layer reaches, logits against Hugging Face.
+"""Weights of eight and four bits on the NPU: kernels of a layer, logits against Hugging Face.
 
 The limit of an error is that of check_parity.py: what Hugging Face makes in half precision with
 the same weights as floats.
@@ -19,6 +19,7 @@ from gptneox.config.settings import QuantizeOptions
 from gptneox.devices.cpu.device import CpuDevice
 from gptneox.devices.device import Device
 from gptneox.devices.npu.device import NpuDevice
+from gptneox.devices.npu.operators import NpuInt4
 from gptneox.devices.operators import InputRange, Operators
 from gptneox.engine.sequence import SamplingParams
 from gptneox.weights.quantize import dequantize_checkpoint, quantize_checkpoint
@@ -116,6 +117,63 @@ def test_graphs_answer_as_steps_do(chip, tmp_path):
         engine = checkpoints.load_engine(path, device, "auto", **settings)
         answers.append([o.token_ids for o in engine.generate(prompts, params)])
     assert answers[0] == answers[1]
+
+
+# -- weights of four bits ------------------------------------------------------------------------
+
+
+def int4_weight(features, depth, num_groups, seed=0):
+    """Values uint8 [F, K / 2], scales and zeros [F, G], a bias [F]."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(256, (features, depth // 2), generator=generator, dtype=torch.uint8)
+    scale = torch.rand(features, num_groups, generator=generator) / 16 + 1e-3
+    zero = torch.randint(16, (features, num_groups), generator=generator, dtype=torch.uint8)
+    return values, scale, zero, torch.randn(features, generator=generator).to(HALF)
+
+
+@pytest.mark.parametrize(("features", "num_groups"), [(40, 3), (40, 1), (36, 3), (40, 12)], ids=str)
+@pytest.mark.parametrize("dtype", [HALF, torch.bfloat16], ids=str)
+def test_products_of_four_bits(features, num_groups, dtype, npu, chip, caplog):
+    """Against the specification in fp64: by the operator, and where it does not take the groups."""
+    values, scale, zero, bias = int4_weight(features, 192, num_groups)
+    scale[0], scale[1], scale[2, 0] = 0, 1e-5, 3e-6  # of rows and of a group: none, subnormal
+    x = torch.randn(9, 192, generator=torch.Generator().manual_seed(1)).to(dtype)
+    ops, plain, device = npu.operators(), Operators(Device()), npu.torch_device
+    moved = [t.to(device) for t in (values, scale, zero, bias.to(dtype))]
+    if chip != "A2":
+        with pytest.raises(ConfigError, match=r"eight bits only on a 310P; .* w8a16"):
+            ops.pack_int4(*moved, dtype)
+        return
+    packed = ops.pack_int4(*moved, dtype)
+    taken = features % 8 == 0 and num_groups != 12
+    assert isinstance(packed, NpuInt4) == taken
+    assert ("widened for each product" in caplog.text) != taken
+    wide = plain.pack_int4(values, scale, zero, bias.double(), torch.float64)
+    exact = wide.multiply(plain, x.double())
+    actual = packed.multiply(ops, x.to(device)).cpu().double()
+    unit = torch.finfo(dtype).eps  # of scales and of weights, each rounded once
+    torch.testing.assert_close(actual, exact, rtol=unit, atol=unit * exact.abs().max().item())
+    assert (actual[:, 0] == bias[0].to(dtype)).all()
+
+
+def test_a_model_of_four_bits(npu, chip, trace, tmp_path):
+    """Logits of the floats that it stands for, and the kernels of a layer."""
+    if chip != "A2":
+        pytest.skip("of an A2")
+    path, model = write("gpt-neox-20b", tmp_path, quant_type="w4a16", group_size=32)
+    engine = checkpoints.load_engine(path, npu, "auto", num_blocks=3)
+    [ids] = checkpoints.prompts([20], 288)
+    tokens = Sequences(engine, [ids])
+    tokens.step([16])
+    trace.clear()
+    tokens.step([1])
+    kernels = [kernel.removeprefix("aclnn") for kernel in trace.kernels()]
+    products = [kernel for kernel in kernels if kernel.startswith("WeightQuantBatchMatmul")]
+    assert len(products) == 4 * len(engine.model.gpt_neox.layers), kernels
+    actual = torch.cat(tokens.logits[0])
+    with torch.inference_mode():
+        exact = model(torch.tensor([ids[:17]])).logits[0]
+    assert (actual - exact).norm() <= 0.01 * exact.norm()
 
 
 # -- inputs that become integers -----------------------------------------------------------------
