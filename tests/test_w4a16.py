@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,7 +24,7 @@ from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
 from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EMBEDDED_CHECKPOINT, QuantizeOptions
-from gptneox.weights import quantize_int4
+from gptneox.weights import gptq, quantize_int4
 from gptneox.weights.files import CheckpointError
 from gptneox.weights.gptq import (
     SHARES,
@@ -88,6 +89,46 @@ def test_scales_are_representable_and_the_search_is_no_worse(
     assert (errors[1] <= errors[0] * (1 + 1e-6)).all()
     if size > 1e-4 or dtype != torch.float16:
         assert errors[1].sum() < 0.97 * errors[0].sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_search_finds_the_least_error(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Group by group in fp64, of the scales that fp32 and the dtype allow.
+
+    The limit: sums of 32 squares in fp32 may take one for another whose error is as good as equal.
+    """
+    weight = random(13, 96) ** 3  # some groups gain by clipping, others do not
+    weight[3, 32:64], weight[5, :32], weight[7] = 0, weight[5, :32].abs(), -weight[7].abs()
+    scale, zero = find_scales(weight, 32, dtype, SHARES)
+    assert (scale[3, 1], zero[3, 1]) == (1, 0)
+    num_clipped = 0
+    rows = weight.view(-1, 32).numpy()
+    for group, one, at in zip(rows, scale.view(-1), zero.view(-1), strict=True):
+        low, high = min(group.min(), np.float32(0)), max(group.max(), np.float32(0))
+        errors = {}
+        for share in map(np.float32, SHARES):
+            tried = torch.tensor((high - low) * (share / np.float32(15))).to(dtype).item() or 1.0
+            middle = np.clip(np.rint(np.float64(-low * share) / tried), 0, 15)
+            values = np.clip(np.rint(group.astype(np.float64) / tried) + middle, 0, 15)
+            error = np.square((values - middle) * tried - group).sum()
+            errors.setdefault((tried, middle), error)
+        least = min(errors.values())
+        assert errors[one.item(), at.item()] <= least * (1 + 1e-5)
+        num_clipped += next(iter(errors)) != (one.item(), at.item())
+    assert 5 < num_clipped < 39
+    monkeypatch.setattr(gptq, "_CHUNK", 5 * 32)
+    again = find_scales(weight, 32, dtype, SHARES)
+    assert torch.equal(scale, again[0])
+    assert torch.equal(zero, again[1])
+
+
+def test_of_equal_errors_the_first_share_wins() -> None:
+    """Both tried scales hold 15 exactly: as 15 times 1, and as once 15."""
+    weight = torch.tensor([[15.0, *[0.0] * 15]])
+    for shares, expected in (((1.0, 15.0), 1.0), ((15.0, 1.0), 15.0)):
+        assert find_scales(weight, 16, torch.float32, shares)[0].item() == expected
 
 
 def test_gptq_of_independent_inputs_rounds_to_nearest() -> None:

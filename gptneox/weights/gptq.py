@@ -20,6 +20,7 @@ LARGEST = 15  # of a value
 # Of the range of a group, what the search tries. Below half of it, clipping always costs more.
 SHARES = torch.linspace(1.0, 0.5, 26).tolist()
 _COLUMNS = 128  # solved before the rest of a matrix is corrected
+_CHUNK = 1 << 17  # values whose range is searched at a time: they stay in the second-level cache
 _DAMPING = 0.01  # of the mean of the Hessian's diagonal
 
 
@@ -37,20 +38,33 @@ def find_scales(
     Returns:
         fp32 [F, G], and integers from 0 to 15 in fp32 [F, G].
     """
-    groups = weight.view(len(weight), -1, group_size)  # [F, G, g]
-    low, high = groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)
-    best = torch.full(low.shape, torch.inf)
-    scale, zero = torch.ones_like(low), torch.zeros_like(low)
-    for share in shares:
-        tried = _representable((high - low) * (share / LARGEST), dtype)
-        at = torch.round(-low * share / tried).clamp_(0, LARGEST)
-        rounded = _round(groups, tried.unsqueeze(2), at.unsqueeze(2))
-        error = (rounded - at.unsqueeze(2)).mul_(tried.unsqueeze(2)).sub_(groups).square_()
-        total = error.sum(2)
-        better = total < best
-        best = torch.where(better, total, best)
-        scale, zero = torch.where(better, tried, scale), torch.where(better, at, zero)
-    return scale, zero
+    groups = weight.view(-1, group_size)  # [F G, g]
+    scale, zero = torch.empty(2, len(groups))
+    step = max(1, _CHUNK // group_size)
+    for start in range(0, len(groups), step):
+        part = slice(start, start + step)
+        scale[part], zero[part] = _search(groups[part].T.contiguous(), dtype, shares)
+    return scale.view(len(weight), -1), zero.view(len(weight), -1)
+
+
+def _search(columns: Tensor, dtype: torch.dtype, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """As `find_scales`, of groups that lie in columns [g, n]; each result is [n].
+
+    Of equal errors the first share wins.
+    """
+    low, high = columns.amin(0).clamp_max_(0), columns.amax(0).clamp_min_(0)
+    part = torch.tensor(shares).unsqueeze(1)
+    scales = _representable((high - low) * (part / LARGEST), dtype)  # [shares, n]
+    zeros = torch.round(-low * part / scales).clamp_(0, LARGEST)
+    least, most = -zeros, LARGEST - zeros
+    errors, values = torch.empty_like(scales), torch.empty_like(columns)
+    for i, tried in enumerate(scales):
+        torch.div(columns, tried, out=values).round_()
+        torch.clamp(values, least[i], most[i], out=values)
+        values.mul_(tried).sub_(columns).square_()
+        torch.sum(values, 0, out=errors[i])
+    best = errors.argmin(0, keepdim=True)
+    return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 
 
 def _representable(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -143,7 +157,7 @@ def output_error(weight: Tensor, quantized: Int4Weight, hessian: Tensor | None) 
 
     def size(x: Tensor) -> float:
         products = x if hessian is None else x @ hessian
-        return max(0.0, (products * x).sum(dtype=torch.float64).item())
+        return max(0.0, (products * x).sum(1).sum(dtype=torch.float64).item())
 
     total = size(wide)
     return float((size(difference) / total) ** 0.5) if total else 0.0

@@ -39,11 +39,12 @@ def pack(values: Tensor, bits: int, dim: int, dtype: torch.dtype = torch.int32) 
     """Words of `dtype` whose `unpack` is `values`, which fill whole words along `dim`."""
     count = dtype.itemsize * 8 // bits
     chosen = (slice(None),) * dim
-    words = torch.zeros_like(values[(*chosen, slice(0, None, count))], dtype=torch.int64)
+    wide = dtype if dtype == torch.uint8 else torch.int64
+    words = torch.zeros_like(values[(*chosen, slice(0, None, count))], dtype=wide)
     for i in range(count):
-        words |= values[(*chosen, slice(i, None, count))].to(torch.int64) << (bits * i)
-    if dtype == torch.uint8:
-        return words.to(dtype)
+        words |= values[(*chosen, slice(i, None, count))].to(wide) << (bits * i)
+    if wide == dtype:
+        return words
     limit = 1 << (dtype.itemsize * 8)
     return torch.where(words >= limit // 2, words - limit, words).to(dtype)
 
