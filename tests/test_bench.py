@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -25,13 +26,15 @@ from benchmark.arguments import Case
 from benchmark.engines import OURS, Engine
 from benchmark.errors import UsageError, WorkerError
 from benchmark.process import WorkerProcess, worker_environment
-from benchmark.session import Contestant, Options, Session, prompts
+from benchmark.session import Contestant, Options, Session, contestants, prompts
 from benchmark.traffic import Lengths
 from benchmark.workers.tensors import Tensors, query_key_value
 from benchmark.workers.worker import SteppingWorker
 
 from gptneox.config.model import ModelConfig
 from gptneox.evaluation.timing import prefill_flops
+from gptneox.weights.formats import scheme_of
+from gptneox.weights.load import check_weights
 
 TINY = models.Shape(2, 32, 2, vocab_size=96, max_position_embeddings=128)
 
@@ -151,6 +154,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--curve", "batch", "--overhead"], ["--curve", "--overhead"]),
         (["--overhead", "--against", "vllm"], ["--overhead", "vllm"]),
         (["--curve", "requests", "--against", "llama.cpp"], ["llama.cpp", "vllm"]),
+        (["--scheme", "int4"], ["--scheme", "int4", "w8a8"]),
+        (["--scheme", "w4a16", "--against", "ctranslate2"], ["eight bits at least", "llama.cpp"]),
+        (["--scheme", "w8a16", "--against", "vllm"], ["vllm", "none is made", "ctranslate2"]),
+        (["--scheme", "w8a8", "--against", "transformers"], ["transformers", "widen"]),
+        (["--scheme", "w8a8", "--variant", "gptneox bfloat16:A=1"], ["name of its own"]),
         (["--arrivals", "-1"], ["--arrivals", "'-1'"]),
         (["--write-docs", "x.md"], ["--write-docs", "--from"]),
         (["--unheard-of"], ["--unheard-of"]),
@@ -366,6 +374,19 @@ def test_shares_count_the_bytes_and_operations_of_the_model():
     assert num_bytes - smaller == 8 * 288 * 2 * 12 * (768 - 12 * 4)
     assert shares["share_of_bandwidth"] == pytest.approx(num_bytes / 0.1 / 40e9)
     assert shares["share_of_matmul"] == pytest.approx(prefill_flops(config, 8, 256) / 0.5 / 800e9)
+
+
+def test_shares_count_the_bytes_of_quantized_weights():
+    config = ModelConfig.from_dict(TINY.config("bfloat16"))
+    formats = figures.stored_bits(config, 4.5, 16)
+    bits = figures.size_of(config, "bfloat16", formats=formats).decode_weight_bytes
+    layers = 2 * 32 * (3 * 32 + 32 + 2 * 4 * 32)
+    rest = config.num_decode_parameters - layers  # norms, biases, the head
+    assert bits == layers * 4.5 / 8 + rest * 2
+    # A peer whose head is quantized, and the rest in float32.
+    formats = figures.stored_bits(config, 8, 8)
+    bits = figures.size_of(config, "float32", formats=formats).decode_weight_bytes
+    assert bits == layers + 96 * 32 + (rest - 96 * 32) * 4
 
 
 def test_ratios_pair_the_rounds():
@@ -617,6 +638,35 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(session, fake):
     assert not session.contestants
 
 
+def test_of_what_cannot_fit_the_float_weights_are_left_out(session, fake):
+    """They are beside quantized ones unless there is no memory for both; nothing has failed."""
+    session.options = dataclasses.replace(session.options, scheme="w8a8")
+    one = figures.size_of(session.model.config, "float32").weight_bytes
+    session.limits["free_bytes"] = 1.4 * one
+    names = [OURS, "gptneox float32"]
+    pair = [Contestant(names[0], fake, weights="w8a8"), Contestant(names[1], fake)]
+    assert session._fitting(pair, [Case(1, 4, 3)]) == pair[:1]
+    assert session.notes == ["gptneox float32 is left out: there is no memory for it"]
+    assert session.is_whole
+    session.limits["free_bytes"] = 3 * one
+    assert session._fitting(pair, [Case(1, 4, 3)]) == pair
+    session.limits["free_bytes"] = 100
+    with pytest.raises(RuntimeError, match="1 engines hold tiny"):
+        session._fitting(pair, [Case(1, 4, 3)])
+
+
+def test_each_engine_gets_its_form_of_a_scheme():
+    found = contestants(["llama.cpp", "ctranslate2"], [("v", {"A": "1"})], "w8a8", "float16")
+    assert [(c.name, c.weights) for c in found] == [
+        (OURS, "w8a8_dynamic"),
+        ("gptneox float16", ""),
+        ("v", "w8a8_dynamic"),
+        ("llama.cpp", "Q8_0"),
+        ("ctranslate2", "int8"),
+    ]
+    assert [c.name for c in contestants([], [])] == [OURS]
+
+
 def test_requests_over_time_become_a_table(session, fake, tmp_path):
     argv = ["--curve", "requests", "--points", "1,7", "--prompt", "4", "--output", "3"]
     args = arguments.parse([*argv, "--runs", "2"])
@@ -667,6 +717,39 @@ def test_ours_and_transformers_are_measured_alike(run_bench, tiny_model):
                 assert run["peak_bytes"] > 50 << 20
     assert len(re.findall("^ *transformers ", table, re.MULTILINE)) == 4  # speeds and ratios
     assert "fit the processor's cache" in table
+
+
+# The widths of the smallest shape that all schemes serve.
+SMALL = models.Shape(2, 64, 2, vocab_size=96, max_position_embeddings=128)
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8", "w4a16"])
+def test_quantized_weights_are_measured_beside_float_ones(scheme, run_bench, tmp_path):
+    model = models.make_checkpoint(tmp_path / "small", SMALL, "bfloat16", quiet)
+    argv = ["--model", str(model), "--scheme", scheme, "--batch", "2", "--runs", "1"]
+    result, table = run_bench(*argv, "--prompt", "9", "--output", "4")
+    weights = {"w8a8": "w8a8_dynamic"}.get(scheme, scheme)
+    assert result["scheme"] == scheme
+    assert set(result["engines"]) == {OURS, "gptneox bfloat16"}
+    assert result["engines"][OURS]["weights"] == weights
+    assert "weights" not in result["engines"]["gptneox bfloat16"]
+    assert re.search(rf"^ *gptneox \({weights}\) ", table, re.MULTILINE)
+    assert set(result["cases"][0]["ratios"]) == {"gptneox bfloat16"}
+    (made,) = (tmp_path / "cache" / "converted").glob(f"*/gptneox-bfloat16-{weights}")
+    found = scheme_of(check_weights(made / "quantized", ModelConfig.from_pretrained(model)))
+    assert weights in found.split("+")
+    # Bytes of a step are those of what ran: shares are per byte, and the speeds are there.
+    runs = result["cases"][0]["rounds"][0]
+    bytes_per_step = {
+        name: run["share_of_bandwidth"] * runs["bandwidth"] * 2 / run["decode_tokens_per_s"]
+        for name, run in runs["runs"].items()
+    }
+    formats = check_weights(made / "quantized", ModelConfig.from_pretrained(model))
+    size = figures.size_of(ModelConfig.from_pretrained(model), "bfloat16", formats=formats)
+    assert bytes_per_step[OURS] == pytest.approx(size.decode_bytes(2, 9 + 2))
+    assert bytes_per_step[OURS] < 0.8 * bytes_per_step["gptneox bfloat16"]
+    quantized = ["--model", str(made / "quantized"), "--scheme", scheme]
+    assert bench.main([*quantized, "--cache", str(tmp_path / "cache")]) == 2
 
 
 def test_the_time_beside_the_model_is_accounted_for(run_bench, tiny_model, tmp_path, monkeypatch):

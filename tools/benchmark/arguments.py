@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from benchmark.engines import ENGINES, OURS, PEERS
+from benchmark.engines import ENGINES, NOT_QUANTIZED, OURS, PEERS, SCHEMES, float_name
 from benchmark.errors import UsageError
 from benchmark.models import SHAPES
 from gptneox.config.model import DTYPES
@@ -83,6 +83,8 @@ def parser() -> argparse.ArgumentParser:
     add("--against", default=[], type=_engines, help=f"any of {','.join(PEERS)}")
     add("--variant", default=[], type=_variant, action="append", metavar="NAME:KEY=VALUE,...",
         help="this engine once more, with environment variables; repeatable")  # fmt: skip
+    add("--scheme", choices=tuple(SCHEMES), help="quantized weights, made of those of --model for "
+        "each engine; this engine's float weights are measured beside them")  # fmt: skip
     add("--install", action="store_true", help="first install what --against lacks")
     add("--install-only", action="store_true", help="install --against (default: all), and end")
     add = flags.add_argument_group("other measurements").add_argument
@@ -202,6 +204,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     others = [*args.against, *(name for name, _ in args.variant)]
     if args.overhead and others:
         raise UsageError(f"--overhead looks at {OURS} alone; leave {others[0]} out")
+    others += [float_name(args.dtype)] * bool(args.scheme)
     if len(set(others)) < len(others):
         raise UsageError(f"each engine and variant needs a name of its own; got {others}")
     args.batch = args.batch or ([1] if args.curve else [1, 8, 32])
@@ -209,15 +212,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.runs = args.runs or (1 if args.curve == "requests" else 5)
     if args.output < 2:
         raise UsageError("--output is 1; decoding is timed from the second token on, so give 2")
-    if args.curve == "requests":
-        for name in args.against:
-            if not ENGINES[name].takes_arrivals:
-                able = ", ".join(n for n in PEERS if ENGINES[n].takes_arrivals)
-                raise UsageError(
-                    f"--curve requests with --against {name}: it takes no requests while others "
-                    f"run; use {able}"
-                )
+    _check_peers(args)
     return args
+
+
+def _check_peers(args: argparse.Namespace) -> None:
+    """Raise UsageError where an engine has no part in what is measured."""
+    for name in args.against:
+        if args.scheme and name not in SCHEMES[args.scheme].weights:
+            able = ", ".join(n for n in PEERS if n in SCHEMES[args.scheme].weights)
+            raise UsageError(
+                f"--scheme {args.scheme} with --against {name}: {NOT_QUANTIZED[name]}; use {able}"
+            )
+        if args.curve == "requests" and not ENGINES[name].takes_arrivals:
+            able = ", ".join(n for n in PEERS if ENGINES[n].takes_arrivals)
+            raise UsageError(
+                f"--curve requests with --against {name}: it takes no requests while others "
+                f"run; use {able}"
+            )
 
 
 def cases(args: argparse.Namespace, max_positions: int) -> list[Case]:

@@ -15,6 +15,32 @@ from benchmark import seal
 from benchmark.errors import UsageError
 
 OURS = "gptneox"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Quantized weights, as each engine has them.
+
+    `weights` names them for an engine's worker, and in the tables.
+    """
+
+    weights: Mapping[str, str]
+    bits: int  # of a weight of a layer, without scales
+
+
+# By --scheme. This engine's are values of --quant_type.
+SCHEMES = {
+    "w8a16": Scheme({OURS: "w8a16", "llama.cpp": "Q8_0", "ctranslate2": "int8"}, 8),
+    "w8a8": Scheme({OURS: "w8a8_dynamic", "llama.cpp": "Q8_0", "ctranslate2": "int8"}, 8),
+    "w4a16": Scheme({OURS: "w4a16", "llama.cpp": "Q4_0"}, 4),
+}
+QUANTIZED = "quantized"  # folder of this engine's weights within its conversion
+# Why an engine has no part in a scheme.
+NOT_QUANTIZED = {
+    "transformers": "it has no products of integers of its own, and would widen the weights",
+    "vllm": "it reads files of other tools, and none is made for it here",
+    "ctranslate2": "on a CPU its weights have eight bits at least",
+}
 TORCH = "torch==2.13.0"
 
 
@@ -75,6 +101,13 @@ ENGINES = {
         ),
     )
 }
+
+
+def float_name(dtype: str) -> str:
+    """What this engine is called where its float weights are measured beside quantized ones."""
+    return f"{OURS} {dtype}"
+
+
 PEERS = tuple(name for name in ENGINES if name != OURS)
 
 

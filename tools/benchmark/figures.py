@@ -17,8 +17,8 @@ from benchmark.arguments import Case
 from gptneox.config.model import ModelConfig
 from gptneox.evaluation.report import percentile
 from gptneox.evaluation.timing import prefill_flops
-from gptneox.weights.formats import Formats
-from gptneox.weights.size import ModelSize, find_kv_format
+from gptneox.weights.formats import FloatFormat, Formats, split_name
+from gptneox.weights.size import HEAD_NAME, ModelSize, find_kv_format, full_shapes
 
 # Metrics of a run, of which summary and ratios are made.
 RATES = ("prefill_tokens_per_s", "decode_tokens_per_s")
@@ -54,6 +54,24 @@ def intervals_ms(times: Sequence[Sequence[float]]) -> list[float]:
     """Times between a row's tokens; rows with equal times count once."""
     rows = {tuple(row) for row in times}
     return [round((b - a) * 1e3, _MS_DIGITS) for row in sorted(rows) for a, b in pairwise(row)]
+
+
+class StoredBits(FloatFormat):
+    """Weights of so many bits each, their scales included."""
+
+    def __init__(self, bits: float) -> None:
+        self.bits = bits
+
+    def num_bytes(self, num_outputs: int, num_inputs: int, dtype: torch.dtype) -> int:
+        """Whatever `dtype` is."""
+        return round(num_outputs * num_inputs * self.bits / 8)
+
+
+def stored_bits(config: ModelConfig, layers: float, head: float) -> Formats:
+    """Formats of a model whose linear layers, and whose head, have so many bits for a weight."""
+    linear = [split_name(name)[0] for name, shape in full_shapes(config).items() if len(shape) == 2]
+    sizes = {name: StoredBits(layers) for name in linear if ".layers." in name}
+    return sizes | {split_name(HEAD_NAME)[0]: StoredBits(head)}
 
 
 def size_of(

@@ -147,9 +147,13 @@ def title(result: Result) -> str:
     if not result["device"]:
         return f"{result['model']['name']}, served at a URL"
     return (
-        f"{result['model']['name']} in {result['dtype']} on {result['description']} "
+        f"{result['model']['name']} in {_dtype(result)} on {result['description']} "
         f"({result['device']}, {counted(result['threads'], 'thread')})"
     )
+
+
+def _dtype(result: Result) -> str:
+    return ", ".join(filter(None, (result["dtype"], result.get("scheme"))))
 
 
 def as_text(result: Result) -> str:
@@ -225,9 +229,11 @@ def limits_line(result: Result) -> str:
 
 
 def label(result: Result, name: str) -> str:
-    """An engine's name, with its dtype if that is not the requested one."""
-    dtype = result["engines"][name]["dtype"]
-    return name if dtype == result["dtype"] else f"{name} ({dtype})"
+    """An engine's name, with its weights if quantized, and its dtype if not the requested one."""
+    about = result["engines"][name]
+    other = about["dtype"] if about["dtype"] != result["dtype"] else ""
+    facts = ", ".join(filter(None, (about.get("weights"), other)))
+    return f"{name} ({facts})" if facts else name
 
 
 def _shape(case: Mapping[str, Any]) -> list[str]:
@@ -455,7 +461,7 @@ def _section(result: Result) -> str:
     if result["device"]:
         threads = counted(result["threads"], "thread")
         facts.insert(0, f"{result['description']}, {result['device']}, {threads}")
-        dtype = f", {result['dtype']}"
+        dtype = f", {_dtype(result)}"
     return "\n\n".join(
         [
             f"### {result['model']['name']}{dtype}: {what}",

@@ -12,15 +12,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmark import figures, seal
 from benchmark.arguments import Case
-from benchmark.engines import ENGINES, OURS, Engine, interpreter
+from benchmark.engines import (
+    ENGINES,
+    OURS,
+    QUANTIZED,
+    SCHEMES,
+    Engine,
+    float_name,
+    interpreter,
+)
 from benchmark.errors import WorkerError
 from benchmark.models import Model
 from benchmark.process import WorkerProcess, worker_environment
+from gptneox import __version__
+from gptneox.config.model import ModelConfig
 from gptneox.evaluation.report import counted
+
+if TYPE_CHECKING:
+    from gptneox.weights.formats import Formats
 
 PROMPT_SEED = 1
 # Prompt tokens that engines with a budget per step may compute at once.
@@ -39,6 +52,7 @@ class Options:
     threads: int
     cache: Path
     timeout_s: float
+    scheme: str = ""  # see `SCHEMES`; "" for weights as they are
 
 
 @dataclass
@@ -48,6 +62,8 @@ class Contestant:
     name: str
     engine: Engine
     environment: Mapping[str, str] = field(default_factory=dict)
+    weights: str = ""  # how they are quantized for the run, see `Scheme`; "" for those of the model
+    formats: Formats = field(default_factory=dict)  # of its linear layers, once it is loaded
     process: WorkerProcess | None = None
     about: dict[str, Any] = field(default_factory=dict)  # what its worker said when it had loaded
 
@@ -59,6 +75,7 @@ class Session:
         self.model, self.options, self.say = model, options, say
         self.contestants: list[Contestant] = []
         self.notes: list[str] = []
+        self.is_whole = True  # no engine has failed
         self.limits: dict[str, Any] = {}
         self.device = ""
         self.matmul: dict[str, float] = {}
@@ -112,8 +129,15 @@ class Session:
 
     @property
     def weight_bytes(self) -> int:
-        """Weights that a decode step reads, in two bytes each."""
+        """Weights that a decode step reads, in two bytes each or quantized."""
+        if self.options.scheme:
+            size = figures.size_of(self.model.config, "bfloat16", formats=self._scheme_formats())
+            return int(size.decode_weight_bytes)
         return int(self.model.config.num_decode_parameters * 2)
+
+    def _scheme_formats(self) -> Formats:
+        """About, before anything is quantized; heads stay float, in two bytes at least."""
+        return figures.stored_bits(self.model.config, SCHEMES[self.options.scheme].bits, 16)
 
     def matmul_peak(self, dtype: str) -> float:
         """Peak FLOP/s for weights of a dtype, at least that of float32 (weights can be widened)."""
@@ -130,8 +154,7 @@ class Session:
             WorkerError: this toolkit's own engine failed.
             RuntimeError: together they cannot fit the memory.
         """
-        self._check_memory(len(contestants), cases)
-        for contestant in contestants:
+        for contestant in self._fitting(contestants, cases):
             self.say(f"loading {contestant.name}")
             with self._or_without(contestant):
                 self._load(contestant, cases, prefill_tokens)
@@ -142,7 +165,8 @@ class Session:
             raise WorkerError(f"{engine.name} is measured on {', '.join(engine.devices)} only")
         python = interpreter(engine, options.cache)
         environment = {**engine.environment, **contestant.environment}
-        converted = self._convert(engine, python) if engine.converts else None
+        needs_files = engine.converts or contestant.weights
+        converted = self._convert(contestant, python) if needs_files else None
         contestant.process = self._start(
             contestant.name, python, engine.module, environment, not engine.pip
         )
@@ -157,23 +181,41 @@ class Session:
             cases=[[case.batch, case.prompt, case.output] for case in cases],
             prefill_tokens=prefill_tokens,
             scratch=str(options.cache / "scratch"),
+            weights=contestant.weights,
         )
+        contestant.formats = self._formats(contestant, converted)
 
-    def _convert(self, engine: Engine, python: Path) -> Path:
-        """The checkpoint in the engine's own format, made in a process that ends afterwards."""
+    def _formats(self, contestant: Contestant, converted: Path | None) -> Formats:
+        """Of the linear layers that an engine has loaded."""
+        if bits := contestant.about.get("bits"):
+            return figures.stored_bits(self.model.config, *bits)
+        if contestant.engine.name == OURS and contestant.weights and converted:
+            from gptneox.weights.load import check_weights
+
+            folder = converted / QUANTIZED
+            return check_weights(folder, ModelConfig.from_pretrained(folder))
+        return self.model.formats
+
+    def _convert(self, contestant: Contestant, python: Path) -> Path:
+        """The checkpoint in the engine's own form, made in a process that ends afterwards."""
+        engine, weights = contestant.engine, contestant.weights
         folder = self.options.cache / "converted" / self.model.key
-        folder /= f"{engine.name}-{self.options.dtype}"
-        recipe = {
+        folder /= "-".join(filter(None, (engine.name, self.options.dtype, weights)))
+        recipe: dict[str, Any] = {
             "format": 1,
             "model": self.model.identity,
             "dtype": self.options.dtype,
             "pip": [list(arguments) for arguments in engine.pip],
         }
 
+        if weights:
+            recipe |= {"weights": weights, "version": __version__}
+
         def build(target: Path) -> None:
-            self.say(f"converting {self.model.name} for {engine.name}")
+            what = f" to {weights}" if weights else ""
+            self.say(f"converting {self.model.name}{what} for {engine.name}")
             process = self._start(
-                f"{engine.name}-convert", python, engine.module, engine.environment, False
+                f"{engine.name}-convert", python, engine.module, engine.environment, not engine.pip
             )
             try:
                 process.ask(
@@ -181,6 +223,7 @@ class Session:
                     model=str(self.model.path),
                     target=str(target),
                     dtype=self.options.dtype,
+                    weights=weights,
                 )
             finally:
                 process.close()
@@ -204,18 +247,36 @@ class Session:
         log = options.cache / "logs" / f"{safe}-{os.getpid()}.log"
         return WorkerProcess(name, python, module, environment, log, options.timeout_s)
 
-    def _check_memory(self, num_engines: int, cases: Sequence[Case]) -> None:
-        """Refuse what cannot fit, before the machine runs out."""
-        size = figures.size_of(self.model.config, self.options.dtype, formats=self.model.formats)
+    def _fitting(
+        self, contestants: Sequence[Contestant], cases: Sequence[Case]
+    ) -> Sequence[Contestant]:
+        """The engines that fit the memory together; of them the float one may be left out.
+
+        Raises:
+            RuntimeError: the others do not fit.
+        """
+        config, dtype = self.model.config, self.options.dtype
         rows = max(case.batch * (case.prompt + case.output) for case in cases)
-        one = size.weight_bytes + rows * size.token_bytes
+
+        def least(contestant: Contestant) -> float:
+            formats = self._scheme_formats() if contestant.weights else self.model.formats
+            size = figures.size_of(config, dtype, formats=formats)
+            return size.weight_bytes + rows * size.token_bytes
+
         free = self.limits["free_bytes"]
-        if num_engines * one > free:
+        wanted, asked = sum(map(least, contestants)), list(contestants)
+        if wanted > free:
+            left_out = [c for c in asked if self.options.scheme and c.name == float_name(dtype)]
+            asked = [c for c in asked if c not in left_out]
+            self.notes += [f"{c.name} is left out: there is no memory for it" for c in left_out]
+        wanted = sum(map(least, asked))
+        if wanted > free:
             raise RuntimeError(
-                f"{num_engines} engines hold {self.model.name} at the same time, at least "
-                f"{num_engines * one / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free: name fewer "
+                f"{len(asked)} engines hold {self.model.name} at the same time, at least "
+                f"{wanted / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free: name fewer "
                 "in --against, or take a smaller model or batch"
             )
+        return asked
 
     @contextmanager
     def _or_without(self, contestant: Contestant) -> Iterator[None]:
@@ -228,6 +289,7 @@ class Session:
             self._drop(contestant, error)
 
     def _drop(self, contestant: Contestant, error: WorkerError) -> None:
+        self.is_whole = False
         self.notes.append(f"{contestant.name} is left out ({' '.join(error.reason.split())})")
         self.say(f"{contestant.name} is left out: {error}")
         if contestant.process:
@@ -260,7 +322,7 @@ class Session:
                 run = self._run(contestant, case, rows)
                 dtype = contestant.about["dtype"]
                 cache = contestant.about.get("kv_cache_dtype", "auto")
-                size = figures.size_of(self.model.config, dtype, cache, self.model.formats)
+                size = figures.size_of(self.model.config, dtype, cache, contestant.formats)
                 limits = {"bandwidth": bandwidth, "matmul": self.matmul_peak(dtype)}
                 run |= figures.shares(run, case, size, limits)
                 runs[contestant.name] = run
@@ -284,7 +346,7 @@ class Session:
             if name != OURS:
                 result["ratios"][name] = figures.ratios(by_name[OURS], runs)
                 share = result["agreement"][name] = figures.agreement(by_name[OURS], runs)
-                if share < _least_agreement(dtypes[OURS], dtypes[name]):
+                if share < self._least_agreement(dtypes[OURS], dtypes[name]):
                     self.notes.append(
                         f"{case}: {name} chose {OURS}'s first token for {share:.0%} of the rows "
                         "only; rounding alone seldom does that, so look at its conversion"
@@ -306,6 +368,15 @@ class Session:
                     run = figures.arrival_figures(answer, requests)
                     result["runs"].setdefault(contestant.name, []).append(run)
         return result
+
+    def _least_agreement(self, *dtypes: str) -> float:
+        """Share of equal first tokens below which a peer may compute another model.
+
+        Of four bits there is none: two ways to round differ as much as two models may.
+        """
+        if self.options.scheme and SCHEMES[self.options.scheme].bits < 8:
+            return 0.0
+        return 0.95 if set(dtypes) == {"float32"} and not self.options.scheme else 0.5
 
     def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
         """Something that only this toolkit's own engine answers."""
@@ -335,20 +406,28 @@ class Session:
 
 
 def contestants(
-    against: Sequence[str], variants: Sequence[tuple[str, dict[str, str]]]
+    against: Sequence[str],
+    variants: Sequence[tuple[str, dict[str, str]]],
+    scheme: str = "",
+    dtype: str = "",
 ) -> list[Contestant]:
-    """All engines in the order of their turns: ours, its variants, the others."""
+    """All engines in the order of their turns: ours, its float weights, its variants, the others.
+
+    Args:
+        against: names of the others.
+        variants: names, and environments.
+        scheme: of quantized weights; "" for none, and no float ones beside them.
+        dtype: of floats.
+    """
     ours = ENGINES[OURS]
+    weights = SCHEMES[scheme].weights if scheme else {}
+    own = weights.get(OURS, "")
     return [
-        Contestant(OURS, ours),
-        *(Contestant(name, ours, environment) for name, environment in variants),
-        *(Contestant(name, ENGINES[name]) for name in against),
+        Contestant(OURS, ours, weights=own),
+        *([Contestant(float_name(dtype), ours)] if scheme else []),
+        *(Contestant(name, ours, environment, own) for name, environment in variants),
+        *(Contestant(name, ENGINES[name], weights=weights.get(name, "")) for name in against),
     ]
-
-
-def _least_agreement(*dtypes: str) -> float:
-    """Share of equal first tokens below which a peer may compute another model."""
-    return 0.95 if set(dtypes) == {"float32"} else 0.5
 
 
 def prompts(vocab_size: int, case: Case, number: int) -> list[list[int]]:

@@ -12,6 +12,7 @@ from typing import Any
 from benchmark import arguments, results
 from benchmark.arguments import Case
 from benchmark.engines import ENGINES, OURS, Engine
+from benchmark.errors import UsageError
 from benchmark.models import open_model
 from benchmark.session import (
     ARRIVALS_PREFILL_TOKENS,
@@ -24,6 +25,7 @@ from benchmark.session import (
 )
 from benchmark.traffic import Lengths, draw_requests
 from gptneox.files import check_writable, safe_name
+from gptneox.weights.formats import scheme_of
 
 QUEUE_SIZES = (1000, 10000)
 _OVERHEAD = "benchmark.workers.overhead"
@@ -37,7 +39,14 @@ def measure(args: Namespace, command: Sequence[str], say: Say) -> int:
     """
     check_writable(args.output_dir / "result.json")
     model = open_model(args.model, args.dtype, args.cache, say)
-    options = Options(args.device, args.dtype, args.threads, args.cache, args.timeout)
+    if args.scheme and (found := scheme_of(model.formats)):
+        raise UsageError(
+            f"--scheme {args.scheme}: {model.name} is quantized already ({found}); leave the flag "
+            "out, or give the float checkpoint"
+        )
+    options = Options(
+        args.device, args.dtype, args.threads, args.cache, args.timeout, args.scheme or ""
+    )
     cases = _cases(args, model.config.max_position_embeddings)
     with Session(model, options, say) as session:
         session.measure_limits()
@@ -46,6 +55,7 @@ def measure(args: Namespace, command: Sequence[str], say: Say) -> int:
             "description": session.limits["description"],
             "threads": args.threads,
             "dtype": args.dtype,
+            "scheme": args.scheme or "",
             "runs": args.runs,
             "curve": args.curve,
             "matmul": session.matmul,
@@ -56,16 +66,20 @@ def measure(args: Namespace, command: Sequence[str], say: Say) -> int:
         if not args.overhead and args.curve != "requests":
             task = _measure_cases
         task(session, args, cases, result, path)
-        num_engines = 1 + len(args.variant) + len(args.against)
-        is_whole = len(session.contestants) == num_engines
+        is_whole = session.is_whole
     results.present(result, path, with_plot=args.plot)
     return 0 if is_whole else 1
+
+
+def _contestants(args: Namespace) -> list[Contestant]:
+    return contestants(args.against, args.variant, args.scheme or "", args.dtype)
 
 
 def _file_name(args: Namespace, model_name: str) -> str:
     what = "overhead" if args.overhead else args.curve or "speed"
     start = f"{datetime.now().astimezone():%Y%m%d-%H%M%S}"
-    return safe_name(f"{model_name}-{args.dtype}-{what}-{start}.json")
+    name = "-".join(filter(None, (model_name, args.dtype, args.scheme, what, start)))
+    return safe_name(f"{name}.json")
 
 
 def _cases(args: Namespace, max_positions: int) -> list[Case]:
@@ -92,7 +106,7 @@ def _measure_cases(
 ) -> None:
     """Measure every case; the file is written after each one, so that an abort loses nothing."""
     prefill_tokens = min(MAX_PREFILL_TOKENS, max(case.batch * case.prompt for case in cases))
-    session.load(contestants(args.against, args.variant), cases, prefill_tokens)
+    session.load(_contestants(args), cases, prefill_tokens)
     result |= {"kind": "cases", "engines": _engines(session), "cases": []}
     _note_cache(session)
     for case in cases:
@@ -103,8 +117,9 @@ def _measure_cases(
 def _note_cache(session: Session) -> None:
     """Add a note if the weights fit the processor's cache, whose bandwidth is higher."""
     if session.weights_fit_cache:
+        form = f"in {session.options.scheme}" if session.options.scheme else "in two bytes each"
         session.notes.append(
-            f"the weights ({session.weight_bytes / 1e6:.0f} MB in two bytes each) fit the "
+            f"the weights ({session.weight_bytes / 1e6:.0f} MB {form}) fit the "
             "processor's cache, so the bandwidth is that of the cache"
         )
 
@@ -115,7 +130,7 @@ def _note_cache(session: Session) -> None:
 def _measure_requests(
     session: Session, args: Namespace, cases: list[Case], result: results.Result, path: Path
 ) -> None:
-    session.load(contestants(args.against, args.variant), cases, ARRIVALS_PREFILL_TOKENS)
+    session.load(_contestants(args), cases, ARRIVALS_PREFILL_TOKENS)
     result |= {
         "kind": "requests",
         "engines": _engines(session),
@@ -138,7 +153,8 @@ def _measure_overhead(
     session: Session, args: Namespace, cases: list[Case], result: results.Result, path: Path
 ) -> None:
     engine = Engine(OURS, _OVERHEAD, devices=ENGINES[OURS].devices)
-    session.load([Contestant(OURS, engine)], cases, cases[0].batch * cases[0].prompt)
+    ours = Contestant(OURS, engine, weights=_contestants(args)[0].weights)
+    session.load([ours], cases, cases[0].batch * cases[0].prompt)
     step = session.ask("overhead", **vars(cases[0]))
     session.say(f"queueing {' and '.join(map(str, QUEUE_SIZES))} requests")
     queue = session.ask("queue", sizes=QUEUE_SIZES)["queue"]

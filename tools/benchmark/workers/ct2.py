@@ -32,20 +32,22 @@ class CTranslate2(Worker):
     packages = ("ctranslate2",)
     generator: Any
 
-    def convert(self, model: Path, target: Path, dtype: str) -> None:
-        """See `Worker`; the file is float32 and narrowed, where that is possible, at loading."""
+    def convert(self, model: Path, target: Path, dtype: str, weights: str) -> None:
+        """See `Worker`; float weights are narrowed, where that is possible, at loading."""
         config = ModelConfig.from_pretrained(model)
         spec = _specification(config, Tensors(model))
         spec.register_vocabulary([str(i) for i in range(config.vocab_size)])
         for name in ("unk_token", "bos_token", "eos_token"):
             setattr(spec.config, name, "0")
         spec.validate()
+        if weights:
+            spec.optimize(quantization=weights)
         spec.save(str(target))
 
     def load(self, load: Load) -> Answer:
         """See `Worker`."""
         supported = ctranslate2.get_supported_compute_types(load.device)
-        dtype = load.dtype if load.dtype in supported else "float32"
+        dtype = load.weights or (load.dtype if load.dtype in supported else "float32")
         self.generator = ctranslate2.Generator(
             str(load.converted),
             device=load.device,
@@ -53,7 +55,14 @@ class CTranslate2(Worker):
             inter_threads=1,
             intra_threads=load.threads,
         )
-        return {"dtype": self.generator.compute_type}
+        found = self.generator.compute_type
+        if not load.weights:
+            return {"dtype": found}
+        if not found.startswith(load.weights):
+            raise RuntimeError(f"CTranslate2 computes in {found}, not in {load.weights}")
+        dtype = found.removeprefix(load.weights).removeprefix("_") or "float32"
+        # Its head has eight bits, too. The scales of rows do not count.
+        return {"dtype": dtype, "weights": load.weights, "bits": [8, 8]}
 
     def generate(
         self, prompts: list[list[int]], num_new: int

@@ -24,23 +24,33 @@ _QUANTIZATION = {
     "float16": gguf.GGMLQuantizationType.F16,
     "bfloat16": gguf.GGMLQuantizationType.BF16,
 }
+# Of the matrices of layers. Source: ggml, blocks of 32 values with a scale of 16 bits.
+_BLOCKS = {
+    "Q8_0": gguf.GGMLQuantizationType.Q8_0,
+    "Q4_0": gguf.GGMLQuantizationType.Q4_0,
+}
 _FILE_TYPES = {
     "float32": gguf.LlamaFileType.ALL_F32,
     "float16": gguf.LlamaFileType.MOSTLY_F16,
     "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,
+    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
 
 
 class LlamaCpp(Worker):
-    """Weights in the asked dtype; keys and values in float32 or, its default, float16."""
+    """Weights in the asked dtype; keys and values in float32 or, its default, float16.
+
+    Quantized are the matrices that this toolkit quantizes: embedding and head stay floats.
+    """
 
     packages = ("llama-cpp-python", "gguf")
     model: Any
     context: Any = None
 
-    def convert(self, model: Path, target: Path, dtype: str) -> None:
+    def convert(self, model: Path, target: Path, dtype: str, weights: str) -> None:
         """See `Worker`."""
-        write_gguf(model, target / _FILE, dtype)
+        write_gguf(model, target / _FILE, dtype, weights)
 
     def load(self, load: Load) -> Answer:
         """See `Worker`."""
@@ -55,7 +65,12 @@ class LlamaCpp(Worker):
         self.threads, self.dtype = load.threads, load.dtype
         self.vocab_size = ModelConfig.from_pretrained(load.model).vocab_size
         info = llama_cpp.llama_print_system_info().decode()
-        return {"dtype": load.dtype, "about": info.strip()}
+        answer: Answer = {"dtype": load.dtype, "about": info.strip()}
+        if load.weights:
+            count, size = gguf.GGML_QUANT_SIZES[_BLOCKS[load.weights]]
+            head = 32 if load.dtype == "float32" else 16
+            answer |= {"weights": load.weights, "bits": [8 * size / count, head]}
+        return answer
 
     def prepare(self, batch: int, prompt: int, output: int) -> None:
         """A context with room for the case."""
@@ -128,10 +143,11 @@ def _put(batch: Any, token_id: int, position: int, row: int, *, wanted: bool) ->
 # -- conversion ----------------------------------------------------------------------------------
 
 
-def write_gguf(model: Path, path: Path, dtype: str) -> None:
+def write_gguf(model: Path, path: Path, dtype: str, weights: str = "") -> None:
     """The checkpoint as GGUF, architecture gptneox, without a vocabulary.
 
-    Matrices are written in `dtype`, vectors in float32, one by one.
+    Matrices are written in `dtype`, those of layers in blocks if `weights` names some; vectors in
+    float32; one by one.
 
     Raises:
         ValueError: something that llama.cpp does not have for this architecture.
@@ -144,20 +160,23 @@ def write_gguf(model: Path, path: Path, dtype: str) -> None:
     names = _names(config)
     tensors = Tensors(model)
     writer = gguf.GGUFWriter(str(path), "gptneox")
-    _write_keys(writer, config, dtype)
-    quantization = _QUANTIZATION[dtype]
+    _write_keys(writer, config, weights or dtype)
+
+    def quantization(name: str) -> Any:
+        return _BLOCKS[weights] if weights and name.startswith("blk.") else _QUANTIZATION[dtype]
+
     for name, source in names.items():
         shape = tensors.shape(source) if source else (config.vocab_size, config.hidden_size)
-        writer.add_tensor_info(name, *_layout(shape, quantization))
+        writer.add_tensor_info(name, *_layout(shape, quantization(name)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for source in names.values():
-        writer.write_tensor_data(_narrow(_read(tensors, source, config), quantization))
+    for name, source in names.items():
+        writer.write_tensor_data(_narrow(_read(tensors, source, config), quantization(name)))
     writer.close()
 
 
-def _write_keys(writer: Any, config: ModelConfig, dtype: str) -> None:
+def _write_keys(writer: Any, config: ModelConfig, file_type: str) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_layers)
@@ -169,7 +188,7 @@ def _write_keys(writer: Any, config: ModelConfig, dtype: str) -> None:
     writer.add_layer_norm_eps(config.layer_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
-    writer.add_file_type(_FILE_TYPES[dtype])
+    writer.add_file_type(_FILE_TYPES[file_type])
 
 
 def _names(config: ModelConfig) -> dict[str, str]:
@@ -206,11 +225,13 @@ def _layout(
         return shape, np.dtype(np.float32), 4 * count, None
     if quantization == gguf.GGMLQuantizationType.F16:
         return shape, np.dtype(np.float16), 2 * count, None
-    return (*shape[:-1], 2 * shape[-1]), np.dtype(np.uint8), 2 * count, quantization
+    values, size = gguf.GGML_QUANT_SIZES[quantization]
+    row = shape[-1] // values * size
+    return (*shape[:-1], row), np.dtype(np.uint8), count // shape[-1] * row, quantization
 
 
 def _narrow(x: Array, quantization: Any) -> Array:
-    """Matrices in the file's dtype (bfloat16 as bytes); vectors stay float32."""
+    """Matrices in the file's dtype (bfloat16 and blocks as bytes); vectors stay float32."""
     if x.ndim == 1 or quantization == gguf.GGMLQuantizationType.F32:
         return x
     narrow: Array = gguf.quantize(x, quantization)

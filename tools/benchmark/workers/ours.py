@@ -5,13 +5,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
+from random import Random
 
+from benchmark.engines import QUANTIZED
 from benchmark.workers.worker import Answer, Load, SteppingWorker, serve
-from gptneox.config.settings import EngineSection, merge_section
+from gptneox.config.model import ModelConfig
+from gptneox.config.settings import EngineSection, QuantizeOptions, merge_section
 from gptneox.devices import select
 from gptneox.devices.device import Device
 from gptneox.engine.paged import PagedEngine
 from gptneox.engine.sequence import SamplingParams
+
+SAMPLE_TOKENS = 512  # random ones, for the schemes that look at inputs
 
 
 class Ours(SteppingWorker):
@@ -21,21 +27,41 @@ class Ours(SteppingWorker):
     device: Device
     engine: PagedEngine
 
+    def convert(self, model: Path, target: Path, dtype: str, weights: str) -> None:
+        """See `Worker`; by the task quantize, whose result lies in a folder of its own."""
+        from gptneox.weights.quantize import quantize_checkpoint
+
+        config = ModelConfig.from_pretrained(model)
+        length = min(SAMPLE_TOKENS, config.max_position_embeddings)
+        random = Random(0)
+        texts = [
+            [random.randrange(1, config.vocab_size) for _ in range(length)]
+            for _ in range(-(-SAMPLE_TOKENS // length))
+        ]
+        quantize_checkpoint(
+            model,
+            target / QUANTIZED,
+            QuantizeOptions(quant_type=weights),
+            lambda report: None,
+            texts if weights.startswith("w8a8") else (),
+        )
+
     def load(self, load: Load) -> Answer:
         """See `Worker`."""
         self.device = select(load.device)
         self.device.setup(0, num_threads=load.threads)
         self.engine = PagedEngine.from_pretrained(
-            load.model,
+            load.converted / QUANTIZED if load.converted else load.model,
             engine_section(load),
             self.device,
             dtype=load.dtype,
             with_tokenizer=False,
         )
-        return {
+        answer = {
             "dtype": str(self.engine.dtype).removeprefix("torch."),
             "kv_cache_dtype": self.engine.settings.kv_cache_dtype,
         }
+        return answer | ({"weights": load.weights} if load.weights else {})
 
     def add(self, prompt: list[int], num_new: int) -> int:
         """See `SteppingWorker`."""

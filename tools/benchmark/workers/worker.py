@@ -51,6 +51,7 @@ class Load:
     cases: list[tuple[int, int, int]]  # batch, prompt and output length, of each
     prefill_tokens: int  # prompt tokens that one step may compute
     scratch: Path  # for what the engine keeps between runs
+    weights: str = ""  # how they are quantized, as the engine calls it; "" for floats
 
     @property
     def max_batch(self) -> int:
@@ -69,7 +70,13 @@ class Worker:
     packages: tuple[str, ...] = ()  # whose versions belong to the result
 
     def load(self, load: Load) -> Answer:
-        """Load the model; returns at least "dtype", what weights are computed in."""
+        """Load the model.
+
+        Returns:
+            At least "dtype", what is computed in. Of quantized weights "weights", how they are
+            called, and "bits" of those of a layer and of the head, scales included, unless they
+            are those of this toolkit's own checkpoint.
+        """
         raise NotImplementedError
 
     def generate(
@@ -82,8 +89,15 @@ class Worker:
         """
         raise NotImplementedError
 
-    def convert(self, model: Path, target: Path, dtype: str) -> None:
-        """Write the checkpoint in the engine's own format below `target`."""
+    def convert(self, model: Path, target: Path, dtype: str, weights: str) -> None:
+        """Write the checkpoint in the engine's own format below `target`.
+
+        Args:
+            model: a Hugging Face directory.
+            target: an empty folder.
+            dtype: of floats.
+            weights: see `Load`.
+        """
         raise NotImplementedError
 
     def prepare(self, batch: int, prompt: int, output: int) -> None:
@@ -138,7 +152,8 @@ def _answer(worker: Worker, op: str, request: Answer) -> Answer:
             "versions": versions(worker.packages),
         }
     if op == "convert":
-        worker.convert(Path(request["model"]), Path(request["target"]), request["dtype"])
+        paths = Path(request["model"]), Path(request["target"])
+        worker.convert(*paths, request["dtype"], request["weights"])
         return {}
     if op == "run":
         return _run(worker, request["prompts"], request["num_new"])
