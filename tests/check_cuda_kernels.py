@@ -7,6 +7,7 @@ Run by test_cuda.py in a process of its own, with TRITON_INTERPRET=1 and triton 
 from __future__ import annotations
 
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -297,6 +298,19 @@ def test_int4_products(rows, features, shape, has_bias, dtype, seed):
     exact = exact if bias is None else exact + bias.double()
     assert_near(packed.multiply(ops, x), exact.to(dtype))
     assert packed.multiply(ops, x[:0]).shape == (0, features)
+
+
+def test_groups_that_the_int4_kernel_does_not_take_are_named_once(caplog):
+    ops, zeros = EmulatedCuda().operators(), torch.zeros(4, 24, dtype=torch.uint8)
+    for num_groups in (1, 3, 3):  # of 48 and 16
+        scale = torch.ones(4, num_groups)
+        ops.pack_int4(zeros, scale, scale.to(torch.uint8), None, torch.float16)
+    warned = re.findall(r"w4a16 in groups of (\d+): .* quantize in groups of 32", caplog.text)
+    assert warned == ["48", "16"]
+    rows = ops.operator_table(4, 64, 128, FloatKV(torch.float16))
+    assert [row.operator for row in rows if row.part == "W4A16 in groups of 16, 48"] == [
+        "torch, widened"
+    ]
 
 
 def test_an_int8_kernel_that_is_wrong_is_not_used(monkeypatch, caplog):

@@ -286,6 +286,13 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
         "gptq desc_act", stored("g_idx", lambda t: torch.cat((t[:1], t[:-1]))), r"32 inputs into",
     ),
     "nan": ("gptq", stored("scales", lambda t: t * torch.nan), r"a scale is not finite"),
+    "of integers": (
+        "gptq", stored("scales", lambda t: t.to(torch.int32)),
+        r"scales holds int32; float64 or float32 or .* is expected; the file is damaged",
+    ),
+    "wide words": (
+        "gptq", stored("qweight", lambda t: t.long()), r"holds int64; int32 is expected; the file",
+    ),
     "missing": ("gptq", stored("qzeros", lambda t: None), r"lacks 1 tensors: .*dense\.qzeros"),
     "unread": ("gptq", stored("other", lambda t: t), r"holds .*1\.attention\.dense\.other"),
     "method": ("gptq", setting(quant_method="hqq"), r"is quantized \(hqq"),

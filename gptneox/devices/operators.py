@@ -422,20 +422,33 @@ class Operators:
         qkv, qkv_bias = weights.query_key_value
         up, up_bias = weights.dense_h_to_4h
         bias = weights.back_bias().to(up_bias.dtype)
-        norms = weights.norm_attention, weights.norm_mlp
-        front = qkv.stack(up) if all(map(torch.equal, *norms)) else None
+        has_one_norm = all(map(torch.equal, weights.norm_attention, weights.norm_mlp))
+        front = qkv.stack(up) if has_one_norm else None
         if front is not None:
             first = up_bias.new_zeros(qkv.out_features) if qkv_bias is None else qkv_bias
             qkv_bias = torch.cat((first, up_bias))
-        four = FourProducts(
-            norms,
+        return self._four_products(
+            weights,
             (front or qkv).pack(self, qkv_bias),
             None if front else up.pack(self, up_bias),
             weights.dense[0].pack(self, None),
             weights.dense_4h_to_h[0].pack(self, bias),
         )
+
+    def _four_products(
+        self,
+        weights: LayerWeights,
+        qkv: PackedLinear,
+        up: PackedLinear | None,
+        dense: PackedLinear,
+        down: PackedLinear,
+    ) -> PackedLayer:
+        """A layer of four packed weights; see `FourProducts`."""
+        norms = weights.norm_attention, weights.norm_mlp
+        four = FourProducts(norms, qkv, up, dense, down)
         activation = self.activation(weights.activation)
-        return PackedLayer(four, four, weights.eps, activation, qkv.out_features)
+        width = weights.query_key_value[0].out_features
+        return PackedLayer(four, four, weights.eps, activation, width)
 
     def layer_front(self, x: Tensor, packed: PackedLayer) -> tuple[Tensor, Tensor]:
         """Everything up to attention: x [T, C] to qkv [T, 3W] and the activated MLP [T, F].

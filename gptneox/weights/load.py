@@ -385,10 +385,7 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
     for name, whole in expected.items():
         stored = names[name]
         if checkpoint.dtypes[stored] not in _dtypes(name, formats):
-            raise CheckpointError(
-                f"{path}: {stored} holds {str(checkpoint.dtypes[stored]).removeprefix('torch.')}; "
-                "a checkpoint of floating-point weights is expected"
-            )
+            raise CheckpointError(f"{path}: {_wrong_dtype(name, stored, checkpoint, formats)}")
         # The head of a tied checkpoint is the embedding, which is whole in every part.
         dim = None if is_embedding(stored, config) else cut_dimension(name, formats)
         shape = part_shape(dim, whole, num_parts)
@@ -420,6 +417,21 @@ def _refuse_unread(checkpoint: Checkpoint, unknown: list[str], *, quantized: boo
             f"{checkpoint.model_path} holds {listed(refused, 5)} ({', '.join(sorted(kinds))}), of "
             "which no weight format makes anything; remove what does not belong to the model"
         )
+
+
+def _wrong_dtype(name: str, stored: str, checkpoint: Checkpoint, formats: Formats) -> str:
+    """What a tensor holds, what it should, and what to do."""
+    expected = _dtypes(name, formats)
+    found, *names = (str(t).removeprefix("torch.") for t in (checkpoint.dtypes[stored], *expected))
+    owner = split_name(name)[0]
+    if owner in formats and formats[owner].scheme:
+        remedy = "the file is damaged, or its settings are of other weights; quantize again"
+    else:
+        remedy = (
+            "quantized weights need the settings of the tool that made them, in config.json or "
+            "beside it"
+        )
+    return f"{stored} holds {found}; {' or '.join(names)} is expected; {remedy}"
 
 
 def _dtypes(name: str, formats: Formats) -> tuple[torch.dtype, ...]:

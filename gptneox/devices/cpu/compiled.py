@@ -187,19 +187,18 @@ class CompiledCpuOperators(CpuOperators):
         make = self._layer_of([linear.weight for linear in packed])
         biases = _wide(weights.query_key_value[1]), _wide(weights.dense_h_to_4h[1])
         out_bias = weights.back_bias().contiguous()
-        norms = weights.norm_attention, weights.norm_mlp
         if make is None:
-            qkv, up, dense, down = packed
+            qkv, up, _, down = packed
             qkv.bias, up.bias, down.bias = *biases, out_bias
-            layer = FourProducts(norms, qkv, up, dense, down)
-        else:
-            layer = make(
-                norms=[t.float().contiguous() for norm in norms for t in norm],
-                weights=[linear.weight for linear in packed],
-                biases=[*biases, out_bias],
-                eps=weights.eps,
-                activation=ACTIVATION_IDS[weights.activation],
-            )
+            return self._four_products(weights, *packed)
+        norms = weights.norm_attention, weights.norm_mlp
+        layer = make(
+            norms=[t.float().contiguous() for norm in norms for t in norm],
+            weights=[linear.weight for linear in packed],
+            biases=[*biases, out_bias],
+            eps=weights.eps,
+            activation=ACTIVATION_IDS[weights.activation],
+        )
         act = self.activation(weights.activation)
         return PackedLayer(layer, layer, weights.eps, act, packed[0].out_features)
 

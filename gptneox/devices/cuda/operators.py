@@ -80,6 +80,7 @@ class CudaOperators(Operators):
         self._num_blocks = 0
         self._int8_fault: str | None = None  # in the kernel of int8 products; None: not tried
         self._int4_fault: str | None = None  # likewise of four bits
+        self._slow_groups: set[int] = set()  # sizes that the kernel of four bits does not take
 
     # -- which operators -------------------------------------------------------------------------
 
@@ -98,6 +99,9 @@ class CudaOperators(Operators):
             operator = "torch, widened" if self._int4_fault else "Triton"
             reason = self._int4_fault or "agrees with torch on this device"
             rows.append(ChosenOperator("W4A16 products", operator, reason))
+        if self._slow_groups and not self._int4_fault:
+            what = f"W4A16 in groups of {', '.join(map(str, sorted(self._slow_groups)))}"
+            rows.append(ChosenOperator(what, "torch, widened", "slow: 32 does not divide them"))
         return [
             ChosenOperator(
                 "paged attention", "Triton" if has_kernels else "torch, fp32", self._reason
@@ -364,6 +368,8 @@ class CudaOperators(Operators):
         """
         if self._int4_fault is None:
             self._int4_fault = self._find_product_fault("W4A16", lambda: self._try_int4(dtype))
+        if not self._int4_fault and not self._takes_groups(2 * values.shape[1], scale.shape[1]):
+            self._note_slow_groups(2 * values.shape[1] // scale.shape[1])
         try:
             sizes = 2 * values.shape[1], values.shape[0]
             kept = scale.contiguous(), zero.contiguous()
@@ -375,12 +381,26 @@ class CudaOperators(Operators):
         """By the Triton kernel where it works and the groups suit it."""
         if self._int4_fault or not len(x):
             return super().linear_int4(x, packed)
-        kernels = load_kernels()
-        if kernels.int4_block(packed.in_features, packed.scale.shape[1]) < 16:
+        if not self._takes_groups(packed.in_features, packed.scale.shape[1]):
             return super().linear_int4(x, packed)
-        out = kernels.linear_int4(x, packed.weight, packed.scale, packed.zero, packed.bias)
+        out = load_kernels().linear_int4(x, packed.weight, packed.scale, packed.zero, packed.bias)
         assert isinstance(out, Tensor)
         return out
+
+    def _takes_groups(self, in_features: int, num_groups: int) -> bool:
+        """Whether the Triton kernel takes them: it multiplies by 16 bytes of a group at least."""
+        return bool(load_kernels().int4_block(in_features, num_groups) >= 16)
+
+    def _note_slow_groups(self, size: int) -> None:
+        """Warn, once for each size."""
+        if size not in self._slow_groups:
+            logger.warning(
+                "w4a16 in groups of %d: the Triton kernel takes groups that 32 divides, so torch "
+                "widens these weights for each product, which is slow; quantize in groups of 32, "
+                "64 or 128",
+                size,
+            )
+            self._slow_groups.add(size)
 
     def _try_int4(self, dtype: torch.dtype) -> tuple[float, float]:
         """As `_try_int8`."""

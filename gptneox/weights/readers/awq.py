@@ -17,16 +17,14 @@ integrations/awq.py, `AWQ_SCALES_MAPPINGS`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptneox.config.files import read_json
 from gptneox.weights.files import CheckpointError
 from gptneox.weights.formats import FLOATS, Formats, StoredTensor, WeightFormat
 from gptneox.weights.groups import GroupFormat, Integers, unpack
-from gptneox.weights.readers.stored import Reader, Stored
+from gptneox.weights.readers.stored import SettingsReader, Stored
 
 METHOD = "awq"
 SETTINGS_FILE = "quant_config.json"
@@ -81,17 +79,14 @@ def _in_order(words: Tensor) -> Tensor:
     return values.view(len(words), -1, _WORDS)[:, :, _PLACES].flatten(1)
 
 
-class AwqReader(Reader):
+class AwqReader(SettingsReader):
     """Serves four bits in the layout gemm."""
 
-    def describes(self, stored: Stored) -> bool:
-        """By config.json, or by a file of its own beside it."""
-        settings, _ = _settings(stored)
-        return bool(settings) and settings.get("quant_method", METHOD) == METHOD
+    method, settings_file = METHOD, SETTINGS_FILE
 
     def formats(self, stored: Stored) -> Formats:
         """See `Reader`."""
-        settings, where = _settings(stored)
+        settings, where = self.settings(stored)
         bits = settings.get("bits", settings.get("w_bit"))
         if bits != 4:
             raise CheckpointError(f"{where} says bits is {bits!r}; weights of 4 bits are served")
@@ -116,15 +111,6 @@ class AwqReader(Reader):
         if not any(isinstance(f, AwqFormat) for f in formats.values()):
             raise CheckpointError(f"{where} is of {METHOD}, but no weight is stored as qweight")
         return formats
-
-
-def _settings(stored: Stored) -> tuple[Mapping[str, Any], str]:
-    """The settings, and where they are."""
-    settings = stored.config.get("quantization_config")
-    if isinstance(settings, dict):
-        return settings, f"{stored.path / 'config.json'}, quantization_config,"
-    path = stored.path / SETTINGS_FILE
-    return (read_json(path) if path.is_file() else {}), str(path)
 
 
 READER = AwqReader()

@@ -24,11 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptneox.config.files import read_json
 from gptneox.weights.files import CheckpointError
 from gptneox.weights.formats import FLOATS, Formats, StoredTensor, WeightFormat
 from gptneox.weights.groups import GroupFormat, Integers, order_of_groups, unpack
-from gptneox.weights.readers.stored import Reader, Stored
+from gptneox.weights.readers.stored import SettingsReader, Stored
 
 logger = logging.getLogger(__name__)
 
@@ -91,17 +90,14 @@ class GptqFormat(GroupFormat):
         return None
 
 
-class GptqReader(Reader):
+class GptqReader(SettingsReader):
     """Serves four and eight bits."""
 
-    def describes(self, stored: Stored) -> bool:
-        """By config.json, or by a file of its own beside it."""
-        settings, _ = _settings(stored)
-        return bool(settings) and settings.get("quant_method", METHOD) == METHOD
+    method, settings_file = METHOD, SETTINGS_FILE
 
     def formats(self, stored: Stored) -> Formats:
         """See `Reader`."""
-        settings, where = _settings(stored)
+        settings, where = self.settings(stored)
         weight_format = _format(settings, where)
         if weight_format.is_widened:
             logger.info("%s: eight bits in groups are computed with as floats", stored.path)
@@ -112,15 +108,6 @@ class GptqReader(Reader):
         if weight_format not in formats.values():
             raise CheckpointError(f"{where} is of {METHOD}, but no weight is stored as qweight")
         return formats
-
-
-def _settings(stored: Stored) -> tuple[Mapping[str, Any], str]:
-    """The settings, and where they are."""
-    settings = stored.config.get("quantization_config")
-    if isinstance(settings, dict):
-        return settings, f"{stored.path / 'config.json'}, quantization_config,"
-    path = stored.path / SETTINGS_FILE
-    return (read_json(path) if path.is_file() else {}), str(path)
 
 
 def _format(settings: Mapping[str, Any], where: str) -> GptqFormat:

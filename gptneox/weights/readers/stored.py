@@ -7,10 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from gptneox.config.files import read_json
 from gptneox.weights.formats import FLOAT, Formats, WeightFormat
 
 
@@ -48,3 +49,23 @@ class Reader(ABC):
         Raises:
             CheckpointError: they disagree, or ask for what is not served.
         """
+
+
+class SettingsReader(Reader):
+    """Settings are in config.json's `quantization_config`, or in a file of their own."""
+
+    method: ClassVar[str]  # what they call themselves; a file of their own may not
+    settings_file: ClassVar[str]
+
+    def settings(self, stored: Stored) -> tuple[Mapping[str, Any], str]:
+        """The settings, and where they are."""
+        settings = stored.config.get("quantization_config")
+        if isinstance(settings, dict):
+            return settings, f"{stored.path / 'config.json'}, quantization_config,"
+        path = stored.path / self.settings_file
+        return (read_json(path) if path.is_file() else {}), str(path)
+
+    def describes(self, stored: Stored) -> bool:
+        """See `Reader`."""
+        settings, _ = self.settings(stored)
+        return bool(settings) and settings.get("quant_method", self.method) == self.method
