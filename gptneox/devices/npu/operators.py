@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -53,6 +54,11 @@ MAX_QUANT_SIZE = 65535
 INT4_GROUP, INT4_COLUMNS = 32, 8
 # At most this factor lifts scales of groups that float16 cannot hold: sums must not overflow.
 MAX_LIFT = 64.0
+
+
+def has_graph_updates(torch_npu: Any) -> bool:
+    """Whether captured operators can be given new arguments; torch_npu 2.5 cannot do that."""
+    return "auto_dispatch_capture" in inspect.signature(torch_npu.npu.graph).parameters
 
 
 @dataclass
@@ -163,13 +169,7 @@ class NpuOperators(Operators):
                 if self.device.is_310p
                 else "int8 [F, K] in ND; inputs by npu_dynamic_quant or npu_quantize",
             ),
-            ChosenOperator(
-                "decode steps",
-                "as they are",
-                "graphs are built for Atlas A2 only"
-                if self.device.is_310p
-                else "graphs: --graphs on, untried on a card",
-            ),
+            ChosenOperator("decode steps", "as they are", self._about_graphs()),
             weights,
         ]
 
@@ -520,12 +520,21 @@ class NpuOperators(Operators):
 
     # -- graphs ----------------------------------------------------------------------------------
 
+    def _about_graphs(self) -> str:
+        if self.device.is_310p:
+            return "graphs are built for Atlas A2 only"
+        if not has_graph_updates(self.torch_npu):
+            return "graphs: this torch_npu has no update of captured operators, later ones have"
+        return "graphs: --graphs on, untried on a card"
+
     def _why_no_graphs(self) -> str:
         """Empty when decode steps are captured."""
         if self.graphs != "on":
             return "graphs are off until a card has confirmed them; --graphs on"
         if self.device.is_310p:
             return "the update of a captured operator is documented for Atlas A2 only"
+        if not has_graph_updates(self.torch_npu):
+            return "this torch_npu has no update of captured operators, later ones have"
         if not isinstance(self._attention, A2Attention):
             return "attention in plain torch takes its lengths from the host"
         return ""

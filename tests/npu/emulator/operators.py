@@ -205,7 +205,7 @@ def fused_infer_attention_score(
     value_antiquant_mode: int = 0,
     workspace: Tensor | None = None,
     out: list[Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     head_dim = query.shape[-1] // (num_heads if input_layout == "BSH" else 1)
     check_fia(given, input_layout, head_dim)
     q = split_heads(query, input_layout, num_heads)
@@ -238,7 +238,7 @@ def fused_infer_attention_score(
             need(s == 1, f"sparse_mode {sparse_mode} is not emulated")
             visible = None
         out_rows[b, :n] = attend(q[b, :n], k, v, scale, visible)
-    return result, torch.empty(0, dtype=torch.float32) if out is None else out[1]
+    return result, None if out is None else out[1]  # no statistics are asked for
 
 
 @reference("npu::npu_incre_flash_attention")

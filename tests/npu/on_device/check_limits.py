@@ -11,7 +11,7 @@ import torch
 
 from gptneox.config.errors import ConfigError
 from gptneox.devices.cache import CacheShape, FloatKV, Int8KV
-from gptneox.devices.npu.attention import DuoAtbAttention
+from gptneox.devices.npu.attention import DuoAtbAttention, has_cache_write
 
 emulator = pytest.importorskip("emulator.operators", reason="a real device has its own limits")
 HEADS, D, BLOCK = 2, 96, 128
@@ -76,6 +76,8 @@ def test_fia_chunk_over_small_blocks(a2, npu, ops, x):
 
 
 def test_cache_mode_is_given(a2, ops, x):
+    if not has_cache_write(ops):
+        pytest.skip("this torch_npu has no npu_scatter_pa_kv_cache")
     k, cache = x(2, HEADS, D), x(1, BLOCK, HEADS, D)
     slots = torch.tensor([0, 1]).to(k.device)
     ops.npu_scatter_pa_kv_cache(k, k, cache, cache.clone(), slots, cache_mode="Norm")
@@ -173,13 +175,18 @@ def test_gelu_of_torch_is_always_tanh(npu):
     assert torch.equal(npu.operators().activation("gelu_tanh")(on_device).cpu(), tanh)
 
 
+def paged_attention(table):
+    (found,) = (choice for choice in table if choice.part == "paged attention")
+    return found
+
+
 @pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("block_size", [16, 64, 128, 256])
 def test_table_has_an_operator_for_every_shape(npu, head_dim, block_size):
     kv_format = FloatKV(HALF)
     table = npu.operators().operator_table(head_dim, 8, block_size, kv_format)
     assert all(c.operator and c.reason for c in table)
-    assert "torch matmul" not in table[0].operator
+    assert "torch matmul" not in paged_attention(table).operator
     with pytest.raises(ValueError, match="multiple of 16"):
         npu.operators().operator_table(head_dim, 8, 24, kv_format)
 
@@ -201,7 +208,7 @@ def test_int8_caches_are_served_or_refused(npu, chip, head_dim):
         assert finding.ok is False
         return
     npu.check_kv_format(kv_format, head_dim)
-    assert "int8" in ops.operator_table(head_dim, 8, 128, kv_format)[0].operator
+    assert "int8" in paged_attention(ops.operator_table(head_dim, 8, 128, kv_format)).operator
     layer = ops.allocate_kv_cache(CacheShape(3, 64, 2, head_dim), kv_format)
     assert [tuple(t.shape) for t in layer[1:3]] == [(3, 64, 2, head_dim), (3, 64, 2)]
     assert sum(t.untyped_storage().nbytes() for t in layer) >= (

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from steps import Sequences
@@ -11,48 +13,50 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from gptneox.devices.npu.attention import has_cache_write
+
 # A layer of the 20B twin: parallel residual, head_dim 96, 24 of them rotated; and one of a twin
 # with a serial residual, head_dim 80, all rotated. "attention" differs from step to step.
 DUO_TURN = "InplaceCopy InplaceCopy Mul Cat InplaceAddcmul InplaceCopy"
 DUO_STORE = {"DUO": "atbReshapeAndCache", "DUO without ATB": "ScatterNdUpdate ScatterNdUpdate"}
 LAYER = {
     "A2": (
-        "LayerNorm Addmm GeluV2 InplaceCopy RotaryPositionEmbeddingV2 ScatterPaKvCache attention "
+        "LayerNorm Addmm Gelu InplaceCopy RotaryPositionEmbedding ScatterPaKvCache attention "
         "Cat Addmm Add"
     )
 }
 SERIAL = {
     "A2": (
-        "LayerNorm Addmm InplaceCopy RotaryPositionEmbeddingV2 ScatterPaKvCache attention Addmm "
-        "Add LayerNorm Addmm GeluV2 Addmm Add"
+        "LayerNorm Addmm InplaceCopy RotaryPositionEmbedding ScatterPaKvCache attention Addmm "
+        "Add LayerNorm Addmm Gelu Addmm Add"
     )
 }
 for chip_, store in DUO_STORE.items():
     LAYER[chip_] = (
-        f"LayerNorm MatmulWeightNz InplaceAdd GeluV2 {DUO_TURN} {store} attention "
+        f"LayerNorm MatmulWeightNz InplaceAdd Gelu {DUO_TURN} {store} attention "
         "Cat MatmulWeightNz InplaceAdd Add"
     )
     SERIAL[chip_] = (
         f"LayerNorm MatmulWeightNz InplaceAdd {DUO_TURN} {store} attention "
         "MatmulWeightNz InplaceAdd Add "
-        "LayerNorm MatmulWeightNz InplaceAdd GeluV2 MatmulWeightNz InplaceAdd Add"
+        "LayerNorm MatmulWeightNz InplaceAdd Gelu MatmulWeightNz InplaceAdd Add"
     )
-PADDED_FIA = "IndexSelect FusedInferAttentionScoreV2 IndexSelect"
+PADDED_FIA = "IndexSelect FusedInferAttentionScore IndexSelect"
 EAGER = (
     "InplaceCopy InplaceOne Tril Muls Matmul InplaceCopy InplaceFillScalar SWhere Softmax "
     "InplaceCopy Matmul InplaceCopy"
 )
 ATTENTION = {
     ("A2", "prefill"): PADDED_FIA,
-    ("A2", "decode"): "FusedInferAttentionScoreV2",
+    ("A2", "decode"): "FusedInferAttentionScore",
     ("A2", "chunk behind a prefix"): PADDED_FIA,
     ("DUO", "prefill"): "ConstantPadNd ConstantPadNd ConstantPadNd atbSelfAttention",
     ("DUO", "decode"): "atbPagedAttention",
     ("DUO", "chunk behind a prefix"): "atbPagedAttention",
     ("DUO without ATB", "prefill"): (
-        "PromptFlashAttentionV3 InplaceCopy PromptFlashAttentionV3 InplaceCopy"
+        "PromptFlashAttention InplaceCopy PromptFlashAttention InplaceCopy"
     ),
-    ("DUO without ATB", "decode"): "IncreFlashAttentionV4",
+    ("DUO without ATB", "decode"): "IncreFlashAttention",
     ("DUO without ATB", "chunk behind a prefix"): f"{EAGER} {EAGER}",
 }
 
@@ -87,6 +91,18 @@ STEPS = {
 }
 
 
+def layer_of(table, npu, chip):
+    """Of a table above; where torch_npu has no operator that writes the cache, torch's does."""
+    if chip == "A2" and not has_cache_write(npu.torch_npu):
+        return table[chip].replace("ScatterPaKvCache", "InplaceIndexCopy InplaceIndexCopy")
+    return table[chip]
+
+
+def plain(kernels):
+    """Names without the prefix and the number of their form, which releases of torch_npu change."""
+    return [re.sub(r"V\d+$", "", kernel.removeprefix("aclnn")) for kernel in kernels]
+
+
 def kernels_of_layer(engine, trace, before, counts):
     """Of layer 1: what all layers share is made in layer 0."""
     tokens = Sequences(engine, checkpoints.prompts([64] * len(counts), 288))
@@ -105,31 +121,31 @@ def kernels_of_layer(engine, trace, before, counts):
 
 def check_kernels(engine, trace, layer, attention, steps):
     expected = layer.replace("attention", attention).split()
-    found = [k.removeprefix("aclnn") for k in kernels_of_layer(engine, trace, *steps)]
+    found = plain(kernels_of_layer(engine, trace, *steps))
     # a repeated `aclop…` would be compiled while the program runs
     assert found == expected
     return len(found)
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_kernels_of_a_layer(engine, chip, trace, step):
-    check_kernels(engine, trace, LAYER[chip], ATTENTION[chip, step], STEPS[step])
+def test_kernels_of_a_layer(engine, npu, chip, trace, step):
+    check_kernels(engine, trace, layer_of(LAYER, npu, chip), ATTENTION[chip, step], STEPS[step])
 
 
-def test_kernels_of_a_layer_decoding_one_sequence(engine, chip, trace):
+def test_kernels_of_a_layer_decoding_one_sequence(engine, npu, chip, trace):
     """One row of the wide product holds q, k and v as they are wanted."""
-    layer = LAYER[chip].replace("InplaceCopy ", "", 1)
+    layer = layer_of(LAYER, npu, chip).replace("InplaceCopy ", "", 1)
     count = check_kernels(engine, trace, layer, ATTENTION[chip, "decode"], ([20], [1]))
-    assert count == {"A2": 9, "DUO": 15, "DUO without ATB": 16}[chip]
+    counts = {"A2": 9 if has_cache_write(npu.torch_npu) else 10, "DUO": 15, "DUO without ATB": 16}
+    assert count == counts[chip]
 
 
 @pytest.mark.parametrize("step", ["prefill", "decode"])
-def test_kernels_of_a_layer_with_an_int8_cache(int8_engine, chip, trace, step):
+def test_kernels_of_a_layer_with_an_int8_cache(int8_engine, npu, chip, trace, step):
     """Keys and values are rounded in one launch; a decode step dequantizes nothing itself."""
-    store = "Stack DynamicQuantV2 ScatterPaKvCache ScatterNdUpdate ScatterNdUpdate"
-    layer = LAYER[chip].replace("ScatterPaKvCache", store)
-    found = kernels_of_layer(int8_engine, trace, *STEPS[step])
-    found = [k.removeprefix("aclnn") for k in found]
+    layer = layer_of(LAYER, npu, chip).replace("Embedding ", "Embedding Stack DynamicQuant ")
+    layer = layer.replace("attention", "ScatterNdUpdate ScatterNdUpdate attention")
+    found = plain(kernels_of_layer(int8_engine, trace, *STEPS[step]))
     if step == "decode":
         assert found == layer.replace("attention", ATTENTION[chip, step]).split()
     else:  # each prompt by itself, its keys gathered and multiplied by their scales
@@ -138,8 +154,9 @@ def test_kernels_of_a_layer_with_an_int8_cache(int8_engine, chip, trace, step):
         assert found.count(ATTENTION[chip, "decode"]) == len(STEPS[step][1])
 
 
-def test_kernels_of_a_serial_layer(serial_engine, chip, trace):
-    check_kernels(serial_engine, trace, SERIAL[chip], ATTENTION[chip, "decode"], STEPS["decode"])
+def test_kernels_of_a_serial_layer(serial_engine, npu, chip, trace):
+    layer = layer_of(SERIAL, npu, chip)
+    check_kernels(serial_engine, trace, layer, ATTENTION[chip, "decode"], STEPS["decode"])
 
 
 class Recorder(TorchDispatchMode):
