@@ -240,16 +240,22 @@ def _from_modelscope(model_id: str, revision: str) -> Path:
         raise ConfigError(
             "USE_MODELSCOPE=1 needs the package modelscope: pip install modelscope"
         ) from error
+    from modelscope.hub import errors
+
+    # which class they have in common differs between releases
+    own = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, Exception)]
+    failures = (OSError, ValueError, RuntimeError, *own)
     options: dict[str, Any] = {"revision": revision} if revision else {}
-    with suppress(OSError, ValueError):  # it is not in the cache
+    with suppress(*failures):  # it is not in the cache
         folder = Path(snapshot_download(model_id, local_files_only=True, **options))
         if is_complete(folder):
             return folder
     try:
-        files: Seq[dict[str, Any]] = HubApi().get_model_files(model_id, recursive=False, **options)
-        names = needed_files(each["Path"] for each in files if each["Type"] == "blob")
+        found: Seq[dict[str, Any]] = HubApi().get_model_files(model_id, recursive=False, **options)
+        # new releases do not say which are files; folders have none of the endings
+        names = needed_files(each["Path"] for each in found if each.get("Type", "blob") == "blob")
         folder = Path(snapshot_download(model_id, allow_patterns=names, **options))
-    except (OSError, ValueError, RuntimeError) as error:
+    except failures as error:
         raise HubError(f"ModelScope does not give {model_id}: {_line(error)}") from error
     if not is_complete(folder):
         raise HubError(f"{model_id} at ModelScope has no complete weights for transformers")

@@ -167,6 +167,39 @@ def test_a_folder_is_whole_when_all_its_parts_are_there(tmp_path: Path) -> None:
     assert product.is_complete(tmp_path)
 
 
-def test_modelscope_is_asked_for_by_name(tmp_path: Path) -> None:
+def test_modelscope_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "modelscope", None)
     with pytest.raises(ConfigError, match="pip install modelscope"):
         product.find_checkpoint(MODEL, from_modelscope=True)
+
+
+def find_at_modelscope(hub: Hub, home: Path, model: str = MODEL, revision: str = ""):
+    command = SCRIPT.replace("sys.argv[1:]", "sys.argv[1:], from_modelscope=True")
+    environ = {"MODELSCOPE_ENDPOINT": hub.url, "MODELSCOPE_CACHE": str(home)}
+    return run([sys.executable, "-c", command, model, revision], hub, home, **environ)
+
+
+def test_a_model_of_modelscope(hub: Hub, tmp_path: Path) -> None:
+    """By its own client, where that is installed; the second time from its cache."""
+    pytest.importorskip("modelscope", reason="modelscope is not installed")
+    done = find_at_modelscope(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.splitlines()[-1])
+    assert (folder / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
+    assert not [name for name in ("pytorch_model.bin", "flax_model.msgpack", "a")
+        if (folder / name).exists()]  # fmt: skip
+    hub.requests.clear()
+    again = find_at_modelscope(hub, tmp_path)
+    assert Path(again.stdout.splitlines()[-1]) == folder
+    assert hub.downloads
+    assert hub.requests == []
+
+
+def test_what_modelscope_does_not_have(hub: Hub, tmp_path: Path) -> None:
+    pytest.importorskip("modelscope", reason="modelscope is not installed")
+    for model, revision in (("other/model", ""), (MODEL, "v9")):
+        done = find_at_modelscope(hub, tmp_path, model, revision)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith("HubError: ModelScope does not give "), (
+            done.stderr
+        )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hub on this machine: what huggingface_hub's client asks of one, with faults on demand."""
+"""A hub on this machine: what Hugging Face's client and ModelScope's ask, with faults."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 COMMIT = "c" * 40
 
@@ -56,7 +57,9 @@ class _Handler(BaseHTTPRequestHandler):
         hub.requests.append(f"{self.command} {self.path}")
         own = re.escape(hub.model_id)
         is_known = not hub.token or self.headers.get("authorization") == f"Bearer {hub.token}"
-        if path == "/api/models":
+        if path.startswith("/api/v1/"):
+            self.answer_modelscope(with_body=with_body)
+        elif path == "/api/models":
             self.reply([{"id": hub.model_id}, {"id": "other/model"}])
         elif not is_known:
             self.refuse(401, "RepoNotFound", "Invalid username or password.")
@@ -70,6 +73,30 @@ class _Handler(BaseHTTPRequestHandler):
             self.file(found[2], with_body=with_body)
         else:
             self.refuse(404, "RepoNotFound", "Repository not found")
+
+    def answer_modelscope(self, *, with_body: bool) -> None:
+        """Of a model: its branches, its list of files, a file."""
+        url = urlsplit(self.path)
+        query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        own = f"/api/v1/models/{self.hub.model_id}"
+        if url.path == f"{own}/revisions":
+            branches = [{"Revision": "master", "CreatedAt": 0}]
+            self.reply({"Code": 200, "Data": {"RevisionMap": {"Branches": branches, "Tags": []}}})
+        elif not url.path.startswith(own) or query.get("Revision", "master") != "master":
+            self.reply({"Code": 10010205001, "Message": "not found"}, status=404)
+        elif url.path == f"{own}/repo/files":
+            folders = [{"Path": "a", "Name": "a", "Type": "tree", "Size": 0}]
+            files = [self.entry_modelscope(n) for n in self.hub.files if "/" not in n]
+            self.reply({"Code": 200, "Success": True, "Data": {"Files": folders + files}})
+        elif url.path == f"{own}/repo":
+            self.file(query["FilePath"], with_body=with_body)
+        else:
+            self.reply({"Code": 200, "Success": True, "Data": {"Name": self.hub.model_id}})
+
+    def entry_modelscope(self, name: str) -> dict:
+        digest = hashlib.sha256(self.hub.files[name]).hexdigest()
+        size = self.size(name)
+        return {"Path": name, "Name": name, "Type": "blob", "Size": size, "Sha256": digest}
 
     def size(self, name: str) -> int:
         is_weight = name.endswith((".safetensors", ".bin"))
@@ -121,9 +148,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.wfile.write(content[first:])
 
-    def reply(self, content: object) -> None:
+    def reply(self, content: object, status: int = 200) -> None:
         body = json.dumps(content).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(body)))
         self.end_headers()
