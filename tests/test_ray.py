@@ -118,6 +118,22 @@ def test_prompts_go_on_where_they_were_interrupted(cluster: TwoNodes, tmp_path: 
     assert left_in(cluster.folder) == []
 
 
+def test_a_cut_checkpoint(cluster: TwoNodes, tmp_path: Path) -> None:
+    """Each rank of a replica reads its part; the whole model is not there."""
+    parts, one, two = tmp_path / "parts", tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    command = [sys.executable, REPO / "cut_model_util.py", "--world_size", "2"]
+    command += ["--input_path", MODEL, "--output_path", parts]
+    subprocess.run(command, check=True, capture_output=True)
+    assert cluster.run(*answers_to(one), cwd=tmp_path).returncode == 0
+    cut = ("--model_path", str(parts), "--ray", "1", "--tp")
+    done = cluster.run(*answers_to(two, *cut, "2"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert two.read_text() == one.read_text()
+    refused = cluster.run(*answers_to(tmp_path / "x", *cut, "1"), cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "was cut for 2 ranks, but 1 run" in refused.stderr.splitlines()[-1]
+
+
 def test_what_is_wrong_is_said_in_a_line(cluster: TwoNodes, tmp_path: Path) -> None:
     refused = cluster.run(*answers_to(tmp_path / "x", "--ray", "1", "--stream"), cwd=tmp_path)
     assert refused.returncode == 2

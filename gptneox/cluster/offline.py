@@ -54,6 +54,11 @@ Piece = TypeVar("Piece")
 Answer = TypeVar("Answer")
 
 
+def first_rank(tp: int | None) -> TensorParallelGroup:
+    """The place of a replica's first rank, whose part of a cut model has all but the weights."""
+    return TensorParallelGroup(world_size=tp or 1)
+
+
 class RanksLost(Exception):
     """The ranks of a replica have gone; that is no error of the work."""
 
@@ -76,7 +81,7 @@ class ModelPlace:
         is_on_hub = is_model_id(named)
         dtype = settings.model.dtype
         if dtype == "auto":
-            path, _ = find_part(settings.model_path, TensorParallelGroup(), prefer_parts=False)
+            path, _ = find_part(settings.model_path, first_rank(settings.args.tp))
             dtype = ModelConfig.from_pretrained(path).dtype
         return cls(
             named if is_on_hub else str(settings.model_path.resolve()),
@@ -106,7 +111,7 @@ class RemoteEngine:
         folder = find_checkpoint(
             model.path, model.revision, from_modelscope=Environment.read().use_modelscope
         )
-        path, config = find_part(folder, TensorParallelGroup(), prefer_parts=False)
+        path, config = find_part(folder, first_rank(shape.tp))
         self.tokenizer = load_tokenizer(
             path, config.vocab_size, trust_remote_code=model.trust_remote_code
         )

@@ -122,11 +122,11 @@ def _run_in_cluster(settings: Settings) -> None:
     With --output_file an interrupted run goes on where it was.
     """
     need_ray()
-    from gptneox.cluster.offline import ModelPlace, answer_prompts, spread
+    from gptneox.cluster.offline import ModelPlace, answer_prompts, first_rank, spread
 
     args, started = settings.args, time.perf_counter()
     group, place = TensorParallelGroup(), ModelPlace.of(settings)
-    path, config = find_part(settings.model_path, group, prefer_parts=False)
+    path, config = find_part(settings.model_path, first_rank(args.tp))
     if settings.environment.is_quant:
         refuse_float(settings, check_weights(path, config))
     positions = config.positions(place.positions)

@@ -22,7 +22,6 @@ from gptneox.evaluation.datasets import SHIPPED_SETS, Dataset, read_boolq, read_
 from gptneox.evaluation.fingerprint import content_hash, model_files
 from gptneox.evaluation.precision_results import ResultFolder
 from gptneox.evaluation.scoring import QuestionFailed, Result, evaluate
-from gptneox.parallel import TensorParallelGroup
 from gptneox.session import load_engine, refuse_float, start
 from gptneox.weights.formats import scheme_of
 from gptneox.weights.load import check_weights, find_part
@@ -94,10 +93,10 @@ def _finish(
 def _run_in_cluster(settings: Settings, dataset: Dataset) -> None:
     """The same questions in the same batches, each computed by one of several replicas."""
     need_ray()
-    from gptneox.cluster.offline import ModelPlace, ask, spread
+    from gptneox.cluster.offline import ModelPlace, ask, first_rank, spread
 
     section = settings.precision
-    path, config = find_part(settings.model_path, TensorParallelGroup(), prefer_parts=False)
+    path, config = find_part(settings.model_path, first_rank(settings.args.tp))
     limit = prompt_limit(dataset, config.positions(settings.engine.max_position_embeddings))
     formats = check_weights(path, config)
     refuse_float(settings, formats)
