@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +133,20 @@ def test_a_cut_checkpoint(cluster: TwoNodes, tmp_path: Path) -> None:
     refused = cluster.run(*answers_to(tmp_path / "x", *cut, "1"), cwd=tmp_path)
     assert refused.returncode == 1
     assert "was cut for 2 ranks, but 1 run" in refused.stderr.splitlines()[-1]
+
+
+def test_ids_need_no_tokenizer(cluster: TwoNodes, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(MODEL / name, tmp_path)
+    options = ["--task", "inference", "--attention", "paged", *map(str, SAME), "--input_ids", "5,6"]
+    options += ["--model_path", str(tmp_path), "--load_tokenizer", "False"]
+    answers = []
+    for name, ray in (("one", ()), ("two", ("--ray", "1"))):
+        file = tmp_path / f"{name}.jsonl"
+        done = cluster.run(*options, *ray, "--output_file", str(file), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        answers.append(file.read_text())
+    assert answers[0] == answers[1]
 
 
 def test_what_is_wrong_is_said_in_a_line(cluster: TwoNodes, tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ class ModelPlace:
     positions: int  # [engine] max_position_embeddings
     dtype: str  # that results are labelled with
     trust_remote_code: bool
+    load_tokenizer: bool
     heartbeat_timeout_s: float  # as [server] has it
 
     @classmethod
@@ -89,6 +90,7 @@ class ModelPlace:
             settings.engine.max_position_embeddings,
             dtype,
             settings.args.trust_remote_code,
+            settings.args.load_tokenizer,
             settings.server.heartbeat_timeout_s,
         )
 
@@ -112,9 +114,11 @@ class RemoteEngine:
             model.path, model.revision, from_modelscope=Environment.read().use_modelscope
         )
         path, config = find_part(folder, first_rank(shape.tp))
-        self.tokenizer = load_tokenizer(
-            path, config.vocab_size, trust_remote_code=model.trust_remote_code
-        )
+        self.tokenizer = None
+        if model.load_tokenizer:
+            self.tokenizer = load_tokenizer(
+                path, config.vocab_size, trust_remote_code=model.trust_remote_code
+            )
         self.max_positions = config.positions(model.positions)
         self.group = TensorParallelGroup()  # to its caller it is one process
         self._waiting: set[asyncio.Future[Any]] = set()
