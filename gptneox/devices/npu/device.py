@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -143,7 +144,14 @@ class NpuDevice(Device):
 
     @functools.cached_property
     def has_atb(self) -> bool:
-        """Whether NNAL's ATB operators are there. The functions of torch_npu always are."""
+        """Whether NNAL's ATB operators are there. The functions of torch_npu always are.
+
+        torch_npu 2.5 loads their library at the first call of such a function, others at once.
+        """
+        if not hasattr(torch.ops.atb, "_npu_paged_attention"):
+            with contextlib.suppress(ImportError, OSError):
+                loader = importlib.import_module("torch_npu.op_plugin.atb._atb_ops")
+                loader._register_atb_extensions()
         return hasattr(torch.ops.atb, "_npu_paged_attention")
 
     def collectives(self, requested: str) -> str:

@@ -58,8 +58,9 @@ def on_host(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype)
     memory = (ctypes.c_char * size).from_address(storage.data_ptr())
     base = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
-    out = torch.empty(0, dtype=tensor.dtype)
-    return out.set_(base, tensor.storage_offset(), tensor.shape, tensor.stride())
+    with torch.inference_mode(False):  # gloo of torch 2.5 writes none of inference mode's
+        out = torch.empty(0, dtype=tensor.dtype)
+        return out.set_(base, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def concerns_npu(leaves: list[Any]) -> bool:
