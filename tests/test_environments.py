@@ -4,6 +4,7 @@
     python -m pytest -m environments                              all rows, and offline installation
     python -m pytest -m environments -k 2.5.1                     one row
     python -m pytest -m environments --basetemp /large/disk       the folder that all is written to
+    ENVIRONMENTS=/large/disk python -m pytest -m environments     rows stay there for the next call
 
 Each row downloads its releases with pip and removes them afterwards: torch's builds with the CUDA
 libraries take 6 GB of disk, its builds for the CPU 1 GB (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS).
@@ -35,7 +36,7 @@ MINI = REPO / "weights/neox-mini"
 # which has changed between the rows.
 TESTS = (
     *("test_modeling_gpt_neox_ascend.py", "test_generate.py", "test_generation_config.py"),
-    *("test_detokenizer.py", "test_hub.py"),
+    *("test_detokenizer.py", "test_chat_templates.py", "test_hub.py", "test_server.py"),
 )
 
 # What transformers itself answers, in fp32.
@@ -52,13 +53,17 @@ print(repr(tokenizer.decode(row[0, ids.shape[1]:], skip_special_tokens=True)))
 
 @dataclass(frozen=True)
 class Row:
-    """Releases that are used together; `torch_npu` is empty where there is none of this torch."""
+    """Releases that are used together; `torch_npu` is empty where none was run."""
 
     python: str
     torch: str
     torch_npu: str
     transformers: str
     date: str
+
+    @property
+    def name(self) -> str:
+        return f"python-{self.python}-torch-{self.torch}-transformers-{self.transformers}"
 
 
 def read_rows() -> list[Row]:
@@ -134,6 +139,14 @@ def make_venv(folder: Path, version: str) -> Path:
     return folder / "bin/python"
 
 
+def requirements(key: str) -> list[str]:
+    """Of one list in pyproject.toml, without torch and transformers, which a row names itself."""
+    text = (REPO / "pyproject.toml").read_text("utf-8")
+    found = re.search(rf"^{key} = \[\n(.*?)^\]", text, re.M | re.S)
+    assert found
+    return re.findall(r'^  "(?!torch|transformers)(.+)",$', found[1], re.M)
+
+
 @pytest.fixture(scope="module", params=ROWS, ids=lambda row: f"torch-{row.torch}")
 def row(request: pytest.FixtureRequest) -> Row:
     return request.param
@@ -141,20 +154,25 @@ def row(request: pytest.FixtureRequest) -> Row:
 
 @pytest.fixture(scope="module")
 def python(row: Row, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The interpreter of a row's environment, which is removed afterwards."""
-    folder = tmp_path_factory.mktemp("environment") / "venv"
-    made = make_venv(folder, row.python)
-    wanted = [f"torch=={row.torch}", f"transformers=={row.transformers}", "safetensors", "numpy"]
-    wanted += ["tqdm", "sentencepiece", "setuptools", "pytest==9.2.0", "hypothesis>=6.100"]
-    run(made, "-m", "pip", "install", "--no-cache-dir", "--quiet", *wanted)
-    yield made
-    shutil.rmtree(folder)
+    """The interpreter of a row's environment, which is removed afterwards, or kept for later."""
+    kept = os.environ.get("ENVIRONMENTS")
+    folder = (Path(kept) if kept else tmp_path_factory.mktemp("environment")) / row.name
+    if not (folder / "complete").exists():
+        made = make_venv(folder, row.python)
+        wanted = [f"torch=={row.torch}", f"transformers=={row.transformers}", "setuptools"]
+        wanted += [*requirements("dependencies"), *requirements("serve")]
+        wanted += [text for text in requirements("dev") if text.startswith(("pytest", "hypo"))]
+        run(made, "-m", "pip", "install", "--no-cache-dir", "--quiet", *wanted)
+        (folder / "complete").touch()
+    yield folder / "bin/python"
+    if not kept:
+        shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+@pytest.fixture
+def cache(python: Path) -> str:
     """For the compiled kernels of a row."""
-    return str(tmp_path_factory.mktemp("cache"))
+    return str(python.parents[1] / "cache")
 
 
 def answer(script: str, *options: str, output: Path, root: Path = REPO, **environ: str) -> str:
@@ -187,18 +205,20 @@ def test_the_tests(python: Path, cache: str, tmp_path: Path) -> None:
     files = [REPO / "tests" / name for name in TESTS]
     options = ("-q", "-p", "no:cacheprovider", "--tb=short", "--basetemp", tmp_path / "inner")
     said = run(python, "-m", "pytest", *options, *files, XDG_CACHE_HOME=cache)
-    assert " passed" in said
+    assert re.search(r"\d+ passed", said), said
 
 
 @pytest.mark.environments
 def test_the_emulated_npus(row: Row, python: Path, tmp_path: Path) -> None:
+    site = python.parents[1] / "npu_site"
     if not row.torch_npu:
-        pytest.skip(f"there is no torch_npu of torch {row.torch}")
+        pytest.skip(f"the table names no torch_npu for torch {row.torch}")
     options = ("-q", "-p", "no:cacheprovider", "--tb=short", "--basetemp", tmp_path / "inner")
-    site = {"FAKE_NPU_SITE": str(tmp_path / "site"), "GPTNEOX_CPU_KERNELS": "off"}
-    said = run(python, "-m", "pytest", *options, REPO / "tests/npu", **site)
-    assert " passed" in said
-    assert (tmp_path / "site" / f"torch_npu-{row.torch_npu}.dist-info").is_dir()
+    environ = {"FAKE_NPU_SITE": str(site), "GPTNEOX_CPU_KERNELS": "off"}
+    said = run(python, "-m", "pytest", *options, REPO / "tests/npu", **environ)
+    assert re.search(r"\d+ passed", said), said
+    assert " skipped" not in said, said
+    assert (site / f"torch_npu-{row.torch_npu}.dist-info").is_dir()
 
 
 # -- without a network ----------------------------------------------------------------------------
