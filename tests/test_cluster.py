@@ -151,6 +151,7 @@ def test_the_printed_yaml_is_the_plan(capsys: pytest.CaptureFixture[str]) -> Non
     plan = ServicePlan.read(application["args"])
     assert (plan.tp, plan.cpus, plan.env) == (2, 3, {"X": "1=2"})
     assert plan.settings().model_path == (REPO / "weights" / "neox-mini")
+    assert plan.options.count("--model_path") == 1
     assert plan == task.plan_of(*task.parse(["config", *argv, "--env", "X=1=2"]))
 
 

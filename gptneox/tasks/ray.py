@@ -102,7 +102,9 @@ def plan_of(args: argparse.Namespace, options: list[str]) -> ServicePlan:
         options = ["--model_path", *options]
     path = make_parser().parse_args(options).model_path
     if path and Path(path).exists():  # else it is a model's id, or a folder of the other hosts
-        options = [*options, "--model_path", str(Path(path).resolve())]
+        whole = str(Path(path).resolve())
+        changed = {path: whole, f"--model_path={path}": f"--model_path={whole}"}
+        options = [changed.get(word, word) for word in options]
     scaling: dict[str, Any] = {}
     if (args.min_replicas is None) != (args.max_replicas is None):
         raise ConfigError("--min_replicas and --max_replicas go together; give both")

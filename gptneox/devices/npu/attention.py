@@ -10,6 +10,7 @@ PromptFlashAttention, ScatterPaKvCache) and ascend-transformer-boost (ATB).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -109,9 +110,16 @@ class PlainAttention:
         return eager(q, k, v, step.mask, step.scale)
 
 
+@functools.cache
 def has_cache_write(torch_npu: Any) -> bool:
-    """Whether there is an operator that writes the cache; torch_npu before 2.6.0.post5 has none."""
-    return hasattr(torch_npu, "npu_scatter_pa_kv_cache")
+    """Whether there is an operator that writes an ND cache.
+
+    torch_npu 2.5 has none; those of 2.6 to 2.9.0 have no cache_mode: they write NZ alone.
+    """
+    if not hasattr(torch_npu, "npu_scatter_pa_kv_cache"):
+        return False
+    schema = torch.ops.npu.npu_scatter_pa_kv_cache.default._schema
+    return "cache_mode" in [argument.name for argument in schema.arguments]
 
 
 class A2Attention(PlainAttention):

@@ -134,7 +134,7 @@ class NpuOperators(Operators):
         cache_write = ChosenOperator(
             "cache write",
             "index_copy_",
-            "slower: this torch_npu has no npu_scatter_pa_kv_cache, later ones have",
+            "slower: npu_scatter_pa_kv_cache of this torch_npu has no cache_mode, later ones have",
         )
         weights = ChosenOperator("weights", "ND", "NZ is off by default on A2")
         if self.device.is_310p:

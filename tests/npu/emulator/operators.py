@@ -742,6 +742,7 @@ def format_cast(given: Given, input: Tensor, acl_format: int) -> Tensor:  # noqa
 
 
 @reference("npu::npu_dtype_cast")
+@reference("npu::_npu_dtype_cast")
 def dtype_cast(given: Given, input: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: A002
-    """What torch_npu 2.5 makes of `Tensor.to`."""
+    """What torch_npu makes of `Tensor.to`, in 2.5 by the first name and in 2.9 by the other."""
     return input.to(dtype)
