@@ -56,6 +56,7 @@ R aclrtGetSysParamOpt(int o, int64_t *v) { *v = options[o & 15]; return 0; }
 NOTHING(aclrtSetDeviceSatMode)
 NOTHING(aclrtSetOpExecuteTimeOut)
 NOTHING(aclrtSetOpWaitTimeout)
+NOTHING(aclrtSetStreamAttribute)
 NOTHING(aclrtSetStreamFailureMode)
 NOTHING(aclrtSetStreamOverflowSwitch)
 NOTHING(aclrtPeekAtLastError)
