@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from support.browser import Page, browser_path, open_browser
-from support.service import Stub, ask, eventually, run_with
+from support.service import LIMITS, Stub, ask, eventually, run_with
 
 from gptneox.engine.sequence import TokenLogprobs
 from gptneox.server.service import OnOutput
@@ -109,8 +109,12 @@ def in_browser(function: Callable[..., None]) -> Callable[..., None]:
 def visit(tmp_path: Path) -> Callable[..., None]:
     """Runs a visit to a stub in a browser, which must not complain about anything else."""
 
-    def run(function: Visit, *, complaints: str = "^$", **settings: Any) -> None:
+    def run(
+        function: Visit, *, complaints: str = "^$", is_loading: bool = False, **settings: Any
+    ) -> None:
         async def go(served: Stub) -> None:
+            if is_loading:
+                served.engine.limits = None
             async with open_browser(tmp_path / "profile") as page:
                 await page.goto(f"http://127.0.0.1:{served.port}/")
                 await function(served, page)
@@ -204,6 +208,7 @@ def test_stop_ends_the_request_in_the_engine(visit: Any) -> None:
         await page.write("#prompt", "hi")
         await page.click("#run")
         await page.until("document.querySelector('#answer').textContent.startsWith('hiabc')")
+        served.engine.is_held = True  # however slow the browser is, the answer has not ended yet
         assert served.service.num_open == 1
         assert await page.get("document.querySelector('#run').disabled")
         await page.press("Escape")
@@ -214,6 +219,7 @@ def test_stop_ends_the_request_in_the_engine(visit: Any) -> None:
         assert served.engine.added[0][1].logprobs is None
         assert await page.get("!document.querySelector('.token')")
         assert "new tokens" in await page.text("#numbers")
+        served.engine.is_held = False
         await asyncio.sleep(0.3)
         assert await page.text("#answer") == text
         await page.click("#run")
@@ -257,6 +263,44 @@ def test_a_key_is_asked_for_and_errors_are_shown(visit: Any) -> None:
         assert await page.get("document.querySelector('#key').value") == ""
 
     visit(look, keys=["\u30ad\u30fc"], complaints="status of 40[01]")
+
+
+@in_browser
+def test_typing_goes_on_where_it_began_when_the_models_arrive(visit: Any) -> None:
+    async def look(served: Stub, page: Page) -> None:
+        await page.write("#seed", "1")
+        served.engine.limits = LIMITS  # only now is the service ready, which the page asks for
+        await page.until("document.querySelector('#model').options.length")
+        assert await page.get("document.activeElement.id") == "seed"
+        await page.get("document.activeElement.blur()")
+        await page.get("findModels()")
+        assert await page.get("document.activeElement.id") == "prompt"
+
+    visit(look, is_loading=True, complaints="status of 503")
+
+
+@in_browser
+def test_a_late_answer_about_an_older_key_changes_nothing(visit: Any) -> None:
+    async def look(served: Stub, page: Page) -> None:
+        await page.until("!document.querySelector('#key-form').hidden")
+        await page.get(
+            "window.answers = [], window.fetch = () => new Promise(r => answers.push(r)), 0"
+        )
+        await page.write("#key", "wrong")
+        await page.press("Enter")
+        await page.write("#key", "secret")
+        await page.press("Enter")
+        await page.until("answers.length === 2")
+        models = "new Response(JSON.stringify({data: [{id: 'm', max_model_len: 9}]}))"
+        await page.get(f"answers[1]({models}), 0")
+        await page.until("document.querySelector('#model').options.length")
+        await page.get("answers[0](new Response('{}', {status: 401})), 0")
+        await asyncio.sleep(0.2)
+        assert await page.get("document.querySelector('#error').hidden")
+        assert await page.text("#state") == "m, context of 9 tokens"
+        assert await page.get("document.activeElement.id") == "prompt"
+
+    visit(look, keys=["secret"], complaints="status of 401")
 
 
 @in_browser

@@ -47,6 +47,7 @@ class Page:
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._session = ""
+        self._loaded: dict[str, asyncio.Event] = {}  # by the identifier of a navigation
         self.complaints: list[str] = []  # of the console, blocked things and exceptions among them
 
     async def read(self) -> None:
@@ -56,6 +57,9 @@ class Page:
                 message = json.loads((await self._reader.readuntil(b"\0"))[:-1])
                 if "id" in message:
                     self._waiting.pop(message["id"]).set_result(message)
+                elif message["method"] == "Page.lifecycleEvent":
+                    if message["params"]["name"] == "load":
+                        self._load_of(message["params"]["loaderId"]).set()
                 elif message["method"] == "Log.entryAdded":
                     entry = message["params"]["entry"]
                     self.complaints.append(f"{entry['level']}: {entry['text']}")
@@ -84,12 +88,19 @@ class Page:
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             await self.call(f"{domain}.enable")
+        await self.call("Page.setLifecycleEventsEnabled", enabled=True)
+
+    def _load_of(self, navigation: str) -> asyncio.Event:
+        return self._loaded.setdefault(navigation, asyncio.Event())
 
     async def goto(self, url: str) -> None:
-        """Load a page, anew if it is there already."""
-        await self.get("window.isLeft = true")
-        await self.call("Page.navigate", url=url)
-        await self.until("!window.isLeft && document.readyState === 'complete'")
+        """Load a page, anew if it is there already.
+
+        The browser says when that is done. To ask the page would fail where it is being replaced.
+        """
+        navigation = await self.call("Page.navigate", url=url)
+        assert "errorText" not in navigation, navigation["errorText"]
+        await asyncio.wait_for(self._load_of(navigation["loaderId"]).wait(), 60)
 
     async def get(self, expression: str) -> Any:
         """The value of an expression in the page."""
