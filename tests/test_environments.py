@@ -22,6 +22,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.processes import REPO, clean_environment
@@ -219,6 +220,41 @@ def test_the_emulated_npus(row: Row, python: Path, tmp_path: Path) -> None:
     assert re.search(r"\d+ passed", said), said
     assert " skipped" not in said, said
     assert (site / f"torch_npu-{row.torch_npu}.dist-info").is_dir()
+
+
+# -- the service ---------------------------------------------------------------------------------
+
+DESCRIBE = """
+import json
+from support.service import ask, run_with
+async def go(served):
+    return (await ask(served, "/openapi.json")).json
+print(json.dumps(run_with(go, template="dolly-v2")))
+"""
+
+
+def description(**environ: str) -> dict[str, Any]:
+    """What the service says of itself, less the schema that is FastAPI's own."""
+    found: dict[str, Any] = json.loads(run(sys.executable, "-c", DESCRIBE, **environ))
+    for name in ("ValidationError", "HTTPValidationError"):
+        found["components"]["schemas"].pop(name, None)
+    return found
+
+
+@pytest.mark.environments
+def test_the_oldest_packages_of_the_service(tmp_path: Path) -> None:
+    """They describe the same service as those that are here, and pass the tests of its routes."""
+    text = (REPO / "pyproject.toml").read_text("utf-8")
+    block = text.split("\nserve = [\n")[1].split("\n]")[0]
+    oldest = [f"{name}=={bound}.0" for name, bound in re.findall(r'"(\w+)>=([\d.]+)', block)]
+    assert len(oldest) == 3
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--target", tmp_path / "old", *oldest)
+    folders = {"PYTHONPATH": os.pathsep.join((str(tmp_path / "old"), str(REPO / "tests")))}
+    assert description(**folders) == description(PYTHONPATH=str(REPO / "tests"))
+    files = sorted((REPO / "tests").glob("test_server_[homst]*.py"))
+    assert len(files) >= 6
+    options = ("-q", "-p", "no:cacheprovider", "--tb=short", "--basetemp", tmp_path / "inner")
+    assert " passed" in run(sys.executable, "-m", "pytest", *options, *files, **folders)
 
 
 # -- without a network ----------------------------------------------------------------------------

@@ -293,6 +293,19 @@ def test_a_long_path_of_temporary_files_is_named(
     assert not list(long.iterdir())
 
 
+def test_a_privileged_port_is_named_with_the_remedy() -> None:
+    if int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) < 1024:
+        pytest.skip("on this machine every user may take any port")
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(OSError, match=r"Permission denied; ports below 1024 .* --port"):
+            front.listen("127.0.0.1", 1023)
+    finally:
+        os.seteuid(user)
+
+
 def test_a_port_that_is_taken_ends_it_with_status_1(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = run_serve("--port", str(taken.getsockname()[1]), cwd=tmp_path)

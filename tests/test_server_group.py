@@ -328,6 +328,21 @@ def test_choices_of_several_prompts_may_end_at_their_first_token(
     assert sum(computed) == 40 + 2 * 8 + 50 + 2 * 2
 
 
+def test_a_prompt_that_is_only_scored_is_computed_once(twins: dict[bool, PagedEngine]) -> None:
+    prompts = checkpoints.prompts((40, 5), 288, seed=11)
+    params = SamplingParams(max_new_tokens=0, prompt_logprobs=1)
+    deltas, computed = run_choices(twins[False], Request("id", prompts, params, 3))
+    assert sum(computed) == 45
+    alone = twins[False].generate(prompts, params)
+    for delta in deltas:
+        scored = alone[delta.index // 3].prompt_logprobs
+        assert [entry.token_id for entry in delta.prompt_logprobs] == [t.token_id for t in scored]
+        assert [entry.logprob for entry in delta.prompt_logprobs] == pytest.approx(
+            [entry.logprob for entry in scored], abs=1e-4
+        )
+        assert (delta.finish_reason, delta.num_tokens) == ("length", 0)
+
+
 def test_what_comes_together_is_computed_together(engine: PagedEngine) -> None:
     """And the outputs make the completions that the engine itself gives."""
     ids = {c: engine.tokenizer.encode(c)[0] for c in "abcxyz"}

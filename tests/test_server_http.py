@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import gzip
+import importlib
 import json
 import logging
+import resource
 import time
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -97,6 +101,18 @@ def test_expect_continue_is_answered_before_the_body() -> None:
     run_with(go)
 
 
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    """Room for a thousand connections, both ends of which are in this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4096
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        pytest.skip(f"a process may open {hard} files, {wanted} are needed")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_a_body_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asgi, "BODY_S", 0.2)
 
@@ -131,7 +147,7 @@ def test_a_head_that_trickles_or_never_comes_is_given_up(monkeypatch: pytest.Mon
         return time.monotonic() - start
 
     async def go(served: Stub) -> None:
-        idle = [trickle(served.port, b"") for _ in range(200)]
+        idle = [trickle(served.port, b"") for _ in range(5)]
         slow = trickle(served.port, b"GET /health HTTP/1.1\r\nhost: x\r\nx: " + b"y" * 99)
         waiting = asyncio.gather(slow, *idle)
         assert (await ask(served, PATH, SMALL)).status == 200
@@ -145,6 +161,27 @@ def test_a_head_that_trickles_or_never_comes_is_given_up(monkeypatch: pytest.Mon
         answer = await ask(served, PATH, {**SMALL, "max_tokens": 5, "stream": True})
         assert answer.chunks[-1]["choices"][0]["finish_reason"] == "length"
         return time.monotonic() - start
+
+    run_with(go)
+
+
+def test_a_thousand_idle_connections_delay_nobody_and_are_closed(
+    monkeypatch: pytest.MonkeyPatch, many_descriptors: None
+) -> None:
+    monkeypatch.setattr(connection, "HEAD_S", 2.0)
+
+    async def go(served: Stub) -> None:
+        opened = [asyncio.open_connection("127.0.0.1", served.port) for _ in range(1000)]
+        idle = await asyncio.gather(*opened)
+        await eventually(lambda: len(served.connections()) == 1000)
+        assert (await ask(served, PATH, SMALL)).status == 200
+        assert len(served.connections()) >= 1000, "the answer came while all of them were open"
+        for reader, writer in idle:
+            with contextlib.suppress(ConnectionResetError):
+                assert await asyncio.wait_for(reader.read(), 10) == b""
+            writer.close()
+        await eventually(lambda: not served.connections())
+        assert (await ask(served, PATH, SMALL)).status == 200
 
     run_with(go)
 
@@ -434,6 +471,40 @@ def test_the_description_names_every_body() -> None:
         assert names <= schemas.keys()
 
     run_with(go)
+
+
+class Recorder:
+    """Stands for the providers, tracers, meters and loggers of an SDK: notes every call."""
+
+    def __init__(self, calls: list[str]) -> None:
+        self._calls = calls
+
+    def __getattr__(self, name: str) -> Any:
+        def called(*args: Any, **named: Any) -> Recorder:
+            self._calls.append(name)
+            return self
+
+        return called
+
+
+def test_nothing_is_told_to_an_sdk_for_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FastAPI sends spans, metrics and logs by itself where one is installed."""
+    pytest.importorskip("fastapi.telemetry", reason="this FastAPI has no telemetry")
+    calls: list[str] = []
+    for module, kind in (("trace", "tracer"), ("metrics", "meter"), ("_logs", "logger")):
+        found = importlib.import_module(f"opentelemetry.{module}")
+        monkeypatch.setattr(found, f"get_{kind}_provider", lambda: Recorder(calls))
+        monkeypatch.setattr(found, f"get_{kind}", lambda *args, **named: Recorder(calls))
+    monkeypatch.setenv("FASTAPI_OTEL_AUTO_CONFIGURE", "true")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+
+    async def go(served: Stub) -> None:
+        assert (await ask(served, PATH, SMALL)).status == 200
+        assert (await ask(served, PATH, b"{")).status == 400
+        assert (await ask(served, "/nowhere")).status == 404
+
+    run_with(go)
+    assert calls == []
 
 
 def test_every_dialect_has_an_answer_to_every_error() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from support.service import NAME, Stub, ask, run_with, scored
+from support.service import NAME, Stub, ask, eventually, request, run_with, scored
 
 from gptneox.engine.sequence import TokenLogprobs
 from gptneox.server.service import OnOutput
@@ -236,6 +236,41 @@ def test_echo_scores_the_prompt(max_tokens: int, stream: bool, top: int) -> None
     assert -9999.0 in logprobs["top_logprobs"][1].values()  # for -inf, which JSON has not
     assert b"Infinity" not in answer.body
     assert b"NaN" not in answer.body
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_choices_without_new_tokens_are_copies_of_one(stream: bool) -> None:
+    prompts = [[5, 6, 7], [8, 9]]
+    body = {"prompt": prompts, "max_tokens": 0, "echo": True, "logprobs": 1, "n": 3}
+
+    async def go(served: Stub) -> None:
+        answer = await ask(served, PATH, {**body, "stream": stream})
+        assert answer.status == 200, answer.body
+        pieces = answer.chunks if stream else [answer.json]
+        choices = sorted((c for p in pieces for c in p["choices"]), key=lambda c: c["index"])
+        assert [choice["index"] for choice in choices] == list(range(6))
+        for choice in choices:
+            first = choices[choice["index"] // 3 * 3]
+            assert choice == {**first, "index": choice["index"]}
+            assert len(choice["logprobs"]["tokens"]) == len(prompts[choice["index"] // 3])
+        assert [prompt for prompt, _ in served.engine.added] == prompts
+        assert served.service.num_open == 0
+
+    run_with(go)
+
+
+def test_a_client_that_leaves_choices_without_new_tokens_frees_them() -> None:
+    async def go(served: Stub) -> None:
+        served.engine.is_held = True
+        body = {"prompt": [5, 6], "max_tokens": 0, "echo": True, "n": 3}
+        _, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(request(PATH, body))
+        await eventually(lambda: served.service.num_open == 3)
+        writer.transport.abort()
+        await eventually(lambda: served.service.num_open == 0)
+        assert served.engine.aborted == [0]
+
+    run_with(go)
 
 
 def test_offsets_count_from_the_prompt_without_echo() -> None:

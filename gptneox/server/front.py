@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 KEEP_ALIVE_S = 5
 # After the last answer is complete, clients get so long to read it.
 LAST_READ_S = 5
+FIRST_FREE_PORT = 1024  # those below are privileged; Source: ip(7)
 MAX_SOCKET_PATH = 100  # of 107 that Linux takes; Source: unix(7)
 
 
@@ -148,9 +149,14 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
         listener.listen(2048)
     except OSError as error:
+        remedy = "choose another with --host and --port"
+        if isinstance(error, PermissionError) and port < FIRST_FREE_PORT:
+            remedy = (
+                f"ports below {FIRST_FREE_PORT} are for root alone; choose a higher one with "
+                "--port, and let a proxy listen at this one"
+            )
         raise OSError(
-            f"{host} port {port} cannot be listened at: {error.strerror or error}; choose another "
-            "with --host and --port"
+            f"{host} port {port} cannot be listened at: {error.strerror or error}; {remedy}"
         ) from error
     listener.setblocking(False)
     return listener

@@ -56,7 +56,7 @@ class Request:
         params = self.params
         if params.seed is not None and i:
             params = replace(params, seed=(params.seed + i) % _MAX_SEED)
-        if params.prompt_logprobs is not None and i and params.max_new_tokens:
+        if params.prompt_logprobs is not None and i:
             params = replace(params, prompt_logprobs=None)
         return self.prompts[prompt], params
 
@@ -167,11 +167,15 @@ class Running:
     def submit(self) -> None:
         """Hand every choice to the engine that suits its prompt; those of one prompt together.
 
-        Where the first one spares the others work, they start once it has computed the prompt.
+        Where the first one spares the others work, they start once it has computed the prompt; it
+        answers for all where nothing is generated.
         """
         for first in range(0, self.request.num_choices, self.request.n):
             prompt, params = self.request.choice(first)
             engine = self._service.choose(prompt)
+            if not params.max_new_tokens:
+                self._start(first, engine, num_alike=self.request.n)
+                continue
             self._start(first, engine)
             shares = engine.limits is not None and engine.limits.shares(len(prompt))
             if self.request.n > 1 and (shares or params.prompt_logprobs is not None):
@@ -247,19 +251,34 @@ class Running:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _start(self, index: int, engine: Engine, scores: Seq[TokenLogprobs] = ()) -> None:
-        """Start a choice; `scores` are those of its prompt, if another choice has found them."""
+    def _start(
+        self,
+        index: int,
+        engine: Engine,
+        scores: Seq[TokenLogprobs] = (),
+        num_alike: int = 1,
+    ) -> None:
+        """Start a choice.
+
+        Args:
+            index: its number.
+            engine: where it runs.
+            scores: those of its prompt, if another choice has found them.
+            num_alike: so many choices from this one on have its answer.
+        """
+        alike = range(index, index + num_alike)
 
         def take(output: Output) -> None:
             nonlocal scores
-            if self._ended:
-                return
             if scores:
                 output.prompt_logprobs, scores = scores, ()
-            self._take(index, output)
+            for each in alike:
+                if not self._ended:
+                    self._take(each, output)
 
         prompt, params = self.request.choice(index)
-        self._numbers[index] = (engine, engine.add(prompt, params, take))
+        number = engine.add(prompt, params, take)
+        self._numbers |= dict.fromkeys(alike, (engine, number))
 
     def _start_others(self, first: int, engine: Engine, scores: Seq[TokenLogprobs] = ()) -> None:
         """Start all choices of a prompt but its first."""
@@ -323,7 +342,7 @@ class Running:
         self._ended = True
         for timer in self._timers:
             timer.cancel()
-        for engine, number in self._numbers.values():
+        for engine, number in dict.fromkeys(self._numbers.values()):  # choices may share one
             engine.abort(number)
         self._service.release(len(self._numbers) + len(self._awaited) * (self.request.n - 1))
         self._numbers.clear()
