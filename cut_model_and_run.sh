@@ -15,7 +15,8 @@ world_size_=${world_size_:-}   # parts; else the number of [model] device_ids ab
 #
 # Environment besides; whatever is exported wins: see run_pa.sh, and the switches
 # of CANN and ATB in gptneox/devices/switches.py.
-# Exit status: main.py's; 1 something is missing or the cut does not fit, 2 wrong usage.
+# Exit status: main.py's; 1 something is missing or the cut does not fit, 2 wrong usage, such as a
+#   path that is not there.
 # A POSIX shell has to be able to read these four lines, and an old bash too.
 case ${BASH_VERSION:-none} in
   none | [123].* | 4.[0-3].*) echo "$0 needs bash, 4.4 or later; type: bash $0" >&2 && exit 2 ;;

@@ -16,7 +16,7 @@
 #   INF_NAN_MODE_ENABLE        0: fp16 overflow saturates              (0 on 310P, else unset)
 #   OMP_NUM_THREADS            CPU threads of a rank                   (cores / ranks)
 #   PYTHON, TORCHRUN           interpreter and launcher to use         (see scripts/env.sh)
-# Exit status: main.py's; 1 something is missing, 2 wrong usage.
+# Exit status: main.py's; 1 something is missing, 2 wrong usage, such as a path that is not there.
 # A POSIX shell has to be able to read these four lines, and an old bash too.
 case ${BASH_VERSION:-none} in
   none | [123].* | 4.[0-3].*) echo "$0 needs bash, 4.4 or later; type: bash $0" >&2 && exit 2 ;;

@@ -3,7 +3,7 @@
 
 TASK is inference, serve, precision, performance, compare, doctor, modeltest, quantize, cut or ray.
 
-Exit status: 0 done, 1 failed, 2 wrong usage or settings, 130 interrupted.
+Exit status: 0 done, 1 failed, 2 wrong usage or settings, whenever that is found, 130 interrupted.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from gptneox import interpreter
 from gptneox.cli import Settings, read_settings, setup_logging, with_checkpoint
 from gptneox.config.environment import disable_device_autoload
+from gptneox.config.errors import FAILED, WRONG_USAGE, exit_status
 from gptneox.config.places import shipped
 from gptneox.files import prepare_streams
 
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
         settings = read_settings(["--task", word, *rest] if word else argv, shipped("config.ini"))
         setup_logging(settings)
     except (ValueError, OSError) as error:
-        return _fail(error, 2, debug=debug)
+        return _fail(error, WRONG_USAGE, debug=debug)
     if settings.environment.rank > 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # rank 0 says that a run was interrupted
     interpreter.require(["main.py", *argv])
@@ -77,13 +78,13 @@ def main(argv: list[str]) -> int:
         sys.stdout = None
         return 1
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        return _fail(error, 1, debug=debug)
+        return _fail(error, exit_status(error), debug=debug)
     except ImportError as error:
         remedy = "reinstall what it belongs to, or set PYTHON to another interpreter"
         if isinstance(error, ModuleNotFoundError) and error.name:
             remedy = f"type: {sys.executable} -m pip install {error.name.partition('.')[0]}"
         reason = f"{sys.executable} cannot import what a run needs: {error}; {remedy}"
-        return _fail(RuntimeError(reason), 1, debug=debug)
+        return _fail(RuntimeError(reason), FAILED, debug=debug)
     return status
 
 

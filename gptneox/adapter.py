@@ -21,7 +21,7 @@ from transformers.generation import candidate_generator
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from gptneox.config.environment import Environment
-from gptneox.config.errors import ConfigError
+from gptneox.config.errors import FileError
 from gptneox.config.files import read_json
 from gptneox.devices import select
 from gptneox.kv_cache import ContiguousKVCache
@@ -343,7 +343,7 @@ def _read_config(path: Path) -> GPTNeoXConfig:
         return GPTNeoXConfig.from_dict(raw)
     except Exception as error:  # its checks raise many types
         text = " ".join(str(error).split())
-        raise ConfigError(f"{path / 'config.json'}: transformers refuses it: {text}") from error
+        raise FileError(f"{path / 'config.json'}: transformers refuses it: {text}") from error
 
 
 def _read_generation_config(path: Path) -> GenerationConfig:
@@ -358,7 +358,7 @@ def _read_generation_config(path: Path) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(path)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{file}: transformers refuses it: {error}") from error
+        raise FileError(f"{file}: transformers refuses it: {error}") from error
 
 
 def _check_cache(cache: Any) -> None:

@@ -22,6 +22,7 @@ import jinja2  # torch requires it
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from gptneox.config.errors import ConfigError
 from gptneox.config.files import read_text
 
 MAX_RENDER_S = 2.0  # a template takes milliseconds
@@ -30,7 +31,7 @@ MAX_LENGTH = 4 << 20  # characters of a rendered chat, far beyond the positions 
 _FAULTS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
 
 
-class ChatTemplateError(ValueError):
+class ChatTemplateError(ConfigError):
     """There is no template, it is wrong, or it refuses the messages."""
 
 

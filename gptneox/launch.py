@@ -13,7 +13,7 @@ SCRIPT is the name that messages begin with. The current folder stays the caller
 the first argument nothing is started: what is wrong with the arguments and the environment is said,
 and no package is needed for that.
 
-Exit status: main.py's; 1 something is missing, 2 wrong usage.
+Exit status: main.py's; 1 something is missing, 2 wrong usage, such as a path that is not there.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ import re
 import shutil
 import signal
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 
 from gptneox.config.environment import set_variables, variables
-from gptneox.config.errors import ConfigError
+from gptneox.config.errors import ConfigError, NoSuchPath, exit_status
 from gptneox.config.places import CHECKOUT, shipped
-from gptneox.config.settings import EMBEDDED_CHECKPOINT, parse_device_ids
+from gptneox.config.settings import EMBEDDED_CHECKPOINT, ModelSection, parse_device_ids
 from gptneox.devices.binding import bind, run_tool, threads_per_rank
 from gptneox.devices.ranks import (
     DEFAULT_PORTS,
@@ -106,12 +106,9 @@ def main(argv: list[str]) -> int:
             return _flash(job, arguments, only_check=only_check)
         _LAUNCHERS[launcher](job, arguments)
         return 0 if only_check else start(job)
-    except ConfigError as error:
+    except (ConfigError, OSError, RuntimeError) as error:
         job.warn(error)
-        return 2
-    except (OSError, RuntimeError) as error:
-        job.warn(error)
-        return 1
+        return exit_status(error)
 
 
 def _folder(path: str, what: str, remedy: str) -> str:
@@ -119,7 +116,7 @@ def _folder(path: str, what: str, remedy: str) -> str:
     if is_model_id(path):
         return path
     if not path or not Path(path).is_dir():
-        raise FileNotFoundError(
+        raise NoSuchPath(
             f"{what} '{path}' is not a folder that exists (seen from {Path.cwd()}); {remedy}"
         )
     return str(Path(path).resolve())
@@ -186,6 +183,7 @@ class Cut:
     world_size: int
     recut: bool
     environ: dict[str, str]
+    model: ModelSection  # with input_dir as its model_path, or with the id on a hub
 
     def is_needed(self) -> bool:
         """Whether there is no cut yet, or the one that is there shall be replaced."""
@@ -213,11 +211,13 @@ class Cut:
         return text or f"{self.output_dir} cannot be checked"
 
     @property
-    def model_dir(self) -> str:
-        """What --model_path names: the flash path finds part_model beside the weights."""
+    def model_options(self) -> list[str]:
+        """Where main.py finds them: the flash path looks for part_model beside the weights."""
         own, parts = Path(self.input_dir, "part_model"), Path(self.output_dir)
         is_own = own.exists() and parts.samefile(own)
-        return self.input_dir if is_own else str(parts.resolve())
+        folder = self.input_dir if is_own else str(parts.resolve())
+        is_on_hub = is_model_id(self.model.model_path)  # a revision is for that alone
+        return ["--model_path", folder, *(["--revision", ""] if is_on_hub else [])]
 
 
 def _flash(job: Job, arguments: list[str], *, only_check: bool) -> int:
@@ -234,7 +234,7 @@ def _flash(job: Job, arguments: list[str], *, only_check: bool) -> int:
     cut = _read_cut(job, (input_dir, output_dir, world_size), options)
     cut.recut = recut
     if not only_check:
-        cut.input_dir = _download(cut.input_dir, options)
+        cut.input_dir = _download(cut.model)
     is_needed = cut.is_needed()
     if task or not is_needed:  # it will run: wrong settings are found before the long cut
         _prepare_flash(job, cut.world_size)
@@ -252,7 +252,7 @@ def _flash(job: Job, arguments: list[str], *, only_check: bool) -> int:
     stars = "*" * 22
     print(f"{stars}The gpt-neox-20b part model exists, Now begin to run ...{stars}", flush=True)
     job.arguments = ["--task", task or "inference", "--auto_attention", "flash", *options]
-    job.arguments += ["--model_path", cut.model_dir]
+    job.arguments += cut.model_options
     return start(job)
 
 
@@ -266,11 +266,8 @@ def _read_cut(job: Job, given: tuple[str, str, str], options: list[str]) -> Cut:
         given: the script's input_dir, output_dir and world_size_; each may be empty.
         options: main.py's; a --model_path among them goes before input_dir.
     """
-    from gptneox.cli import make_parser, read_model_section
-
     try:
-        args = make_parser().parse_args(options)
-        model, sources, _ = read_model_section(args, shipped("config.ini"))
+        model, sources = _read_model(options)
     except (ValueError, OSError, SystemExit) as error:
         if isinstance(error, SystemExit):
             if not error.code:  # --version
@@ -299,7 +296,8 @@ def _read_cut(job: Job, given: tuple[str, str, str], options: list[str]) -> Cut:
     is_installed = CHECKOUT is None and folder == EMBEDDED_CHECKPOINT
     place = Path() if is_installed or is_downloaded else folder
     output_dir = output_dir or str(place / "part_model")
-    return Cut(str(folder), output_dir, int(world_size), False, job.environ)
+    model = replace(model, model_path=str(folder))
+    return Cut(str(folder), output_dir, int(world_size), False, job.environ, model)
 
 
 def _prepare_flash(job: Job, world_size: int) -> None:
@@ -390,30 +388,33 @@ def start(job: Job) -> int:
     return start_ranks.main(options)
 
 
-def _download(model_path: str, options: list[str]) -> str:
-    """The folder of a checkpoint, downloaded if it is an id on a hub and not in the cache."""
-    if not is_model_id(model_path):
-        return model_path
-    from gptneox.cli import make_parser, place_of, read_model_section
+def _read_model(options: list[str]) -> tuple[ModelSection, dict[str, str]]:
+    """Section [model] of main.py's options and config.ini, and the sources of its values."""
+    from gptneox.cli import make_parser, read_model_section
+
+    args = make_parser().parse_args(options)
+    model, sources, _ = read_model_section(args, shipped("config.ini"))
+    return model, sources
+
+
+def _download(model: ModelSection) -> str:
+    """The folder of the checkpoint; one on a hub is downloaded, if it is not in the cache."""
+    if not is_model_id(model.model_path):
+        return model.model_path
+    from gptneox.cli import place_of
     from gptneox.config.environment import Environment
 
-    args = make_parser().parse_args([*options, "--model_path", model_path])
-    model, _, _ = read_model_section(args, shipped("config.ini"))
     return place_of(model, Environment.read())
 
 
 def _with_download(arguments: list[str]) -> list[str]:
     """main.py's arguments with the folder in place of a model's id."""
-    from gptneox.cli import make_parser, read_model_section
-
     if HELP & set(arguments):
         return arguments
-    args = make_parser().parse_args(arguments)
-    model, _, _ = read_model_section(args, shipped("config.ini"))
+    model, _ = _read_model(arguments)
     if not is_model_id(model.model_path):
         return arguments
-    folder = _download(model.model_path, arguments)
-    return [*arguments, "--model_path", folder, "--revision", ""]
+    return [*arguments, "--model_path", _download(model), "--revision", ""]
 
 
 def _python(environ: dict[str, str]) -> str:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 import transformers
 from support import checkpoints
+from support.processes import without_new_handlers
 
 from gptneox.config.settings import DEVICES
 from gptneox.devices import create
@@ -59,13 +59,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _no_handlers_stay() -> Iterator[None]:
     """main() logs to the stream of its test, which is closed in the next one."""
-    root = logging.getLogger("gptneox")
-    before, level = list(root.handlers), root.level
-    yield
-    for handler in set(root.handlers) - set(before):
-        root.removeHandler(handler)
-        handler.close()
-    root.setLevel(level)
+    with without_new_handlers():
+        yield
 
 
 @pytest.fixture(params=[*sorted(DEVICES), "cpu-plain"])

@@ -260,6 +260,7 @@ def test_the_schedule_knows_no_tensors(name: str) -> None:
     modules = set(imported(tree_of(REPO / "gptneox" / name)))
     allowed = set(sys.stdlib_module_names)
     foreign = {m for m in modules if m.split(".")[0] not in allowed}
+    foreign -= {"gptneox.config.errors"}  # the classes alone
     assert all(m.startswith("gptneox.engine.") for m in foreign), foreign
 
 

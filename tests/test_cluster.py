@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support.processes import REPO
+from support.processes import REPO, run_here
 
 from gptneox.cli import make_parser, read_settings
 from gptneox.cluster.plan import ServicePlan, Shape, engine_options, num_fitting
@@ -166,6 +166,15 @@ def test_wrong_usage_has_status_2(argv: list[str], capsys: pytest.CaptureFixture
         status = error.code
     assert status == 2
     assert capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["precision", "--ray", "1"], ["ray", "deploy"]])
+def test_without_ray_every_command_says_so_with_status_2(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gptneox.cluster.plan.find_spec", lambda name: None)
+    assert run_here(*argv) == 2
+    assert "Ray is missing; type: " in capsys.readouterr().err.splitlines()[-1]
 
 
 # -- the files and the docs ----------------------------------------------------------------------

@@ -19,11 +19,12 @@ from support import checkpoints
 from support.processes import REPO
 from transformers import GPTNeoXConfig
 
+from gptneox.chat_templates import ChatTemplateError
 from gptneox.cli import Settings, make_parser, read_settings
 from gptneox.config import documents
 from gptneox.config.arguments import Arguments, Generation
 from gptneox.config.environment import Environment
-from gptneox.config.errors import ConfigError
+from gptneox.config.errors import ConfigError, FileError, NoSuchPath, exit_status
 from gptneox.config.files import read_json, read_text
 from gptneox.config.model import ModelConfig
 from gptneox.config.schema import settings_of
@@ -39,7 +40,7 @@ from gptneox.config.settings import (
     parse_device_ids,
     read_ini,
 )
-from gptneox.engine.sequence import SamplingParams
+from gptneox.engine.sequence import InvalidParameter, SamplingParams
 
 BASE: dict[str, Any] = {
     "model_type": "gpt_neox",
@@ -233,7 +234,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("key", "value"), REFUSED, ids=lambda v: str(v)[:24])
 def test_bad_values_are_refused_by_name(key: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"^here: .*{key.removeprefix('torch_')}"):
+    with pytest.raises(FileError, match=rf"^here: .*{key.removeprefix('torch_')}"):
         ModelConfig.from_dict(BASE | {key: value}, "here")
 
 
@@ -254,13 +255,13 @@ def test_bad_values_are_refused_by_name(key: str, value: Any) -> None:
 )
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 def test_bad_rope_settings_are_refused(key: str, value: Any, named: str) -> None:
-    with pytest.raises(ConfigError, match=named):
+    with pytest.raises(FileError, match=named):
         config(**{key: value})
 
 
 @pytest.mark.parametrize("key", [k for k in BASE if k != "model_type"])
 def test_missing_keys_are_named(key: str) -> None:
-    with pytest.raises(ConfigError, match=key):
+    with pytest.raises(FileError, match=key):
         ModelConfig.from_dict({k: v for k, v in BASE.items() if k != key})
 
 
@@ -283,12 +284,12 @@ def test_missing_keys_are_named(key: str) -> None:
 )
 def test_no_json_object_names_the_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"config\.json"):
+    with pytest.raises(FileError, match=r"config\.json"):
         ModelConfig.from_pretrained(tmp_path)
 
 
 def test_random_damage_of_config_json_is_refused_or_harmless(tmp_path: Path) -> None:
-    """2 000 changed bytes and values: only ConfigError, never another exception."""
+    """2 000 changed bytes and values: only FileError, never another exception."""
     rng = random.Random(2)
     path = tmp_path / "config.json"
     values = [None, True, -1, 0, 10**30, 1e308, "x", [], {}, [[1]], {"a": 1}, float("nan")]
@@ -304,7 +305,7 @@ def test_random_damage_of_config_json_is_refused_or_harmless(tmp_path: Path) -> 
             path.write_bytes(data)
         try:
             ModelConfig.from_pretrained(tmp_path)
-        except ConfigError as error:
+        except FileError as error:
             messages.append(str(error))
     assert all("config.json" in message for message in messages)
     assert 500 < len(messages) < 2000
@@ -349,24 +350,24 @@ def test_a_config_json_that_is_something_else(tmp_path: Path) -> None:
         read_json(path)
     path.rmdir()
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(ConfigError, match=r"config\.json is a git-lfs pointer.*git lfs pull"):
+    with pytest.raises(FileError, match=r"config\.json is a git-lfs pointer.*git lfs pull"):
         read_json(path)
     path.write_text("<!DOCTYPE html><html>Sign in</html>")
-    with pytest.raises(ConfigError, match=r"config\.json is a web page"):
+    with pytest.raises(FileError, match=r"config\.json is a web page"):
         read_json(path)
 
 
 @pytest.mark.parametrize("rope_type", ["linear", "dynamic"])
 def test_a_scaled_rope_needs_its_factor(rope_type: str) -> None:
     """transformers refuses it, too."""
-    with pytest.raises(ConfigError, match=f"'{rope_type}' needs a factor"):
+    with pytest.raises(FileError, match=f"'{rope_type}' needs a factor"):
         config(rope_scaling={"type": rope_type})
 
 
 @pytest.mark.parametrize("rope_type", ["yarn", "longrope", "llama3", "ntk", "mrope"])
 def test_a_rope_type_that_is_not_built_is_named(rope_type: str) -> None:
     parameters = {"rope_type": rope_type, "factor": 2.0, "rope_theta": 1e4}
-    with pytest.raises(ConfigError, match=f"'{rope_type}' is not known; use one of default, lin"):
+    with pytest.raises(FileError, match=f"'{rope_type}' is not known; use one of default, lin"):
         config(rope_parameters=parameters)
 
 
@@ -568,6 +569,19 @@ def test_a_pipe_is_read_and_a_folder_is_no_settings_file(tmp_path: Path) -> None
         read_ini(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ConfigError("x"), 2), (NoSuchPath("x"), 2), (InvalidParameter("seed", 1, "2"), 2),
+        (ChatTemplateError("x"), 2), (FileError("x"), 1), (FileNotFoundError("x"), 1),
+        (ValueError("x"), 1), (RuntimeError("x"), 1),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_what_a_user_can_mend_in_the_command_has_status_2(error: Exception, status: int) -> None:
+    assert exit_status(error) == status
+
+
 def test_texts_keep_what_is_theirs(tmp_path: Path) -> None:
     """A mark inside a text, zeros and line ends; only what stands before the text goes."""
     path = tmp_path / "text"
@@ -575,7 +589,7 @@ def test_texts_keep_what_is_theirs(tmp_path: Path) -> None:
     assert read_text(path) == "a\ufeff\0b\nc\nd\n"
     assert read_text(path, newline="") == "a\ufeff\0b\r\nc\rd\n"
     path.write_bytes(b"{\0}\0")
-    with pytest.raises(ConfigError, match="UTF-16"):
+    with pytest.raises(FileError, match="UTF-16"):
         read_text(path)
     path.write_bytes(b"{\0}")
     assert read_text(path) == "{\0}"

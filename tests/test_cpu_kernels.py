@@ -1066,7 +1066,7 @@ def test_on_without_a_compiler_ends_a_run(tmp_path: Path, tiny_checkpoint: Path)
         text=True,
         check=False,
     )
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 2, done.stderr
     (line,) = (text for text in done.stderr.splitlines() if "GPTNEOX_CPU_KERNELS is on" in text)
     assert "there is no compiler '/nonexistent'" in line
     assert "Traceback" not in done.stderr

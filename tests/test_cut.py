@@ -427,7 +427,7 @@ def test_world_sizes_are_refused_before_weights_are_read(
     with pytest.raises(ConfigError, match=f"{named}$"):
         cut_checkpoint(path, tmp_path / "parts", world_size)
     argv = ["--input_path", path, "--output_path", tmp_path / "parts", "--world_size", world_size]
-    assert cut_model_util.main([str(a) for a in argv]) == 1
+    assert cut_model_util.main([str(a) for a in argv]) == 2
     shown = capsys.readouterr()
     assert re.fullmatch(f"error: {named}\n", shown.err)
     assert shown.out == ""

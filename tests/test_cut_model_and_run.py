@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 from support.processes import REPO, STUB_STATUS, clean_environment, recording_stub, write_program
 
+from gptneox.config.settings import ModelSection
 from gptneox.files import UNFINISHED
+from gptneox.launch import Cut
 
 SCRIPT = REPO / "cut_model_and_run.sh"
 CUT = "The gpt-neox-20b part model is not exists, Now begin to cut ..."
@@ -330,11 +332,21 @@ def test_relative_paths_are_those_of_the_caller(start: Callable[..., Run], model
     assert call.cuts == [cut_arguments(model)]
 
 
+@pytest.mark.parametrize(("named", "added"), [("owner/name", ["--revision", ""]), ("", [])])
+def test_a_revision_is_for_an_id_on_a_hub_alone(
+    named: str, added: list[str], tmp_path: Path
+) -> None:
+    """The run gets a folder, for which main.py refuses a revision."""
+    model = ModelSection(model_path=named or str(tmp_path), revision="v1")
+    cut = Cut(str(tmp_path), str(tmp_path / "parts"), 2, False, {}, model)
+    assert cut.model_options == ["--model_path", str(tmp_path / "parts"), *added]
+
+
 @pytest.mark.parametrize("path", ["no such folder", "a file"])
 def test_missing_weights_are_named(path: str, start: Callable[..., Run], tmp_path: Path) -> None:
     (tmp_path / "a file").touch()
     call = start("inference", input_dir=path)
-    assert (call.program, call.status, call.cuts) == ("", 1, [])
+    assert (call.program, call.status, call.cuts) == ("", 2, [])
     assert f"input_dir '{path}' is not a folder that exists" in call.err
     assert "config.ini" in call.err
     assert call.err.count("\n") == 1

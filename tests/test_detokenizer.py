@@ -22,7 +22,7 @@ from tokenizers import AddedToken as TokenizersAddedToken
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, GPTNeoXTokenizerFast, PreTrainedTokenizerFast
 
-from gptneox.config.errors import ConfigError
+from gptneox.config.errors import FileError
 from gptneox.engine.detokenizer import (
     Detokenizer,
     append_until_end,
@@ -413,7 +413,7 @@ def test_tokenizer_larger_than_the_embedding(tmp_path: Path) -> None:
     num_tokens = write_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt_neox"}')
     assert len(load_tokenizer(tmp_path, num_tokens)) == num_tokens
-    with pytest.raises(ConfigError, match=rf"has {num_tokens} tokens.*vocab_size {num_tokens - 1}"):
+    with pytest.raises(FileError, match=rf"has {num_tokens} tokens.*vocab_size {num_tokens - 1}"):
         load_tokenizer(tmp_path, num_tokens - 1)
 
 
@@ -422,7 +422,7 @@ def test_broken_tokenizer_file_is_one_line(tmp_path: Path, content: str) -> None
     (tmp_path / "tokenizer.json").write_text(content)
     (tmp_path / "config.json").write_text('{"model_type": "gpt_neox"}')
     named = "cannot be loaded" if content.startswith('{"') else r"tokenizer\.json|is empty"
-    with pytest.raises(ConfigError, match=named) as caught:
+    with pytest.raises(FileError, match=named) as caught:
         load_tokenizer(tmp_path, VOCAB_SIZE)
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
@@ -440,7 +440,7 @@ def test_a_text_instead_of_a_tokenizer_file_is_named(tmp_path: Path, name: str) 
     (tmp_path / "config.json").write_text('{"model_type": "gpt_neox"}')
     for text, found in ((LFS_POINTER, "git-lfs pointer"), ("<html>404</html>", "web page")):
         (tmp_path / name).write_text(text)
-        with pytest.raises(ConfigError, match=rf"{name} is a {found}"):
+        with pytest.raises(FileError, match=rf"{name} is a {found}"):
             load_tokenizer(tmp_path, VOCAB_SIZE)
 
 
@@ -625,7 +625,7 @@ def test_ids_with_gaps_decode(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path, VOCAB_SIZE)
     assert len(tokenizer) < 330
     assert decode(tokenizer, [330, 329, 10**6, -1]) == tokenizer.decode([330]) != ""
-    with pytest.raises(ConfigError, match=r"331 tokens.*vocab_size 330"):
+    with pytest.raises(FileError, match=r"331 tokens.*vocab_size 330"):
         load_tokenizer(tmp_path, 330)
 
 
@@ -665,7 +665,7 @@ def test_half_a_tokenizer_names_the_other_half(name: str, tmp_path: Path) -> Non
 def test_broken_settings_of_a_tokenizer_are_named(name: str, content: str, tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     (tmp_path / name).write_text(content)
-    with pytest.raises(ConfigError, match=name):
+    with pytest.raises(FileError, match=name):
         load_tokenizer(tmp_path, VOCAB_SIZE)
 
 
@@ -712,7 +712,7 @@ def test_a_sentence_piece_file_is_enough(tmp_path: Path, name: str) -> None:
     assert len(tokenizer) == processor.get_piece_size()
     assert tokenizer.eos_token_id == processor.piece_to_id("</s>")
     assert "".join(pieces(tokenizer, [*ids, tokenizer.eos_token_id])) == text
-    with pytest.raises(ConfigError, match="vocab_size 10"):
+    with pytest.raises(FileError, match="vocab_size 10"):
         load_tokenizer(tmp_path, 10)
 
 
@@ -811,13 +811,13 @@ def test_only_a_text_begins_with_a_blank_unless_legacy(tmp_path: Path) -> None:
 def test_broken_added_tokens_are_named(name: str, content: str, tmp_path: Path) -> None:
     (tmp_path / "spiece.model").write_bytes(sentence_piece_model())
     (tmp_path / name).write_text(content)
-    with pytest.raises(ConfigError, match=name):
+    with pytest.raises(FileError, match=name):
         load_tokenizer(tmp_path, VOCAB_SIZE)
 
 
 def test_a_damaged_sentence_piece_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "spiece.model").write_bytes(b"no model")
-    with pytest.raises(ConfigError, match=r"spiece\.model is not a SentencePiece model"):
+    with pytest.raises(FileError, match=r"spiece\.model is not a SentencePiece model"):
         load_tokenizer(tmp_path, VOCAB_SIZE)
 
 

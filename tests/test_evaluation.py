@@ -23,7 +23,7 @@ from support.questions import NUM_BOOLQ, NUM_VAL, SUBJECTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptneox.cli import read_settings
-from gptneox.config.errors import ConfigError
+from gptneox.config.errors import ConfigError, FileError
 from gptneox.config.settings import EMBEDDED_CHECKPOINT
 from gptneox.engine.api import Engine
 from gptneox.evaluation import datasets, precision_results
@@ -264,7 +264,7 @@ def test_gsm8k(tmp_path: Path) -> None:
 def test_malformed_csv(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "val").mkdir()
     (tmp_path / "val" / "anatomy_val.csv").write_bytes(content)
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(FileError, match=message) as caught:
         datasets.read_mmlu(tmp_path, shots=0)
     assert "anatomy_val.csv" in str(caught.value)
 
@@ -284,7 +284,7 @@ def test_malformed_csv(tmp_path: Path, content: bytes, message: str) -> None:
 def test_malformed_boolq(tmp_path: Path, content: str, message: str) -> None:
     encoding = "utf-16-le" if content.startswith("\ufeff") else "utf-8"
     (tmp_path / "dev.jsonl").write_text(content, encoding=encoding)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(FileError, match=message):
         datasets.read_boolq(tmp_path)
 
 
@@ -575,7 +575,7 @@ def test_stale_cache_is_refused(
 def test_damaged_cache(work: Path, model: Path, damage: Any, message: str) -> None:
     folder = run(work, model)
     damage(folder)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(FileError, match=message):
         run(work, model)
 
 

@@ -18,7 +18,7 @@ from support.tokenizers import byte_level_tokenizer
 from transformers import GPTNeoXForCausalLM
 
 from gptneox.adapter import GPTNeoXForCausalLM as Adapter
-from gptneox.config.errors import ConfigError
+from gptneox.config.errors import FileError
 from gptneox.config.settings import EngineSection
 from gptneox.devices import select
 from gptneox.engine.generate import GenerateEngine
@@ -357,7 +357,7 @@ BROKEN = [
 @pytest.mark.parametrize(("content", "named"), BROKEN, ids=lambda value: value[:30])
 def test_broken_files_are_named(content: str, named: str, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(content)
-    with pytest.raises(ConfigError, match=rf"generation_config\.json.*{named}"):
+    with pytest.raises(FileError, match=rf"generation_config\.json.*{named}"):
         read_generation_config(tmp_path, VOCAB)
 
 
@@ -391,7 +391,7 @@ def test_faults_of_keys_that_no_run_needs(
     assert paged(copy) == flash(copy) == greedy
     if IS_4:  # it takes them as they are
         return
-    with pytest.raises(ConfigError, match=r"config\.json: transformers refuses it"):
+    with pytest.raises(FileError, match=r"config\.json: transformers refuses it"):
         Adapter.from_pretrained(str(copy), device_map="cpu")
 
 
@@ -399,7 +399,7 @@ def test_faults_of_keys_that_no_run_needs(
 def test_the_adapter_names_a_file_that_it_cannot_take(content: str, copy: Path) -> None:
     """Users of AutoModelForCausalLM get all of the file, so all of it has to be right."""
     (copy / "generation_config.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"generation_config\.json"):
+    with pytest.raises(FileError, match=r"generation_config\.json"):
         Adapter.from_pretrained(str(copy), device_map="cpu")
 
 

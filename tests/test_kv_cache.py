@@ -22,7 +22,7 @@ from support.ranks import open_teams
 from torch import Tensor
 
 from gptneox.adapter import GPTNeoXForCausalLM
-from gptneox.config.errors import ConfigError
+from gptneox.config.errors import ConfigError, FileError
 from gptneox.config.model import ModelConfig
 from gptneox.config.schema import settings_of
 from gptneox.config.settings import EMBEDDED_CHECKPOINT, EngineSection
@@ -122,7 +122,7 @@ def test_other_formats_are_refused(tiny_checkpoint: Path) -> None:
         GPTNeoXForCausalLM.from_pretrained(
             str(tiny_checkpoint), device_map="cpu", kv_cache_dtype="fp8"
         )
-    with pytest.raises(ConfigError, match="kv_quant_type is 'C4', which is not built; C8"):
+    with pytest.raises(FileError, match="kv_quant_type is 'C4', which is not built; C8"):
         model_config(quantization_config={"kv_quant_type": "C4"})
 
 

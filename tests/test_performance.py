@@ -6,14 +6,12 @@ from __future__ import annotations
 import csv
 import errno
 import functools
-import importlib.util
 import json
-import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +20,11 @@ import numpy as np
 import pytest
 import torch
 from support import checkpoints
-from support.processes import MAIN, clean_environ
+from support.processes import clean_this_process, run_here
 from support.tokenizers import write_tokenizer
 from transformers import GenerationMixin
 
-from gptneox.config.errors import ConfigError
+from gptneox.config.errors import FileError
 from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EngineSection, PerformanceSection
 from gptneox.devices import create, select
@@ -82,36 +80,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cli(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., Result]]:
-    """main.main() in this process, in an empty directory; keywords are keys of [performance]."""
-    spec = importlib.util.spec_from_file_location("main", MAIN)
-    main = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(main)
-    for name in set(os.environ) - set(clean_environ()):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.chdir(tmp_path)
+) -> Callable[..., Result]:
+    """main.py in this process, in an empty directory; keywords are keys of [performance]."""
+    clean_this_process(monkeypatch, tmp_path)
     monkeypatch.setattr(Device, "measure_bandwidth", lambda self, *_: 1e10)  # takes a second each
     monkeypatch.setattr(Device, "measure_matmul", lambda self, dtype: 1e11)
-    root = logging.getLogger("gptneox")
-    before = list(root.handlers)
 
     def run(*argv: Any, **performance: Any) -> Result:
         capsys.readouterr()
         text = "[performance]\n" + "".join(f"{k} = {v}\n" for k, v in performance.items())
         (tmp_path / "test.ini").write_text(text, encoding="utf-8")
-        try:
-            status = main.main(["--config", "test.ini", *map(str, argv)])
-        except SystemExit as error:
-            status = error.code
-        finally:
-            for handler in set(root.handlers) - set(before):
-                root.removeHandler(handler)
-                handler.close()
-        return Result(status, *capsys.readouterr())
+        return Result(run_here("--config", "test.ini", *argv), *capsys.readouterr())
 
-    yield run
-    root.setLevel(logging.NOTSET)
+    return run
 
 
 def stopwatch_of(path: str, checkpoint: Path, **settings: Any) -> Stopwatch:
@@ -503,7 +484,7 @@ def test_flags_that_would_do_nothing_are_refused(
     cli: Callable[..., Result], checkpoint: Path
 ) -> None:
     done = cli("--task", "performance", "--model_path", checkpoint, "--max_batch_size", 4)
-    assert done.status == 1
+    assert done.status == 2
     assert "--max_batch_size does not go with --task performance" in done.err
 
 
@@ -547,7 +528,7 @@ def test_compare_reads_what_a_spreadsheet_or_a_pipe_gives(tmp_path: Path) -> Non
     assert read_result(Path(f"/dev/fd/{reader}")).cases == expected.cases
     os.close(reader)
     saved.write_bytes(text.encode("utf-16"))
-    with pytest.raises(ConfigError, match="is UTF-16"):
+    with pytest.raises(FileError, match="is UTF-16"):
         read_result(saved)
 
 
@@ -558,18 +539,18 @@ def test_compare_says_what_is_wrong(cli: Callable[..., Result], tmp_path: Path) 
     (tmp_path / "wrong.csv").write_text("a,b\n1,2\n")
     (tmp_path / "bad.json").write_text("[1]")
     write_csv(tmp_path / "text.csv", (1, 16, 8, "out of memory", 40.0, 10.0, 0, 0))
-    for argv, named in (
-        ((), ("--against",)),
-        (("--against", "nowhere"), ("nowhere",)),
-        (("--against", "empty"), ("empty", "performance")),
-        (("--against", "wrong.csv"), ("wrong.csv", "header")),
-        (("--against", "bad.json"), ("bad.json", "format")),
-        (("--against", "text.csv"), ("text.csv", "out of memory")),
-        (("--against", mine), (mine.name, "--with")),
-        (("--against", mine, "--with", other), ("1 x [16,8]", "4 x [16,8]")),
+    for status, argv, named in (
+        (2, (), ("--against",)),
+        (2, ("--against", "nowhere"), ("nowhere",)),
+        (1, ("--against", "empty"), ("empty", "performance")),
+        (1, ("--against", "wrong.csv"), ("wrong.csv", "header")),
+        (1, ("--against", "bad.json"), ("bad.json", "format")),
+        (1, ("--against", "text.csv"), ("text.csv", "out of memory")),
+        (2, ("--against", mine), (mine.name, "--with")),
+        (2, ("--against", mine, "--with", other), ("1 x [16,8]", "4 x [16,8]")),
     ):
         done = cli("--task", "compare", *argv)
-        assert done.status == 1, argv
+        assert done.status == status, argv
         line = done.err.splitlines()[-1]
         for text in named:
             assert text in line, (argv, line)
@@ -683,7 +664,7 @@ def test_a_result_of_an_earlier_version_is_read(cli: Callable[..., Result], tmp_
 def test_a_damaged_result_is_named(tmp_path: Path, old: str, new: str, named: str) -> None:
     assert old in WRITTEN_EARLIER
     (tmp_path / "b.json").write_text(WRITTEN_EARLIER.replace(old, new, 1))
-    with pytest.raises(ConfigError, match=rf"b\.json is no result .*{named}"):
+    with pytest.raises(FileError, match=rf"b\.json is no result .*{named}"):
         read_result(tmp_path / "b.json")
 
 
@@ -737,7 +718,7 @@ def test_a_json_that_is_no_result_is_kept(measure: Callable[..., Result], tmp_pa
     for content in ('{"model_type": "gpt_neox"}', "[1]", "not JSON"):
         (tmp_path / "config.json").write_text(content)
         done = measure(save_file_name="config.csv")
-        assert (done.status, done.out) == (1, "")
+        assert (done.status, done.out) == (2, "")
         assert "would replace config.json, which is no result" in done.err
         assert "loaded" not in done.err
         assert (tmp_path / "config.json").read_text() == content

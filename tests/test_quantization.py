@@ -565,7 +565,7 @@ def test_wrong_usage_of_the_task(source: Path, tmp_path: Path) -> None:
         with pytest.raises(SystemExit) as stopped:
             run_task(source, tmp_path / "q", *options)
         assert stopped.value.code == 2
-    assert main(["quantize", "--model_path", str(source)]) == 1
+    assert main(["quantize", "--model_path", str(source)]) == 2
 
 
 def test_a_target_within_the_source(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -629,7 +629,7 @@ def test_is_quant_asks_for_quantized_weights(
     monkeypatch.setenv("IS_QUANT", "1")
     prompt = ("--input_ids", "1,2,3", "--load_tokenizer", "False", "--device", "cpu")
     limits = ("--attention", "paged", "--num_blocks", "3", "--max_output_length", "2")
-    assert main(["--model_path", str(source), *prompt, *limits]) == 1
+    assert main(["--model_path", str(source), *prompt, *limits]) == 2
     assert "IS_QUANT=1, but the weights in" in capsys.readouterr().err
     assert main(["--model_path", str(w8a16), *prompt, *limits]) == 0
     shown = capsys.readouterr()

@@ -142,7 +142,7 @@ def test_launcher_behind_a_link(launch, weights: Path, tmp_path: Path) -> None:
 def test_missing_weights_are_named_before_anything_starts(launch, tmp_path: Path, path: str):
     (tmp_path / "a file").touch()
     call = launch(path, PYTHON="/no/such/python", ASCEND_RT_VISIBLE_DEVICES="0,1")
-    assert (call.program, call.status) == ("", 1)
+    assert (call.program, call.status) == ("", 2)
     assert f"weight path '{path}'" in call.stderr
     assert "WEIGHT_DIR" in call.stderr
     assert call.stderr.count("\n") == 1

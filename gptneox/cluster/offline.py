@@ -76,14 +76,11 @@ class ModelPlace:
     heartbeat_timeout_s: float  # as [server] has it
 
     @classmethod
-    def of(cls, settings: Settings) -> ModelPlace:
-        """As this run has it."""
+    def of(cls, settings: Settings, config: ModelConfig) -> ModelPlace:
+        """As this run has it; `config` is the model's."""
         named = settings.given.get("model_path", "")
         is_on_hub = is_model_id(named)
-        dtype = settings.model.dtype
-        if dtype == "auto":
-            path, _ = find_part(settings.model_path, first_rank(settings.args.tp))
-            dtype = ModelConfig.from_pretrained(path).dtype
+        dtype = config.dtype if settings.model.dtype == "auto" else settings.model.dtype
         return cls(
             named if is_on_hub else str(settings.model_path.resolve()),
             settings.model.revision if is_on_hub else "",
@@ -265,6 +262,7 @@ class Worker:
 
 def spread(
     settings: Settings,
+    model: ModelPlace,
     compute: Callable[[RemoteEngine, Piece], Answer],
     pieces: Iterable[tuple[int, Piece]],
 ) -> Iterator[tuple[int, Answer]]:
@@ -272,6 +270,7 @@ def spread(
 
     Args:
         settings: of the run; `--ray` and what goes with it choose the replicas.
+        model: for the replicas.
         compute: called in the actor of a replica; it travels there, and so do the pieces.
         pieces: each with its key.
 
@@ -296,7 +295,7 @@ def spread(
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map_batches(
         Worker,
-        fn_constructor_args=(compute, shape, engine_options(settings), ModelPlace.of(settings)),
+        fn_constructor_args=(compute, shape, engine_options(settings), model),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=args.ray, max_tasks_in_flight_per_actor=2),
         ray_remote_args_fn=place,

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gptneox.config.errors import ConfigError
+from gptneox.config.errors import FileError, NoSuchPath
 from gptneox.file_faults import explain, explain_place
 
 
@@ -19,14 +19,15 @@ def read_json(path: Path) -> dict[str, Any]:
     A byte order mark, which editors on Windows put at the start, is skipped.
 
     Raises:
-        FileNotFoundError: the file or its directory does not exist.
+        FileNotFoundError: the file does not exist; if its directory does not, NoSuchPath.
         OSError: the path exists, but is not a readable file.
-        ConfigError: the content is not a JSON object.
+        FileError: the content is not a JSON object.
     """
     if reason := explain_place(path):
         raise OSError(f"{path} {reason}")
     if not path.is_file():
-        raise FileNotFoundError(
+        error = FileNotFoundError if path.parent.is_dir() else NoSuchPath
+        raise error(
             f"no {path.name} in {path.parent}: the path {_without_json(path)}; give the directory "
             "of a GPT-NeoX checkpoint"
         )
@@ -35,9 +36,9 @@ def read_json(path: Path) -> dict[str, Any]:
         raw = json.loads(data.decode(json.detect_encoding(data)))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too deep, too long numbers
         reason = explain(path) or f"is not valid JSON: {error}; download it again"
-        raise ConfigError(f"{path} {reason}") from error
+        raise FileError(f"{path} {reason}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds {type(raw).__name__}; a JSON object is expected")
+        raise FileError(f"{path} holds {type(raw).__name__}; a JSON object is expected")
     return raw
 
 
@@ -69,10 +70,15 @@ def read_text(path: Path, *, newline: str | None = None) -> str:
         newline: as for `open`: None turns every line end into a line feed, "" keeps them.
 
     Raises:
-        ConfigError: the text is not UTF-8; the message names its encoding where that is clear.
+        FileError: the text is not UTF-8; the message names its encoding where that is clear.
+        NoSuchPath: there is no such file.
         OSError: the file cannot be read.
     """
-    return decode_text(path.read_bytes(), str(path), newline=newline)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise NoSuchPath(f"{path} does not exist") from error
+    return decode_text(data, str(path), newline=newline)
 
 
 def decode_text(data: bytes, origin: str, *, newline: str | None = None) -> str:
@@ -82,14 +88,14 @@ def decode_text(data: bytes, origin: str, *, newline: str | None = None) -> str:
     if len(data) % 2 == 0 and max(head[::2].count(0), head[1::2].count(0)) > len(head) / 5:
         name = name or "UTF-16"  # in Latin text every second byte is zero
     if name:
-        raise ConfigError(
+        raise FileError(
             f"{origin} is {name}; UTF-8 is expected: save it as UTF-8, or convert it with "
             f"iconv -f {name} -t UTF-8"
         )
     try:
         text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(
+        raise FileError(
             f"{origin} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8, or "
             "convert it with iconv -f ENCODING -t UTF-8 (such as LATIN1, GB18030 or SHIFT_JIS)"
         ) from error

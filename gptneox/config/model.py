@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptneox.config.errors import ConfigError
+from gptneox.config.errors import ConfigError, FileError
 from gptneox.config.files import read_json
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class ModelConfig:
 
         Raises:
             FileNotFoundError: there is no config.json.
-            ConfigError: it is not JSON, not GPT-NeoX, or a value cannot be served.
+            FileError: it is not JSON, not GPT-NeoX, or a value cannot be served.
         """
         path = model_path / "config.json"
         return cls.from_dict(read_json(path), str(path))
@@ -123,19 +123,19 @@ class ModelConfig:
         keys = _Keys(raw, origin)
         model_type = raw.get("model_type")
         if model_type != "gpt_neox":
-            raise ConfigError(
+            raise FileError(
                 f"{origin}: model_type is {model_type!r}; this toolkit runs 'gpt_neox' only"
             )
         hidden_size = keys.positive_int("hidden_size")
         num_heads = keys.positive_int("num_attention_heads")
         if hidden_size % num_heads:
-            raise ConfigError(
+            raise FileError(
                 f"{origin}: hidden_size {hidden_size} is not a multiple of "
                 f"num_attention_heads {num_heads}"
             )
         act = raw.get("hidden_act", "gelu")
         if not isinstance(act, str) or act not in ACTIVATIONS:
-            raise ConfigError(
+            raise FileError(
                 f"{origin}: hidden_act {act!r} is not known; use one of {', '.join(ACTIVATIONS)}"
             )
         rope = _rope(keys, hidden_size // num_heads)
@@ -173,9 +173,9 @@ class _Keys:
         if value is None:
             value = default
         if value is None:
-            raise ConfigError(f"{self.origin}: key {key!r} is missing")
+            raise FileError(f"{self.origin}: key {key!r} is missing")
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise ConfigError(
+            raise FileError(
                 f"{self.origin}: {key} is {value!r}; an integer from 1 to {most} is expected"
             )
         return value
@@ -188,7 +188,7 @@ class _Keys:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise ConfigError(f"{self.origin}: {key} is {value!r}; true or false is expected")
+            raise FileError(f"{self.origin}: {key} is {value!r}; true or false is expected")
         return value
 
 
@@ -197,7 +197,7 @@ def _number(value: Any, default: float, what: str) -> float:
         return default
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 < value <= sys.float_info.max:
-        raise ConfigError(f"{what} is {value!r}; a positive, finite number is expected")
+        raise FileError(f"{what} is {value!r}; a positive, finite number is expected")
     return float(value)
 
 
@@ -206,10 +206,10 @@ def _rope(keys: _Keys, head_dim: int) -> dict[str, Any]:
     raw, origin = keys.raw, keys.origin
     params = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(params, dict):
-        raise ConfigError(f"{origin}: rope_parameters is {params!r}; an object is expected")
+        raise FileError(f"{origin}: rope_parameters is {params!r}; an object is expected")
     rope_type = params.get("rope_type", params.get("type", "default"))
     if rope_type not in ROPE_TYPES:
-        raise ConfigError(
+        raise FileError(
             f"{origin}: rope_type {rope_type!r} is not known; use one of {', '.join(ROPE_TYPES)}"
         )
     share = params.get("partial_rotary_factor", raw.get("rotary_pct"))
@@ -218,13 +218,13 @@ def _rope(keys: _Keys, head_dim: int) -> dict[str, Any]:
     share = _number(share, 0.25, f"{origin}: rotary_pct")
     rotary_dim = int(head_dim * min(share, 1.0))
     if share > 1 or rotary_dim < 2 or rotary_dim % 2:
-        raise ConfigError(
+        raise FileError(
             f"{origin}: rotary_pct {share} of head_dim {head_dim} gives {rotary_dim} rotary "
             "dimensions; an even number from 2 to head_dim is needed"
         )
     theta = params.get("rope_theta", raw.get("rotary_emb_base"))
     if rope_type != "default" and params.get("factor") is None:
-        raise ConfigError(f"{origin}: rope_type {rope_type!r} needs a factor; it is missing")
+        raise FileError(f"{origin}: rope_type {rope_type!r} needs a factor; it is missing")
     factor = _number(params.get("factor"), 1.0, f"{origin}: rope factor")
     return {
         "rotary_dim": rotary_dim,
@@ -238,7 +238,7 @@ def _rope(keys: _Keys, head_dim: int) -> dict[str, Any]:
 def _file_dtype(raw: Mapping[str, Any], origin: str) -> str:
     name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in DTYPES:
-        raise ConfigError(f"{origin}: dtype {name!r} is not known; use one of {', '.join(DTYPES)}")
+        raise FileError(f"{origin}: dtype {name!r} is not known; use one of {', '.join(DTYPES)}")
     return name
 
 
@@ -250,7 +250,7 @@ def _kv_cache_dtype(raw: Mapping[str, Any], origin: str) -> str:
     entry = raw.get("quantization_config")
     value = entry.get(KV_QUANT_TYPE) if isinstance(entry, dict) else None
     if value not in (None, "", "C8"):
-        raise ConfigError(
+        raise FileError(
             f"{origin}: {KV_QUANT_TYPE} is {value!r}, which is not built; C8 (int8) is, or leave "
             "it out"
         )
@@ -283,5 +283,5 @@ def token_ids(value: Any, what: str) -> tuple[int, ...]:
     """An `eos_token_id` entry (missing, one id or a list of ids) as a tuple."""
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-        raise ConfigError(f"{what} is {value!r}; an integer or a list of integers is expected")
+        raise FileError(f"{what} is {value!r}; an integer or a list of integers is expected")
     return tuple(ids)

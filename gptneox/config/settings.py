@@ -21,7 +21,7 @@ from typing import Any, ClassVar, TypeVar
 
 from gptneox.config.arguments import QUANTIZATION, boolean, given, given_path
 from gptneox.config.environment import variables
-from gptneox.config.errors import ConfigError, one_of
+from gptneox.config.errors import ConfigError, FileError, NoSuchPath, one_of
 from gptneox.config.files import read_text
 from gptneox.config.model import DTYPES, MAX_POSITIONS
 from gptneox.config.places import shipped
@@ -539,14 +539,12 @@ def read_ini(path: Path) -> dict[str, dict[str, str]]:
     Full-line and inline comments (`;` or `#` after a blank) are removed; `%` is literal.
 
     Raises:
-        FileNotFoundError: `path` does not exist.
+        NoSuchPath: `path` does not exist.
         ConfigError: unreadable, or a section or key that no dataclass knows.
     """
     if path.is_dir() or not path.exists():
         state = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(
-            f"no settings file: {path} {state}; see config.ini in the repository"
-        )
+        raise NoSuchPath(f"no settings file: {path} {state}; see config.ini in the repository")
     # No default section: [DEFAULT] is unknown like any other that no dataclass stands for.
     parser = configparser.ConfigParser(
         interpolation=None, inline_comment_prefixes=(";", "#"), default_section=""
@@ -555,6 +553,8 @@ def read_ini(path: Path) -> dict[str, dict[str, str]]:
         parser.read_string(read_text(path), source=str(path))
     except configparser.Error as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    except FileError as error:  # here it is the settings that are wrong
+        raise ConfigError(str(error)) from error
     sections: dict[str, dict[str, str]] = {}
     for name in parser.sections():
         target = "precision" if name == "ceval" else name

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptneox.config.errors import ConfigError
+from gptneox.config.errors import ConfigError, FileError
 from gptneox.config.files import read_json
 from gptneox.engine.sentencepiece_tokenizer import (
     MODEL_NAMES,
@@ -40,12 +40,12 @@ def load_tokenizer(model_path: Path, vocab_size: int, *, trust_remote_code: bool
 
     Raises:
         FileNotFoundError: the directory has no tokenizer files.
-        ConfigError: the tokenizer cannot be loaded, or has more tokens than the embedding.
+        FileError: the tokenizer cannot be loaded, or has more tokens than the embedding.
     """
     names = ("tokenizer.json", *MODEL_NAMES, "vocab.json", "merges.txt")
     try:
         tokenizer = _load(model_path, names, trust_remote_code)
-    except (ConfigError, FileNotFoundError) as error:
+    except (FileError, FileNotFoundError) as error:
         files = (*names, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
         if reason := explain_first(model_path / name for name in files):
             raise type(error)(reason) from error
@@ -155,9 +155,7 @@ def _one_line_errors(model_path: Path) -> Iterator[None]:
         raise ConfigError(f"the tokenizer in {model_path} needs a package: {error}") from error
     except Exception as error:
         first_line = f"{type(error).__name__}: {error}".split("\n", 1)[0]
-        raise ConfigError(
-            f"the tokenizer in {model_path} cannot be loaded: {first_line}"
-        ) from error
+        raise FileError(f"the tokenizer in {model_path} cannot be loaded: {first_line}") from error
 
 
 def _check_size(tokenizer: Any, model_path: Path, vocab_size: int) -> None:
@@ -173,7 +171,7 @@ def _check_size(tokenizer: Any, model_path: Path, vocab_size: int) -> None:
             ", ".join(f"{token} ({i})" for i, token in sorted(beyond.items())[:10]),
         )
         return
-    raise ConfigError(
+    raise FileError(
         f"the tokenizer in {model_path} has {max(beyond) + 1} tokens, but config.json says "
         f"vocab_size {vocab_size}; they are of different models"
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptneox.config.errors import ConfigError
+from gptneox.config.errors import FileError
 from gptneox.config.files import read_json
 from gptneox.config.model import token_ids as read_token_ids
 
@@ -136,7 +136,7 @@ def read_generation_config(model_path: Path, vocab_size: int) -> GenerationRules
         vocab_size: ids beyond it are refused where transformers refuses them.
 
     Raises:
-        ConfigError: the file is not a JSON object, or an obeyed key has an invalid value.
+        FileError: the file is not a JSON object, or an obeyed key has an invalid value.
     """
     path = model_path / "generation_config.json"
     has_file = path.is_file()
@@ -168,10 +168,10 @@ class _Reader:
     def __init__(self, raw: Mapping[str, Any], origin: str, vocab_size: int) -> None:
         self.raw, self.origin, self.vocab_size = raw, origin, vocab_size
 
-    def _refuse(self, key: str, expected: str) -> ConfigError:
+    def _refuse(self, key: str, expected: str) -> FileError:
         value = repr(self.raw[key])
         shown = value if len(value) < 80 else f"{value[:77]}..."
-        return ConfigError(f"{self.origin}: {key} is {shown}; {expected} is expected")
+        return FileError(f"{self.origin}: {key} is {shown}; {expected} is expected")
 
     def count(self, key: str) -> int:
         value = self.raw.get(key)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gptneox.config.errors import ConfigError
+from gptneox.config.errors import ConfigError, FileError
 from gptneox.config.files import read_json
 
 MODEL_NAMES = ("tokenizer.model", "spiece.model")
@@ -40,7 +40,7 @@ def read_settings(model_path: Path) -> dict[str, Any]:
     tokenizer_config.json has the newer `added_tokens_decoder`.
 
     Raises:
-        ConfigError: a file is not a JSON object.
+        FileError: a file is not a JSON object.
     """
     path = model_path / "tokenizer_config.json"
     settings = read_json(path) if path.is_file() else {}
@@ -64,7 +64,8 @@ class SentencePieceTokenizer:
         """Load the checkpoint's SentencePiece model and its added tokens.
 
         Raises:
-            ConfigError: the package sentencepiece is missing, or a file is damaged.
+            ConfigError: the package sentencepiece is missing.
+            FileError: a file is damaged.
         """
         file = next(model_path / name for name in MODEL_NAMES if (model_path / name).is_file())
         try:
@@ -76,7 +77,7 @@ class SentencePieceTokenizer:
         try:
             self._processor = SentencePieceProcessor(model_file=str(file))
         except (RuntimeError, OSError) as error:
-            raise ConfigError(f"{file} is not a SentencePiece model; download it again") from error
+            raise FileError(f"{file} is not a SentencePiece model; download it again") from error
         settings = read_settings(model_path)
         self._without_prefix: Any = None
         if settings.get("legacy") is False:
@@ -176,7 +177,7 @@ class SentencePieceTokenizer:
             return
         path = model_path / "tokenizer_config.json"
         if not isinstance(listed or {}, dict):
-            raise ConfigError(f"{path}: added_tokens_decoder is {listed!r}; an object is expected")
+            raise FileError(f"{path}: added_tokens_decoder is {listed!r}; an object is expected")
         for number, entry in (listed or {}).items():
             token = _token(entry, special=False)
             if token and token.content in special:
@@ -231,7 +232,7 @@ def _role_tokens(settings: dict[str, Any]) -> list[AddedToken]:
 def _check_listed(path: Path, content: Any, token_id: Any) -> None:
     valid = isinstance(content, str) and content and type(token_id) is int and token_id >= 0
     if not valid:
-        raise ConfigError(
+        raise FileError(
             f"{path}: the added token {content!r} has the id {token_id!r}; a text and an integer "
             "from 0 are expected"
         )

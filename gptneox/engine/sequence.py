@@ -10,6 +10,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
 
+from gptneox.config.errors import ConfigError
 from gptneox.engine.generation_config import NO_RULES, GenerationRules
 
 MAX_STOP_STRINGS = 16
@@ -22,7 +23,7 @@ NO_TOKEN = (
 MAX_PENALTY, MAX_BIAS = 2.0, 100.0
 
 
-class InvalidParameter(ValueError):
+class InvalidParameter(ConfigError):
     """A request field is out of range; `param` names it."""
 
     def __init__(self, param: str, value: object, expected: str) -> None:

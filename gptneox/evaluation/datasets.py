@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gptneox.config.errors import ConfigError
+from gptneox.config.errors import FileError, NoSuchPath
 from gptneox.config.files import read_text
 from gptneox.config.settings import EMBEDDED_CHECKPOINT
 from gptneox.evaluation.scoring import (
@@ -74,7 +74,7 @@ def read_boolq(folder: Path) -> Dataset:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ConfigError: a line is not an object with title, question, passage and answer.
+        FileError: a line is not an object with title, question, passage and answer.
     """
     files = _files(folder, "*.jsonl", "BoolQ (such as dev.jsonl)")
     questions: list[Question] = []
@@ -82,7 +82,7 @@ def read_boolq(folder: Path) -> Dataset:
         for where, row in _json_lines(path):
             title, question, passage = (_text(row, k, where) for k in _BOOLQ_TEXTS)
             if not isinstance(row.get("answer"), bool):
-                raise ConfigError(
+                raise FileError(
                     f"{where}: answer is {row.get('answer')!r}; true or false is expected"
                 )
             body = f"{title} -- {passage}\nQuestion: {question}?\nAnswer:"
@@ -120,7 +120,7 @@ def read_choice_rows(path: Path, *, header: bool) -> list[ChoiceRow]:
             (explanations) are ignored.
 
     Raises:
-        ConfigError: a row is malformed; the message names file and line.
+        FileError: a row is malformed; the message names file and line.
     """
     rows = []
     reader = csv.reader(io.StringIO(read_text(path, newline=""), newline=""), strict=True)
@@ -130,18 +130,18 @@ def read_choice_rows(path: Path, *, header: bool) -> list[ChoiceRow]:
                 where = f"{path}, line {reader.line_num}"
                 rows.append(_choice_row(cells[1:7] if header else cells, where))
     except csv.Error as error:
-        raise ConfigError(f"{path}, after row {len(rows)}: {error}") from error
+        raise FileError(f"{path}, after row {len(rows)}: {error}") from error
     return rows
 
 
 def _choice_row(cells: list[str], where: str) -> ChoiceRow:
     if len(cells) != 6:
-        raise ConfigError(
+        raise FileError(
             f"{where}: {len(cells)} columns; question, A, B, C, D and answer are expected"
         )
     answer = cells[5].strip()
     if answer not in LETTERS:
-        raise ConfigError(f"{where}: the answer is {cells[5]!r}; A, B, C or D is expected")
+        raise FileError(f"{where}: the answer is {cells[5]!r}; A, B, C or D is expected")
     return ChoiceRow(cells[0], tuple(cells[1:5]), answer)
 
 
@@ -167,7 +167,7 @@ def read_mmlu(
 
     Raises:
         FileNotFoundError: no subject has its files.
-        ConfigError: a file is malformed.
+        FileError: a file is malformed.
     """
     scorer = choice_scorer(scoring, num_new_tokens)
     return _MMLU.read(folder, "val", _few_shot, scorer, shots, MAX_PROMPT_TOKENS)
@@ -323,7 +323,7 @@ def read_gsm8k(folder: Path) -> Dataset:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ConfigError: a line is not an object with question and answer, or holds no number.
+        FileError: a line is not an object with question and answer, or holds no number.
     """
     files = _files(folder, "*.jsonl", "GSM8K (GSM8K.jsonl)")
     questions: list[Question] = []
@@ -331,7 +331,7 @@ def read_gsm8k(folder: Path) -> Dataset:
         for where, row in _json_lines(path):
             answer = last_number(_text(row, "answer", where))
             if not answer:
-                raise ConfigError(f"{where}: the answer holds no number")
+                raise FileError(f"{where}: the answer holds no number")
             body = _text(row, "question", where)
             questions.append(Question(len(questions), path.stem, body, answer))
     scorer = GenerationScorer("last_number", 512, last_number, same_number)
@@ -344,8 +344,10 @@ def read_gsm8k(folder: Path) -> Dataset:
 def _files(folder: Path, pattern: str, what: str) -> list[Path]:
     files = sorted(path for path in folder.glob(pattern) if path.is_file())
     if not files:
-        state = "holds no such file" if folder.is_dir() else "does not exist"
-        raise FileNotFoundError(f"no {pattern} of {what} in {folder}: the folder {state}")
+        is_there = folder.is_dir()
+        state = "holds no such file" if is_there else "does not exist"
+        error = FileNotFoundError if is_there else NoSuchPath
+        raise error(f"no {pattern} of {what} in {folder}: the folder {state}")
     return files
 
 
@@ -359,19 +361,19 @@ def _json_lines(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{where}: not JSON: {error}") from error
+            raise FileError(f"{where}: not JSON: {error}") from error
         if not isinstance(row, dict):
-            raise ConfigError(f"{where}: {type(row).__name__}; a JSON object is expected")
+            raise FileError(f"{where}: {type(row).__name__}; a JSON object is expected")
         is_empty = False
         yield where, row
     if is_empty:
-        raise ConfigError(f"{path} holds no questions")
+        raise FileError(f"{path} holds no questions")
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
-        raise ConfigError(f"{where}: {key} is {value!r}; a text is expected")
+        raise FileError(f"{where}: {key} is {value!r}; a text is expected")
     if any("\ud800" <= c <= "\udfff" for c in value):
-        raise ConfigError(f"{where}: {key} holds half a surrogate pair, which is no character")
+        raise FileError(f"{where}: {key} holds half a surrogate pair, which is no character")
     return value

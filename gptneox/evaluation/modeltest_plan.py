@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from gptneox.config.environment import Environment
-from gptneox.config.errors import ConfigError
+from gptneox.config.errors import ConfigError, FileError
 from gptneox.config.files import read_text
 from gptneox.config.model import ModelConfig
 from gptneox.hub import find_checkpoint
@@ -305,7 +305,7 @@ def _prompts(word: str) -> tuple[str, ...]:
     if not word.startswith("["):
         try:
             lines = read_text(Path(word)).splitlines()
-        except (OSError, ConfigError) as error:
+        except (OSError, FileError) as error:
             raise ConfigError(
                 f'input_text_or_file {word!r} is neither a list like ["hello","hi"] nor a text '
                 f"file that can be read: {error}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from gptneox.config.errors import ConfigError
+from gptneox.config.errors import ConfigError, FileError
 from gptneox.evaluation.datasets import Dataset
 from gptneox.evaluation.scoring import NO_ANSWER, Question, Result
 from gptneox.evaluation.subjects import HARD_SUBJECTS
@@ -91,6 +91,7 @@ class ResultFolder:
 
         Raises:
             ConfigError: the cache is of another model, protocol or question set.
+            FileError: it is damaged.
         """
         try:
             if self.cache_path.stat().st_size:
@@ -125,12 +126,12 @@ class ResultFolder:
         ):
             row = next(csv.reader([line.decode("utf-8", "replace")]), [])
             if row[:3] != [str(question.index), question.subject, question.answer] or len(row) != 4:
-                raise ConfigError(
+                raise FileError(
                     f"{self.cache_path}, line {number} is damaged: {line[:80]!r}; {self._remedy}"
                 )
             predictions.append(row[3])
         if len(lines) > len(self.dataset.questions):
-            raise ConfigError(f"{self.cache_path} has too many rows; {self._remedy}")
+            raise FileError(f"{self.cache_path} has too many rows; {self._remedy}")
         return predictions, sum(len(line) + 1 for line in lines)
 
     @property
@@ -144,7 +145,7 @@ class ResultFolder:
         except (OSError, ValueError):
             stored = None
         if not isinstance(stored, dict):
-            raise ConfigError(
+            raise FileError(
                 f"{self.cache_path} holds answers, but {path.name} beside it, which says of what, "
                 f"is missing or damaged; {self._remedy}"
             )

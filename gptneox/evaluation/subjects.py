@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptneox.config.errors import ConfigError
+from gptneox.config.errors import FileError
 from gptneox.config.files import read_json
 
 
@@ -143,19 +143,19 @@ def read_mapping(path: Path, key: str) -> dict[str, Subject]:
         key: such as "mmlu_all_sets".
 
     Raises:
-        ConfigError: not JSON, or not of this form.
+        FileError: not JSON, or not of this form.
     """
     raw: Any = read_json(path)
     raw = raw.get(key, raw)
     if isinstance(raw, list):
         raw = dict.fromkeys(raw, "")
     if not isinstance(raw, Mapping) or not raw:
-        raise ConfigError(f"{path}: an object of subjects is expected, under {key!r} or directly")
+        raise FileError(f"{path}: an object of subjects is expected, under {key!r} or directly")
     subjects = {}
     for name, value in raw.items():
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise ConfigError(
+            raise FileError(
                 f"{path}: {name!r} is {json.dumps(value)[:60]}; a text or a list of texts is "
                 "expected"
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptneox.cli import Settings
-from gptneox.config.errors import ConfigError
+from gptneox.config.errors import ConfigError, FileError, NoSuchPath
 from gptneox.config.files import read_text
 from gptneox.evaluation.performance_result import (
     CaseResult,
@@ -47,7 +47,7 @@ def run(settings: Settings) -> None:
     """Print the comparison. Without --with it is with the newest result in this directory.
 
     Raises:
-        ConfigError, FileNotFoundError: with a message for the user.
+        ConfigError, FileError, FileNotFoundError: with a message for the user.
     """
     args = settings.args
     if args.against is None:
@@ -65,8 +65,8 @@ def read_result(path: Path) -> StoredResult:
     """Read a performance result: its JSON, its CSV, or the newest one in a directory.
 
     Raises:
-        FileNotFoundError: there is none.
-        ConfigError: the file is something else.
+        FileNotFoundError: the directory has none; if there is no such path, NoSuchPath.
+        FileError: the file is something else.
     """
     if path.is_dir():
         results = [
@@ -79,7 +79,7 @@ def read_result(path: Path) -> StoredResult:
             )
         path = max(results, key=lambda p: (p.stat().st_mtime_ns, p.suffix == ".json"))
     if not path.exists():
-        raise FileNotFoundError(f"no performance result {path}; give a CSV, a JSON or a directory")
+        raise NoSuchPath(f"no performance result {path}; give a CSV, a JSON or a directory")
     if path.suffix != ".json" and json_path(path).is_file():
         path = json_path(path)
     try:
@@ -90,7 +90,7 @@ def read_result(path: Path) -> StoredResult:
         origin = "a CSV without its JSON: device and dtype are unknown"
         return StoredResult(path, read_csv_cases(text), origin)
     except (ValueError, TypeError) as error:
-        raise ConfigError(
+        raise FileError(
             f"{path} is no result of --task performance: {error}; give its CSV or JSON"
         ) from error
 

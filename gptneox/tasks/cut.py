@@ -16,6 +16,7 @@ from pathlib import Path
 
 from gptneox import interpreter
 from gptneox.config.arguments import given_path
+from gptneox.config.errors import exit_status
 from gptneox.config.places import CHECKOUT
 from gptneox.files import prepare_streams
 
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
         if args.debug:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return exit_status(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -125,8 +125,9 @@ def _run_in_cluster(settings: Settings) -> None:
     from gptneox.cluster.offline import ModelPlace, answer_prompts, first_rank, spread
 
     args, started = settings.args, time.perf_counter()
-    group, place = TensorParallelGroup(), ModelPlace.of(settings)
+    group = TensorParallelGroup()
     path, config = find_part(settings.model_path, first_rank(args.tp))
+    place = ModelPlace.of(settings, config)
     if settings.environment.is_quant:
         refuse_float(settings, check_weights(path, config))
     positions = config.positions(place.positions)
@@ -158,7 +159,7 @@ def _run_in_cluster(settings: Settings) -> None:
         places = dict(pieces)
         hide = not sys.stderr.isatty()
         with tqdm(total=len(prompts), initial=len(done), desc="prompts", disable=hide) as bar:
-            for key, completions in spread(settings, answer_prompts, work):
+            for key, completions in spread(settings, place, answer_prompts, work):
                 for i, completion in zip(places[key], completions, strict=True):
                     done[i] = completion
                     kept.add(i, completion)

@@ -100,7 +100,8 @@ def _run_in_cluster(settings: Settings, dataset: Dataset) -> None:
     limit = prompt_limit(dataset, config.positions(settings.engine.max_position_embeddings))
     formats = check_weights(path, config)
     refuse_float(settings, formats)
-    labels = [ModelPlace.of(settings).dtype, scheme_of(formats)]
+    place = ModelPlace.of(settings, config)
+    labels = [place.dtype, scheme_of(formats)]
     protocol = describe_protocol(settings, dataset, limit, "_".join(filter(None, labels)))
     fingerprint = make_fingerprint(protocol, dataset, path)
     results = ResultFolder(result_folder(section), dataset, protocol, fingerprint)
@@ -117,7 +118,8 @@ def _run_in_cluster(settings: Settings, dataset: Dataset) -> None:
         waiting: dict[int, list[Result]] = {}
         total = len(dataset.questions)
         with tqdm(total=total, initial=num_done, desc=dataset.name, unit="q") as bar:
-            for key, answers in spread(replace(settings, engine=engine), compute, pieces):
+            settings = replace(settings, engine=engine)
+            for key, answers in spread(settings, place, compute, pieces):
                 waiting[key] = answers
                 bar.update(len(answers))
                 while batch := waiting.pop(results.num_done, None):  # the file keeps their order

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from gptneox.cli import Settings
-from gptneox.config.errors import ConfigError
+from gptneox.config.errors import ConfigError, FileError
 from gptneox.config.files import read_text
 from gptneox.config.model import ModelConfig
 from gptneox.config.settings import EMBEDDED_CHECKPOINT
@@ -66,8 +66,8 @@ def sample_texts(path: Path | None) -> list[str]:
     """The texts of a file, or those that come with the toolkit; blank lines are left out.
 
     Raises:
-        FileNotFoundError, ConfigError: there is no such file; or a line is not as described, with
-            its number.
+        NoSuchPath: there is no such file.
+        FileError: a line is not as described; the message has its number.
     """
     if path is None:
         lines = read_text(DEFAULT_TEXT).splitlines()[-NUM_DEFAULT:]
@@ -80,12 +80,12 @@ def sample_texts(path: Path | None) -> list[str]:
         try:
             entry = json.loads(line)
         except ValueError as error:
-            raise ConfigError(f"{where} is not JSON: {error}") from error
+            raise FileError(f"{where} is not JSON: {error}") from error
         key = next((k for k in KEYS if isinstance(entry, dict) and k in entry), None)
         if key is None:
-            raise ConfigError(f"{where} has neither {' nor '.join(KEYS)}")
+            raise FileError(f"{where} has neither {' nor '.join(KEYS)}")
         if not isinstance(entry[key], str) or not entry[key]:
-            raise ConfigError(f"{where}: {key} is not a text")
+            raise FileError(f"{where}: {key} is not a text")
         texts.append(entry[key])
     return texts
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from gptneox.cli import make_parser
 from gptneox.cluster.plan import ServicePlan, need_ray
-from gptneox.config.errors import ConfigError
+from gptneox.config.errors import ConfigError, exit_status
 from gptneox.config.places import CHECKOUT
 from gptneox.devices.ranks import CLUSTER_RESOURCES
 from gptneox.files import prepare_streams
@@ -40,12 +40,9 @@ def main(argv: list[str]) -> int:
             sys.stdout.write(config_yaml(args, plan))
             return 0
         return _deploy(args, plan)
-    except ConfigError as error:
+    except (ValueError, OSError, RuntimeError) as error:  # Ray's own errors are among them
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except (OSError, RuntimeError) as error:  # Ray's own errors are among them
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return exit_status(error)
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gptneox.config.errors import ConfigError
+from gptneox.config.errors import FileError
 from gptneox.config.files import read_json
 from gptneox.config.model import ModelConfig
 from gptneox.devices.device import Device
@@ -214,7 +214,7 @@ def read_manifest(part_model: Path) -> Manifest:
         )
     try:
         manifest = parse_manifest(path)
-    except ConfigError as error:
+    except FileError as error:
         raise CheckpointError(
             f"{path} is damaged ({error}); move {part_model} away and cut the model again"
         ) from error
@@ -237,14 +237,14 @@ def parse_manifest(path: Path) -> Manifest:
     """Read the manifest; the folders of the ranks are not looked at.
 
     Raises:
-        ConfigError: the file is not a manifest.
+        FileError: the file is not a manifest.
     """
     try:
         manifest = Manifest(**read_json(path))
     except TypeError as error:
-        raise ConfigError(str(error)) from error
+        raise FileError(str(error)) from error
     if not isinstance(manifest.world_size, int):
-        raise ConfigError(f"world_size is {manifest.world_size!r}, a number is expected")
+        raise FileError(f"world_size is {manifest.world_size!r}, a number is expected")
     return manifest
 
 

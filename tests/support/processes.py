@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""main.py and the launchers as processes: environments, stub programs, a terminal."""
+"""main.py in this process or as one of its own, launchers, stub programs, a terminal."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import logging
 import os
 import pty
 import re
@@ -13,7 +15,13 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptneox.__main__ import main
 
 REPO = Path(__file__).resolve().parents[2]
 MAIN = REPO / "main.py"
@@ -56,6 +64,37 @@ def run_main(*argv: str, cwd: Path, **environ: str) -> subprocess.CompletedProce
     )
     out, err = done.stdout.decode(), done.stderr.decode()
     return subprocess.CompletedProcess(done.args, done.returncode, out, err)
+
+
+@contextlib.contextmanager
+def without_new_handlers() -> Iterator[None]:
+    """In the end, handlers of the log that came inside go: their streams are those of one test."""
+    root = logging.getLogger("gptneox")
+    before, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        for handler in set(root.handlers) - set(before):
+            root.removeHandler(handler)
+            handler.close()
+        root.setLevel(level)
+
+
+def clean_this_process(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """For `run_here`: the environment of `clean_environ`, and an own current folder."""
+    for name in set(os.environ) - set(clean_environ()):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(folder)
+
+
+def run_here(*argv: Any) -> Any:
+    """main.py in this process, without the start of an interpreter; returns the exit status."""
+    with without_new_handlers():
+        try:
+            return main([str(word) for word in argv])
+        except SystemExit as error:  # argparse
+            return error.code
 
 
 class Terminal:

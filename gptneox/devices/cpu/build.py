@@ -35,7 +35,7 @@ import torch
 
 from gptneox import files
 from gptneox.config.environment import Environment
-from gptneox.config.errors import ConfigError
+from gptneox.config.errors import ConfigError, exit_status
 from gptneox.devices.cpu import blocked
 
 logger = logging.getLogger(__name__)
@@ -252,7 +252,7 @@ def main() -> int:
         module = load()
     except ConfigError as error:
         logger.error("%s", error)  # noqa: TRY400
-        return 1
+        return exit_status(error)
     if module is not None:
         logger.info("CPU kernels: %s", module.describe())
     return 0
