@@ -174,7 +174,7 @@ def test_rows_that_int8_cannot_hold():
     splits=st.sampled_from((1, 2, 8)),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=20, deadline=None, derandomize=True,
+@settings(max_examples=8, deadline=None, derandomize=True,
           suppress_health_check=list(HealthCheck))  # fmt: skip
 def test_random_shapes(
     decodes, prompts, block_size, heads, head_dim, share, dtype, splits, seed
@@ -231,7 +231,7 @@ def test_rows_of_padding_touch_nothing(splits, cache_dtype):
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=12, deadline=None, derandomize=True,
+@settings(max_examples=6, deadline=None, derandomize=True,
           suppress_health_check=list(HealthCheck))  # fmt: skip
 def test_int8_products(rows, features, depth, has_bias, dtype, seed):
     """Against fp64: one rounding of the result, and fp32 sums."""
@@ -278,7 +278,7 @@ def test_products_of_integers(depth, features, inputs):
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=12, deadline=None, derandomize=True,
+@settings(max_examples=6, deadline=None, derandomize=True,
           suppress_health_check=list(HealthCheck))  # fmt: skip
 def test_int4_products(rows, features, shape, has_bias, dtype, seed):
     """Against fp64: one rounding of the result, and fp32 sums. The last shapes suit no tile."""

@@ -27,6 +27,7 @@ if [[ ! $TEST_WORKERS =~ ^[1-9][0-9]{0,2}$ ]]; then
   exit 2
 fi
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes import the same modules
 
 if (($# > 0)); then
   exec "$PYTHON" -m pytest "$@"
@@ -60,7 +61,7 @@ stage() {
 
 stage "ruff check" "$PYTHON" -m ruff check .
 stage "ruff format" "$PYTHON" -m ruff format --check .
-stage "mypy" "$PYTHON" -m mypy
+stage "mypy" "$PYTHON" -m mypy --num-workers "$TEST_WORKERS"
 stage "shellcheck" "$shellcheck" -S style -x .ci/run "${shell_files[@]}"
 # once, before all workers would wait for it
 stage "CPU kernels" "$PYTHON" -m gptneox.devices.cpu.build

@@ -65,13 +65,14 @@ def triton_environment() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join((str(REPO / "tests"), str(SITE))),
         "TRITON_CACHE_DIR": str(SITE / "cache"),
         "OMP_NUM_THREADS": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }
 
 
 def run_checks(name: str, folder: Path, environment: dict[str, str], *options: str) -> None:
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-q", "--tb=short", "-n", "0"),
+            *(sys.executable, "-m", "pytest", "-q", "--tb=short"),
             *("-p", "no:cacheprovider", "-o", "python_files=check_*.py"),
             *("--basetemp", folder / "inner", *options, f"tests/{name}.py"),
         ],

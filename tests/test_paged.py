@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import checkpoints
+from support.pairs import pairs_first
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
@@ -126,9 +127,17 @@ def assert_all_blocks_free(engine: PagedEngine) -> None:
 # -- continuous batching equals one at a time ----------------------------------------------------
 
 
-@pytest.mark.parametrize("prefix_caching", [True, False], ids=["prefix", "no-prefix"])
-@pytest.mark.parametrize("budget", [64, 256, 0], ids=["chunk-64", "chunk-256", "whole"])
-@pytest.mark.parametrize("block_size", [16, 128])
+PREFIX = [pytest.param(True, id="prefix"), pytest.param(False, id="no-prefix")]
+
+
+def budgets(*sizes: int) -> list[Any]:
+    """Of prompt tokens in a step; 0: whole prompts."""
+    return [pytest.param(n, id=f"chunk-{n}" if n else "whole") for n in sizes]
+
+
+@pytest.mark.parametrize(
+    ("block_size", "budget", "prefix_caching"), pairs_first([16, 128], budgets(64, 256, 0), PREFIX)
+)
 def test_batch_equals_hf_one_by_one(
     block_size: int, budget: int, prefix_caching: bool, reference: Reference, device: Device
 ) -> None:
@@ -156,9 +165,9 @@ def test_batch_equals_hf_one_by_one(
     assert_all_blocks_free(engine)
 
 
-@pytest.mark.parametrize("prefix_caching", [True, False], ids=["prefix", "no-prefix"])
-@pytest.mark.parametrize("budget", [64, 0], ids=["chunk-64", "whole"])
-@pytest.mark.parametrize("block_size", [16, 128])
+@pytest.mark.parametrize(
+    ("block_size", "budget", "prefix_caching"), pairs_first([16, 128], budgets(64, 0), PREFIX)
+)
 def test_preemption_changes_nothing(
     block_size: int, budget: int, prefix_caching: bool, reference: Reference, device: Device
 ) -> None:

@@ -371,7 +371,7 @@ def report(load: Load, rows: Seq[dict[str, float]]) -> None:
         logger.info("%s", row)
 
 
-@pytest.mark.parametrize("seconds", [6, pytest.param(SOAK_S, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [3, pytest.param(SOAK_S, marks=pytest.mark.slow)])
 def test_a_soak_leaves_memory_tasks_descriptors_and_blocks_as_they_were(
     seconds: float, engine: PagedEngine, caplog: pytest.LogCaptureFixture
 ) -> None:

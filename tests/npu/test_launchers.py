@@ -9,9 +9,13 @@ And what a user is told when something is missing: one line with the remedy, exi
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import json
 import shutil
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import checkpoints
+from support.processes import run_here
 from support.service import program
 
 REPO = Path(__file__).resolve().parents[2]
@@ -133,30 +138,28 @@ def printed(done):
     return found
 
 
-@pytest.fixture(scope="session")
-def texts_of_cpu(machines):
-    """What either path prints on the CPU, in fp32."""
-    found = {}
-    for attention in ("paged", "flash"):
-        done = machines["910B4"].run(
-            *(*MAIN, "--device", "cpu", "--dtype", "float32", "--attention", attention, *ASK)
-        )
-        found[attention] = printed(done)
-    return found
+@functools.cache
+def text_of_cpu(attention):
+    """What a path prints on the CPU, in fp32."""
+    output = io.StringIO()
+    options = ("--device", "cpu", "--dtype", "float32", "--attention", attention)
+    with contextlib.redirect_stdout(output):
+        status = run_here(*options, *ASK)
+    return printed(subprocess.CompletedProcess(ASK, status, output.getvalue(), ""))
 
 
 @pytest.mark.parametrize(("name", "devices"), matrix(("910B4", "0")))
-def test_neox_mini_through_run_pa(machines, texts_of_cpu, name, devices):
+def test_neox_mini_through_run_pa(machines, name, devices):
     done = machines[name].run(
         *("bash", "run_pa.sh", *ASK), ASCEND_RT_VISIBLE_DEVICES=devices, MASTER_PORT=free_port()
     )
     assert f"on Ascend{name}" in done.stderr
-    assert printed(done) == texts_of_cpu["paged"]
+    assert printed(done) == text_of_cpu("paged")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", ["0", "0,1"])
-def test_neox_mini_with_graphs(machines, texts_of_cpu, devices):
+def test_neox_mini_with_graphs(machines, devices):
     """Collectives are captured, too."""
     done = machines["910B4"].run(
         *("bash", "run_pa.sh", *ASK, "--graphs", "on"),
@@ -164,11 +167,11 @@ def test_neox_mini_with_graphs(machines, texts_of_cpu, devices):
         MASTER_PORT=free_port(),
     )
     assert "captured the decode step of 2 sequences" in done.stderr
-    assert printed(done) == texts_of_cpu["paged"]
+    assert printed(done) == text_of_cpu("paged")
 
 
 @pytest.mark.parametrize(("name", "devices"), matrix(("310P3", "0,1")))
-def test_neox_mini_through_cut_model_and_run(machines, texts_of_cpu, tmp_path, name, devices):
+def test_neox_mini_through_cut_model_and_run(machines, tmp_path, name, devices):
     copy = tmp_path / "checkpoint"
     shutil.copytree(MINI, copy, ignore=shutil.ignore_patterns("part_model"))
     done = machines[name].run(
@@ -178,7 +181,7 @@ def test_neox_mini_through_cut_model_and_run(machines, texts_of_cpu, tmp_path, n
         ASCEND_RT_VISIBLE_DEVICES=devices,
         MASTER_PORT=free_port(),
     )
-    assert printed(done) == texts_of_cpu["flash"]
+    assert printed(done) == text_of_cpu("flash")
 
 
 # -- what is said when something is missing ------------------------------------------------------
@@ -216,16 +219,21 @@ def test_too_many_devices(machines, checkpoint):
     assert "rank 2 has no NPU: 2 visible for 3 ranks" in last_line(done)
 
 
-def test_short_of_memory(machines, checkpoint):
-    run, path = machines["910B4"].run, checkpoint[0]
-    command = (*MAIN, "--device", "npu", "--model_path", path, *PAGED)
-    assert "not enough memory for the weights" in last_line(
-        run(*command, FAKE_NPU_MEM=str(4 << 20))
-    )
-    small = str(64 << 20)
-    assert "no memory for the KV cache" in last_line(run(*command, FAKE_NPU_MEM=small))
-    many = run(*command, "--num_blocks", "1000", FAKE_NPU_MEM=small)
-    assert "not enough memory for --num_blocks 1000" in last_line(many)
+@pytest.mark.parametrize(
+    ("mebibytes", "options", "text"),
+    [
+        (64, (), "no memory for the KV cache"),
+        pytest.param(4, (), "not enough memory for the weights", marks=pytest.mark.slow),
+        pytest.param(
+            *(64, ("--num_blocks", "1000"), "not enough memory for --num_blocks 1000"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_short_of_memory(machines, checkpoint, mebibytes, options, text):
+    command = (*MAIN, "--device", "npu", "--model_path", checkpoint[0], *PAGED, *options)
+    done = machines["910B4"].run(*command, FAKE_NPU_MEM=str(mebibytes << 20))
+    assert text in last_line(done)
 
 
 def test_bf16_on_duo(machines, checkpoint):
@@ -234,6 +242,7 @@ def test_bf16_on_duo(machines, checkpoint):
     assert "dtype bfloat16 is not served on Ascend310P3; use float16" in last_line(done)
 
 
+@pytest.mark.slow
 def test_quantized_weights_are_refused(machines, checkpoint, tmp_path):
     run = machines["910B4"].run
     done = run("bash", "run_pa.sh", checkpoint[0], *ONE_PROMPT, "--device", "npu", IS_QUANT="1")
@@ -253,7 +262,9 @@ def test_unknown_chip(machines, checkpoint):
     assert "is not supported" in last_line(done)
 
 
-@pytest.mark.parametrize("name", ["910B4", "310P3", "310P3-without-ATB"])
+@pytest.mark.parametrize(
+    "name", ["910B4", pytest.param("310P3", marks=pytest.mark.slow), "310P3-without-ATB"]
+)
 def test_doctor(machines, checkpoint, name):
     done = machines[name].run(*MAIN, "doctor", "--model_path", checkpoint[0], *ONE_PROMPT)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -287,7 +298,12 @@ def test_doctor_where_something_is_short(machines, checkpoint):
     assert "type: export HCCL_IF_BASE_PORT=" in done.stdout
     assert done.returncode == 1
     assert "FAIL devices:           3 listed in ASCEND_RT_VISIBLE_DEVICES, 2 found" in done.stdout
-    done = run(*command, FAKE_NPU_MEM=str(64 << 20))
+
+
+@pytest.mark.slow
+def test_doctor_where_memory_is_short(machines, checkpoint):
+    command = (*MAIN, "doctor", "--model_path", checkpoint[0], *ONE_PROMPT)
+    done = machines["910B4"].run(*command, FAKE_NPU_MEM=str(64 << 20))
     assert done.returncode == 1
     assert "no memory for the KV cache: one block takes" in done.stdout
 

@@ -12,13 +12,15 @@ The stand-in libraries let the real torch_npu run on host memory, with kernels t
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from .operators import REFERENCES, DeviceLimit
 
@@ -63,6 +65,35 @@ def on_host(tensor: Tensor) -> Tensor:
         return out.set_(base, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
+def leaves_of(values: Iterable[Any]) -> list[Any]:
+    """These arguments of an operator, with what is in lists; collectives have lists of lists."""
+    found: list[Any] = []
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            found += leaves_of(value)
+        else:
+            found.append(value)
+    return found
+
+
+class Operator:
+    """What never changes about an operator; to ask torch takes longer than most operators do."""
+
+    def __init__(self, func: Any) -> None:
+        schema, has_kernel = func._schema, torch._C._dispatch_has_kernel_for_dispatch_key
+        self.name: str = schema.name
+        self.arguments = [a.name for a in schema.arguments]
+        self.written = {a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write}
+        self.is_decomposed = not has_kernel(func.name(), "PrivateUse1") and has_kernel(
+            func.name(), "CompositeImplicitAutograd"
+        )
+        # a view, or an operator that copies if it must
+        self.may_be_view = any(r.alias_info and not r.alias_info.is_write for r in schema.returns)
+
+
+operator = functools.cache(Operator)
+
+
 def concerns_npu(leaves: list[Any]) -> bool:
     """A call has npu tensors or makes one, and none of its tensors is a FakeTensor."""
     if any(isinstance(leaf, FakeTensor) for leaf in leaves):
@@ -78,20 +109,23 @@ class Call:
 
     def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.func, self.args, self.kwargs = func, args, kwargs
-        self.schema = func._schema
-        self.name: str = self.schema.name
+        own = operator(func)
+        self.name = own.name
         self.is_collective = self.name.startswith("c10d::")
         if self.is_collective:  # gloo carries it, so no kernel is launched that writes itself down
             ctypes.CDLL("libascendcl.so").fake_kernel(self.name.encode("ascii"))
         self.written: list[tuple[Tensor, Tensor]] = []  # (npu tensor, its new value on the host)
-        written = {a.name for a in self.schema.arguments if a.alias_info and a.alias_info.is_write}
-        names = [a.name for a in self.schema.arguments]
-        self.given = dict(zip(names, args, strict=False)) | kwargs  # by name, as they came
+        self.given = dict(zip(own.arguments, args, strict=False)) | kwargs  # by name, as they came
         self.host = {
-            name: tree_map(lambda x, n=name: self._to_host(x, n in written), value)
+            name: self._all_to_host(value, name in own.written)
             for name, value in self.given.items()
         }
         self.num_positional = len(args)
+
+    def _all_to_host(self, value: Any, is_written: bool) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._all_to_host(x, is_written) for x in value)
+        return self._to_host(value, is_written)
 
     def _to_host(self, value: Any, is_written: bool) -> Any:
         if is_npu(value):
@@ -194,21 +228,18 @@ class EmulatedDevice(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        leaves = tree_leaves((args, kwargs))
-        name = func._schema.name
+        leaves, own = leaves_of((*args, *kwargs.values())), operator(func)
+        name = own.name
         if name in REAL or not concerns_npu(leaves):
             return func(*args, **kwargs)
-        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-        if not has_kernel(func.name(), "PrivateUse1") and has_kernel(
-            func.name(), "CompositeImplicitAutograd"
-        ):
+        if own.is_decomposed:
             with self:
                 return func.decompose(*args, **kwargs)
         if self.tape is not None:
             self.check_capture(name, leaves)
         got = None
-        if any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns):
-            got = func(*args, **kwargs)  # a view, or an operator that copies if it must
+        if own.may_be_view:
+            got = func(*args, **kwargs)
             memory = {x.untyped_storage().data_ptr() for x in leaves if isinstance(x, Tensor)}
             made = [x for x in tree_leaves(got) if isinstance(x, Tensor)]
             if all(x.untyped_storage().data_ptr() in memory for x in made):

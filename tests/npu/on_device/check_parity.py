@@ -22,20 +22,27 @@ DTYPE = torch.float16
 LENGTHS = (1, 2, 15, 16, 17, 127, 128, 129, 255)
 # Twins whose head_dim, rotary width, activation and residual form occur in no other.
 FEW = ("gpt-neox-20b", "pythia-1b", "pythia-2.8b", "relu-serial")
+# Between them they have every head_dim, rotary share, activation and residual form of the family.
+SOME = (*FEW, "polyglot-ko-1.3b", "japanese-gpt-neox-3.6b", "no-attention-bias")
+
+
+def form_of(config):
+    """What decides about the operators of a layer."""
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    defaults = (("use_parallel_residual", True), ("attention_bias", True))
+    form = [config.get(key, default) for key, default in defaults]
+    return (*form, head_dim, config["rotary_pct"], config["hidden_act"])
 
 
 def marked_twins():
-    """Every twin; one whose layers look like an earlier one's takes part in the long run only."""
-    seen, params = set(), []
-    for name, config in checkpoints.FAMILY.items():
-        defaults = (("use_parallel_residual", True), ("attention_bias", True))
-        form = tuple(config.get(key, default) for key, default in defaults)
-        head_dim = config["hidden_size"] // config["num_attention_heads"]
-        form += (head_dim, config["rotary_pct"], config["hidden_act"])
-        marks = [pytest.mark.slow] if form in seen else []
-        seen.add(form)
-        params.append(pytest.param(name, marks=marks))
-    return params
+    """Every twin; those that are not of `SOME` take part in the long run only."""
+    every, some = (
+        [set(values) for values in zip(*map(form_of, configs), strict=True)]
+        for configs in (checkpoints.FAMILY.values(), map(checkpoints.FAMILY.get, SOME))
+    )
+    assert some == every, "a value of the family is in none of SOME"
+    marks = {name: [] if name in SOME else [pytest.mark.slow] for name in checkpoints.FAMILY}
+    return [pytest.param(name, marks=marks[name]) for name in checkpoints.FAMILY]
 
 
 @pytest.fixture(scope="module", params=marked_twins())
@@ -95,14 +102,16 @@ def test_prefill_decode_and_chunks(twin, engine):
     compare(tokens, twin)
 
 
-def test_64_decode_steps(twin, engine, request):
+def test_many_decode_steps(twin, engine, request):
     """Rows of different lengths, over the edge of a block and up to it."""
-    if "gpt-neox-20b" not in request.node.name and "not slow" in request.config.option.markexpr:
+    is_short = "not slow" in request.config.option.markexpr
+    if "gpt-neox-20b" not in request.node.name and is_short:
         pytest.skip("every twin in the long run")
-    lengths = (1, 17, 64, 100)
-    tokens = Sequences(engine, checkpoints.prompts([n + 64 for n in lengths], twin.vocab))
+    num_steps = 24 if is_short else 64
+    lengths = (1, 17, BLOCK - num_steps, BLOCK + 36 - num_steps)
+    tokens = Sequences(engine, checkpoints.prompts([n + num_steps for n in lengths], twin.vocab))
     tokens.step(lengths)
-    for _ in range(64):
+    for _ in range(num_steps):
         tokens.step([1] * len(lengths))
     compare(tokens, twin)
 
@@ -238,13 +247,13 @@ def test_flash_path(twin, npu):
 
 
 def test_generates_what_hugging_face_does(twin, npu, request):
-    """64 steps of the engine, with a chunked prompt and a prefix hit on the way."""
+    """24 steps of the engine, with a chunked prompt and a prefix hit on the way."""
     if "gpt-neox-20b" not in request.node.name:
         pytest.skip("one twin is enough")
     engine = checkpoints.load_engine(
         twin.path, npu, "auto", num_blocks=12, max_batch_size=3, max_prefill_tokens=100
     )
-    params = SamplingParams(max_new_tokens=64, ignore_eos=True, logprobs=0)
+    params = SamplingParams(max_new_tokens=24, ignore_eos=True, logprobs=0)
     prompts = checkpoints.prompts([150, 17, 1], twin.vocab, seed=3)
     prompts.append(prompts[0][:140])
     for prompt, output in zip(prompts, engine.generate(prompts, params), strict=True):
