@@ -244,7 +244,7 @@ def _from_modelscope(model_id: str, revision: str) -> Path:
 
     # which class they have in common differs between releases
     own = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, Exception)]
-    failures = (OSError, ValueError, RuntimeError, *own)
+    failures: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *own)
     options: dict[str, Any] = {"revision": revision} if revision else {}
     with suppress(*failures):  # it is not in the cache
         folder = Path(snapshot_download(model_id, local_files_only=True, **options))
