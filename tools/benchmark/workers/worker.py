@@ -152,8 +152,8 @@ def _answer(worker: Worker, op: str, request: Answer) -> Answer:
             "versions": versions(worker.packages),
         }
     if op == "convert":
-        paths = Path(request["model"]), Path(request["target"])
-        worker.convert(*paths, request["dtype"], request["weights"])
+        source, target = Path(request["model"]), Path(request["target"])
+        worker.convert(source, target, request["dtype"], request["weights"])
         return {}
     if op == "run":
         return _run(worker, request["prompts"], request["num_new"])
