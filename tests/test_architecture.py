@@ -301,7 +301,7 @@ def test_no_path_of_a_developers_machine() -> None:
 
 
 # An interface of a device's operators, whose methods are the operators.
-MAY_BE_LARGER = {"Operators": 27, "NpuOperators": 21}
+MAY_BE_LARGER = {"Operators": 27}
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=name_of)

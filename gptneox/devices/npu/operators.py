@@ -71,6 +71,17 @@ class NpuInt8(PackedInt8):
 
     factor: Tensor | None = None
 
+    def multiply(self, ops: Operators, x: Tensor) -> Tensor:
+        """By npu_weight_quant_batchmatmul, which adds its offset: symmetric weights have none.
+
+        Source: op-plugin, npu_weight_quant_batchmatmul, per channel with a transposed weight.
+        """
+        assert isinstance(ops, NpuOperators)
+        product = ops.torch_npu.npu_weight_quant_batchmatmul
+        return with_factor(
+            functools.partial(product, x, self.weight.t(), self.scale), self.factor, self.bias
+        )
+
 
 @dataclass
 class NpuInt4(PackedInt4):
@@ -81,6 +92,30 @@ class NpuInt4(PackedInt4):
     """
 
     factor: Tensor | None = None
+
+    def multiply(self, ops: Operators, x: Tensor) -> Tensor:
+        """By npu_weight_quant_batchmatmul.
+
+        Source: op-plugin, npu_weight_quant_batchmatmul, per group; a single one is per channel.
+        """
+        assert isinstance(ops, NpuOperators)
+        num_groups = len(self.scale)
+        product = functools.partial(
+            ops.torch_npu.npu_weight_quant_batchmatmul,
+            *(x, self.weight, self.scale, self.zero),
+            antiquant_group_size=0 if num_groups == 1 else self.in_features // num_groups,
+        )
+        return with_factor(product, self.factor, self.bias)
+
+
+def with_factor(
+    product: Callable[..., Tensor], factor: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """A product that adds its bias itself, or one whose outputs take a factor before the bias."""
+    if factor is None:
+        return product(bias=bias)
+    y = product().mul_(factor)
+    return y if bias is None else y.add_(bias)
 
 
 @dataclass
@@ -232,19 +267,6 @@ class NpuOperators(Operators):
             values.contiguous(), bias, in_features, out_features, scale.to(dtype), factor
         )
 
-    def linear_int8(self, x: Tensor, packed: PackedInt8) -> Tensor:
-        """By npu_weight_quant_batchmatmul, which adds its offset: symmetric weights have none.
-
-        Source: op-plugin, npu_weight_quant_batchmatmul, per channel with a transposed weight.
-        """
-        assert isinstance(packed, NpuInt8)
-        weight, bias = packed.weight.t(), packed.bias
-        product = functools.partial(self.torch_npu.npu_weight_quant_batchmatmul, x, weight)
-        if packed.factor is None:
-            return product(packed.scale, bias=bias)
-        y = product(packed.scale).mul_(packed.factor)
-        return y if bias is None else y.add_(bias)
-
     def pack_int4(
         self,
         values: Tensor,
@@ -293,24 +315,6 @@ class NpuOperators(Operators):
             zero=(8 - zero.to(dtype)).t().contiguous(),
             factor=factor,
         )
-
-    def linear_int4(self, x: Tensor, packed: PackedInt4) -> Tensor:
-        """By npu_weight_quant_batchmatmul, where `pack_int4` made its layout.
-
-        Source: op-plugin, npu_weight_quant_batchmatmul, per group; a single one is per channel.
-        """
-        if not isinstance(packed, NpuInt4):
-            return super().linear_int4(x, packed)
-        num_groups = len(packed.scale)
-        product = functools.partial(
-            self.torch_npu.npu_weight_quant_batchmatmul,
-            *(x, packed.weight, packed.scale, packed.zero),
-            antiquant_group_size=0 if num_groups == 1 else packed.in_features // num_groups,
-        )
-        if packed.factor is None:
-            return product(bias=packed.bias)
-        y = product().mul_(packed.factor)
-        return y if packed.bias is None else y.add_(packed.bias)
 
     def pack_integers(
         self,
