@@ -6,6 +6,7 @@ The next token is the largest logit, found by numpy. Contexts are made per case,
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,27 @@ _FILE_TYPES = {
 }
 
 
+def _survives(path: bytes, params: Any) -> bool:
+    """Whether another process lives through 16 tokens with these parameters of a model.
+
+    Kernels for repacked weights of few bits, as those for AMX of version 0.3.36, use instructions
+    that end the process on some machines.
+    """
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1] == 0
+    status = 1
+    try:
+        model = llama_cpp.llama_model_load_from_file(path, params)
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx = 256
+        context = llama_cpp.llama_init_from_model(model, options)
+        tokens = (llama_cpp.llama_token * 16)(*range(16))
+        status = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, 16))
+    finally:
+        os._exit(1 if status else 0)
+
+
 class LlamaCpp(Worker):
     """Weights in the asked dtype; keys and values in float32 or, its default, float16.
 
@@ -57,19 +79,20 @@ class LlamaCpp(Worker):
         assert load.converted is not None, "there is nothing converted"
         llama_cpp.llama_backend_init()
         path = str(load.converted / _FILE).encode()
-        self.model = llama_cpp.llama_model_load_from_file(
-            path, llama_cpp.llama_model_default_params()
-        )
+        params = llama_cpp.llama_model_default_params()
+        params.use_extra_bufts = not load.weights or _survives(path, params)
+        self.model = llama_cpp.llama_model_load_from_file(path, params)
         if not self.model:
             raise RuntimeError(f"llama.cpp could not load {path.decode()}")
         self.threads, self.dtype = load.threads, load.dtype
         self.vocab_size = ModelConfig.from_pretrained(load.model).vocab_size
-        info = llama_cpp.llama_print_system_info().decode()
-        answer: Answer = {"dtype": load.dtype, "about": info.strip()}
+        info = llama_cpp.llama_print_system_info().decode().strip()
+        answer: Answer = {"dtype": load.dtype, "about": info}
         if load.weights:
             count, size = gguf.GGML_QUANT_SIZES[_BLOCKS[load.weights]]
             head = 32 if load.dtype == "float32" else 16
-            answer |= {"weights": load.weights, "bits": [8 * size / count, head]}
+            weights = load.weights if params.use_extra_bufts else f"{load.weights}, not repacked"
+            answer |= {"weights": weights, "bits": [8 * size / count, head]}
         return answer
 
     def prepare(self, batch: int, prompt: int, output: int) -> None:
