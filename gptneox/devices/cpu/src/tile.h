@@ -201,6 +201,14 @@ constexpr bool kWidened = F::kPerLane == 1 && sizeof(typename F::Weight) < 4;
 template <typename F>
 constexpr bool kRowScaled = std::is_same_v<typename F::Weight, int8_t>;
 
+// How many bytes ahead one row of widened weights is prefetched. Measured: 256 gives the most on a
+// Zen 4; on a Xeon with AMX 4096 reads 1.3 times as fast as that.
+#if defined(__x86_64__)
+inline const int64_t kAloneAhead = __builtin_cpu_is("intel") ? 4096 : 256;
+#else
+constexpr int64_t kAloneAhead = 256;
+#endif
+
 // One tile: c [R][kCols] (+)= a * panel over `k_steps` K steps, a multiple of kChains. Rows of c
 // are `ldc` apart. a is transposed, [k_steps][R], or row-major with kRowStride where that is not 0.
 // kStreamed: the panel comes from memory, not from a processor cache.
@@ -218,7 +226,7 @@ inline void tile(
   // Prefetch distance in bytes, and whether to prefetch every cache line or one per K step: both
   // were measured for each number of rows.
   constexpr bool kAlone = R == 1 && kWidened<F> && !kRowScaled<F>;
-  constexpr int64_t kAhead = !kStreamed ? 2048 : R > 4 ? 8192 : kAlone ? 256 : 2048;
+  const int64_t ahead = !kStreamed ? 2048 : R > 4 ? 8192 : kAlone ? kAloneAhead : 2048;
   constexpr bool kEveryLine = kStreamed && (R <= 2 || R > 4);
   constexpr int64_t kFetched = kEveryLine ? kStride * sizeof(typename F::Weight) : 64;
   Lanes sum[kChains][R][2];
@@ -241,7 +249,7 @@ inline void tile(
       // the bandwidth. An address beyond the end is harmless: a prefetch cannot fault.
 #pragma GCC unroll 4
       for (int64_t offset = 0; offset < kFetched; offset += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead + offset, 0, 2);
+        __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead + offset, 0, 2);
       }
       const auto b0 = F::operand(p), b1 = F::operand(p + kStride / 2);
 #pragma GCC unroll 12
