@@ -244,9 +244,8 @@ def description(**environ: str) -> dict[str, Any]:
 @pytest.mark.environments
 def test_the_oldest_packages_of_the_service(tmp_path: Path) -> None:
     """They describe the same service as those that are here, and pass the tests of its routes."""
-    text = (REPO / "pyproject.toml").read_text("utf-8")
-    block = text.split("\nserve = [\n")[1].split("\n]")[0]
-    oldest = [f"{name}=={bound}.0" for name, bound in re.findall(r'"(\w+)>=([\d.]+)', block)]
+    bounds = re.findall(r"(\w+)>=([\d.]+)", " ".join(requirements("serve")))
+    oldest = [f"{name}=={bound}.0" for name, bound in bounds]
     assert len(oldest) == 3
     run(sys.executable, "-m", "pip", "install", "--quiet", "--target", tmp_path / "old", *oldest)
     folders = {"PYTHONPATH": os.pathsep.join((str(tmp_path / "old"), str(REPO / "tests")))}

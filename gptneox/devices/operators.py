@@ -309,8 +309,7 @@ class Operators:
 
         A device may apply scales to the sums of groups instead, which rounds less.
         """
-        pairs = packed.weight.unsqueeze(2)
-        values = torch.cat((pairs & 15, pairs >> 4), 2).flatten(1).float()  # [F, K]
+        values = split_pairs(packed.weight).float()
         groups = values.view(len(values), packed.scale.shape[1], -1)
         weight = (groups - packed.zero.float().unsqueeze(2)) * packed.scale.unsqueeze(2)
         return F.linear(x, weight.flatten(1).to(x.dtype), packed.bias)
@@ -594,6 +593,12 @@ class Operators:
 
 
 # -- integers ------------------------------------------------------------------------------------
+
+
+def split_pairs(pairs: Tensor) -> Tensor:
+    """Two values from 0 to 15 in each integer [F, K / 2], the even k in the low half: [F, K]."""
+    return torch.stack((pairs & 15, pairs >> 4), 2).flatten(1)
+
 
 # Products of int8 values that fp32 adds up exactly, in any order: 1024 * 128 * 128 = 2^24.
 _EXACT_TERMS = 1024

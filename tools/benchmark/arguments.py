@@ -83,8 +83,9 @@ def parser() -> argparse.ArgumentParser:
     add("--against", default=[], type=_engines, help=f"any of {','.join(PEERS)}")
     add("--variant", default=[], type=_variant, action="append", metavar="NAME:KEY=VALUE,...",
         help="this engine once more, with environment variables; repeatable")  # fmt: skip
-    add("--scheme", choices=tuple(SCHEMES), help="quantized weights, made of those of --model for "
-        "each engine; this engine's float weights are measured beside them")  # fmt: skip
+    add("--scheme", choices=tuple(SCHEMES), default="",
+        help="quantized weights, made of those of --model for each engine; this engine's float "
+        "weights are measured beside them")  # fmt: skip
     add("--install", action="store_true", help="first install what --against lacks")
     add("--install-only", action="store_true", help="install --against (default: all), and end")
     add = flags.add_argument_group("other measurements").add_argument

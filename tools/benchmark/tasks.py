@@ -44,9 +44,7 @@ def measure(args: Namespace, command: Sequence[str], say: Say) -> int:
             f"--scheme {args.scheme}: {model.name} is quantized already ({found}); leave the flag "
             "out, or give the float checkpoint"
         )
-    options = Options(
-        args.device, args.dtype, args.threads, args.cache, args.timeout, args.scheme or ""
-    )
+    options = Options(args.device, args.dtype, args.threads, args.cache, args.timeout, args.scheme)
     cases = _cases(args, model.config.max_position_embeddings)
     with Session(model, options, say) as session:
         session.measure_limits()
@@ -55,7 +53,7 @@ def measure(args: Namespace, command: Sequence[str], say: Say) -> int:
             "description": session.limits["description"],
             "threads": args.threads,
             "dtype": args.dtype,
-            "scheme": args.scheme or "",
+            "scheme": args.scheme,
             "runs": args.runs,
             "curve": args.curve,
             "matmul": session.matmul,
@@ -72,7 +70,7 @@ def measure(args: Namespace, command: Sequence[str], say: Say) -> int:
 
 
 def _contestants(args: Namespace) -> list[Contestant]:
-    return contestants(args.against, args.variant, args.scheme or "", args.dtype)
+    return contestants(args.against, args.variant, args.scheme, args.dtype)
 
 
 def _file_name(args: Namespace, model_name: str) -> str:

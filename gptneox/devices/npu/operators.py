@@ -39,6 +39,7 @@ from gptneox.devices.operators import (
     PackedIntegers,
     PackedLayer,
     PackedLinear,
+    split_pairs,
 )
 from gptneox.devices.step import ForwardBatch, RotaryTables
 
@@ -106,6 +107,13 @@ class NpuInt4(PackedInt4):
             antiquant_group_size=0 if num_groups == 1 else self.in_features // num_groups,
         )
         return with_factor(product, self.factor, self.bias)
+
+
+def bias_to_add(bias: Tensor | None, factor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """As `with_factor` takes it: the operator itself adds a bias of fp32 to bf16 products."""
+    if bias is not None and factor is None and dtype == torch.bfloat16:
+        return bias.float()
+    return bias
 
 
 def with_factor(
@@ -260,9 +268,7 @@ class NpuOperators(Operators):
         factor, lifted = None, scale.clamp_min(torch.finfo(dtype).tiny)
         if ((scale != lifted) & (scale != 0)).any():
             factor, scale = (scale / lifted).to(dtype), lifted
-        # The operator adds a bias of fp32 to bf16 products.
-        if bias is not None and factor is None and dtype == torch.bfloat16:
-            bias = bias.float()
+        bias = bias_to_add(bias, factor, dtype)
         return NpuInt8(
             values.contiguous(), bias, in_features, out_features, scale.to(dtype), factor
         )
@@ -297,8 +303,7 @@ class NpuOperators(Operators):
                     "w4a16: %s, so such weights are widened for each product, which is slow", fault
                 )
             return super().pack_int4(values, scale, zero, bias, dtype)
-        pairs = values.to(torch.int32).unsqueeze(2)
-        numbers = torch.cat((pairs & 15, pairs >> 4), 2).flatten(1).sub_(8)  # [F, K]
+        numbers = split_pairs(values.to(torch.int32)).sub_(8)  # [F, K]
         packed = self.torch_npu.npu_convert_weight_to_int4pack(numbers.t().contiguous())
         tiny = torch.finfo(dtype).tiny
         smallest = scale.masked_fill(scale == 0, 1.0).amin(1)
@@ -307,10 +312,8 @@ class NpuOperators(Operators):
         if (lift > 1).any():
             factor, scale = (1 / lift).to(dtype), scale * lift.unsqueeze(1)
             scale = scale.masked_fill(scale < tiny, 0.0)
-        if bias is not None and factor is None and dtype == torch.bfloat16:
-            bias = bias.float()  # what the operator adds to bf16 products
         return NpuInt4(
-            *(packed, bias, 2 * half, out_features),
+            *(packed, bias_to_add(bias, factor, dtype), 2 * half, out_features),
             scale=scale.t().to(dtype).contiguous(),
             zero=(8 - zero.to(dtype)).t().contiguous(),
             factor=factor,
