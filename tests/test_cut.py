@@ -333,7 +333,7 @@ def test_shapes_of_the_20b_model() -> None:
     for short, by_size in TABLE.items():
         name = short if short in full else f"gpt_neox.layers.17.{short}"
         for world_size, expected in zip((2, 4, 8), by_size, strict=True):
-            dim = cut_dimension(name, {})
+            dim = cut_dimension(name, full[name], {}, world_size)
             assert list(part_shape(dim, full[name], world_size)) == expected
             for rank in range(world_size):
                 index = rank_slice(dim, full[name], rank, world_size)

@@ -196,7 +196,7 @@ def test_parts_make_up_the_whole(form, world_size, in_bytes, source) -> None:
             for rank in range(world_size)
         ]
         assert len({part.shape for part in parts}) == 1, "every rank holds equally much"
-        dim = formats.cut_dimension(name, layout.formats)
+        dim = formats.cut_dimension(name, whole.shape, layout.formats, world_size)
         if formats.is_partial_bias(name):
             assert torch.equal(torch.stack(parts).sum(0), whole), name
         elif dim is None:

@@ -31,11 +31,19 @@ from gptneox.devices.step import (
 logger = logging.getLogger(__name__)
 
 
+class Notice(NamedTuple):
+    """What a user should know of how a weight is held, and the bytes that it is about."""
+
+    text: str
+    num_bytes: int
+
+
 class LinearWeight(ABC):
     """The weight [F, K] of a linear layer on the device, in the format it was loaded in."""
 
     adjusts_inputs: ClassVar[bool] = False  # something is done to them before the product
     quantizes_inputs: ClassVar[bool] = False  # the product is one of integers
+    notice: Notice | None = None
 
     @property
     @abstractmethod
@@ -127,10 +135,11 @@ class PackedInt4(PackedLinear):
 class PackedAdjusted(PackedLinear):
     """A layer whose inputs are divided, and put in another order, before its own product.
 
-    `weight` is the PackedLinear of that product, which has the bias.
+    `weight` is the PackedLinear of that product, which has the bias. Of its columns some may
+    repeat an input, with weights of zero.
     """
 
-    order: Tensor | None  # [K]
+    order: Tensor | None  # the input of each column of the weight
     divisor: Tensor | None  # [K], of x as it comes
 
     def multiply(self, ops: Operators, x: Tensor) -> Tensor:

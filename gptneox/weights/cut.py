@@ -124,8 +124,10 @@ def cut_checkpoint(
     check_free(target, CUT, replace=recut)
     tensors = {n: (checkpoint.dtypes[n], s) for n, s in checkpoint.shapes.items()}
     checkpoint.close()
-    dims = {n: cut_dimension(_rule(n, config), layout.formats) for n in tensors}
-    parts = {n: (d, part_shape(dims[n], s, world_size)) for n, (d, s) in tensors.items()}
+    parts = {}
+    for name, (dtype, shape) in tensors.items():
+        dim = cut_dimension(_rule(name, config), shape, layout.formats, world_size)
+        parts[name] = dtype, part_shape(dim, shape, world_size)
     with filling(target, CUT, replace=recut) as folder:
         check_space(target, world_size * sum(num_bytes(d, s) for d, s in parts.values()))
         manifest = Manifest(
@@ -219,7 +221,7 @@ def merge_checkpoint(part_model: Path, output_path: Path, *, recut: bool = False
         for name, (_, shape) in tqdm(
             tensors.items(), desc="joining", unit="tensor", disable=not sys.stderr.isatty()
         ):
-            dim = cut_dimension(_rule(name, config), formats)
+            dim = cut_dimension(_rule(name, config), shape, formats, manifest.world_size)
             writer.write(name, _join(parts, name, shape, dim))
             num_mapped += num_bytes(*tensors[name])
             if num_mapped > REMAP_BYTES:  # of all parts together

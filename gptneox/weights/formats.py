@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +22,7 @@ from gptneox.devices.operators import (
     FoldableWeight,
     InputRange,
     LinearWeight,
+    Notice,
     Operators,
     PackedLinear,
 )
@@ -44,12 +45,15 @@ CUT_AXES = {
 class StoredTensor:
     """One of the tensors that a weight is stored as.
 
-    `dims` are its dimensions along the layer's outputs and inputs; None where it has none.
+    `dims` are its dimensions along the layer's outputs and inputs; None where it has none. With
+    `per_group` it has an entry for each group of inputs, and is whole on every rank where the
+    number of ranks does not divide that of the groups.
     """
 
     suffix: str  # last part of its name
     dims: tuple[int | None, int | None]
     dtypes: tuple[torch.dtype, ...]
+    per_group: bool = False
 
 
 class WeightFormat(ABC):
@@ -57,6 +61,7 @@ class WeightFormat(ABC):
 
     tensors: tuple[StoredTensor, ...]
     scheme: str = ""  # of quantization, as directories and messages name it
+    order_suffix: str = ""  # of the tensor that tells the group of each input, if it has any order
     has_bias: ClassVar[bool] = False  # the layer's bias is among the tensors of the weight
 
     @abstractmethod
@@ -66,6 +71,25 @@ class WeightFormat(ABC):
     @abstractmethod
     def num_bytes(self, num_outputs: int, num_inputs: int, dtype: torch.dtype) -> int:
         """Bytes of a loaded weight in a model that computes in `dtype`."""
+
+    def of_part(self, part: int, num_parts: int) -> WeightFormat:
+        """The format of one of `num_parts` equal parts of the inputs, whose tensors `load` takes.
+
+        Its `num_bytes` is that of the largest part, `num_inputs` those of one.
+        """
+        return self
+
+    def with_order(self, parts: Sequence[Tensor], num_parts: int) -> WeightFormat:
+        """This format where inputs have an order, on which the bytes of a part depend.
+
+        Args:
+            parts: what is stored as `order_suffix`, of all `num_parts` parts or of one.
+            num_parts: of the inputs.
+
+        Raises:
+            ValueError: there is no such order.
+        """
+        return self
 
     def why_not_cut(self, axis: int, num_outputs: int, num_inputs: int, world_size: int) -> str:
         """Why a weight cannot be shared out along OUTPUTS or INPUTS to ranks; "" where it can."""
@@ -89,6 +113,7 @@ class FloatWeight(FoldableWeight):
     """A weight [F, K] of floating-point values."""
 
     values: Tensor
+    notice: Notice | None = None
 
     @property
     def out_features(self) -> int:
@@ -408,16 +433,30 @@ def _module(name: str) -> str:
 # -- one rank's part of a tensor -----------------------------------------------------------------
 
 
-def cut_dimension(name: str, formats: Formats) -> int | None:
-    """Dimension along which tensor parallelism cuts a tensor; None: it is whole on each rank."""
+def cut_dimension(
+    name: str, shape: tuple[int, ...], formats: Formats, world_size: int
+) -> int | None:
+    """Dimension along which tensor parallelism cuts a tensor; None: it is whole on each rank.
+
+    Args:
+        name: of a parameter.
+        shape: of the whole tensor.
+        formats: of the checkpoint's linear layers.
+        world_size: number of ranks.
+    """
     linear, suffix = split_name(name)
     axis = CUT_AXES.get(_module(linear))
     if axis is None:
         return None
     if suffix == "bias" and not formats.get(linear, FLOAT).has_bias:
         return 0 if axis == OUTPUTS else None
-    dims = {t.suffix: t.dims for t in formats.get(linear, FLOAT).tensors}
-    return dims[suffix][axis] if suffix in dims else None
+    tensors = {t.suffix: t for t in formats.get(linear, FLOAT).tensors}
+    if suffix not in tensors:
+        return None
+    dim = tensors[suffix].dims[axis]
+    if dim is not None and axis == INPUTS and tensors[suffix].per_group and shape[dim] % world_size:
+        return None
+    return dim
 
 
 def rank_slice(
@@ -462,4 +501,9 @@ def why_not_cut(linear: str, shape: tuple[int, ...], formats: Formats, world_siz
 def is_partial_bias(name: str) -> bool:
     """Whether a tensor is the bias of a row-parallel layer: one rank adds it, the others zero."""
     linear, suffix = split_name(name)
-    return suffix in ("bias", "quant_bias") and CUT_AXES.get(_module(linear)) == INPUTS
+    return suffix in ("bias", "quant_bias") and shares_inputs(linear)
+
+
+def shares_inputs(linear: str) -> bool:
+    """Whether a layer is row-parallel: each rank has a part of its inputs."""
+    return CUT_AXES.get(_module(linear)) == INPUTS

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from gptneox.weights.formats import (
     part_shape,
     rank_slice,
     scheme_of,
+    shares_inputs,
     split_name,
     why_not_cut,
 )
@@ -168,7 +169,8 @@ def read_part(
         rank: whose part.
         world_size: number of parts.
     """
-    dim, shape = cut_dimension(name, formats), checkpoint.shapes[stored]
+    shape = checkpoint.shapes[stored]
+    dim = cut_dimension(name, shape, formats, world_size)
     value = checkpoint.read(stored, rank_slice(dim, shape, rank, world_size))
     if is_partial_bias(name) and rank > 0:
         return torch.zeros_like(value)
@@ -305,7 +307,7 @@ class Layout:
 
 
 def check_weights(model_path: Path, config: ModelConfig, world_size: int | None = None) -> Formats:
-    """Check the weight files against config.json without reading their data.
+    """Check the weight files against config.json without reading the weights.
 
     Args:
         model_path: what `load_model` would be given.
@@ -337,10 +339,30 @@ def _open(
             )
         if layout.num_parts == 1:
             check_cut(checkpoint.model_path, config, layout.formats, world_size or 1)
+        layout = replace(layout, formats=_with_orders(checkpoint, layout, world_size or 1))
     except BaseException:
         checkpoint.close()
         raise
     return checkpoint, layout
+
+
+def _with_orders(checkpoint: Checkpoint, layout: Layout, world_size: int) -> Formats:
+    """Formats that know how the inputs of groups fall to ranks; see `WeightFormat.with_order`.
+
+    Raises:
+        CheckpointError: an order is damaged.
+    """
+    formats = dict(layout.formats)
+    for linear, weight_format in layout.formats.items():
+        if world_size == 1 or not weight_format.order_suffix or not shares_inputs(linear):
+            continue
+        groups = checkpoint.read(layout.names[f"{linear}.{weight_format.order_suffix}"])
+        parts = groups.chunk(world_size // layout.num_parts)
+        try:
+            formats[linear] = weight_format.with_order(parts, world_size)
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint.model_path}: {linear}: {error}") from error
+    return formats
 
 
 def check_cut(path: Path, config: ModelConfig, formats: Formats, world_size: int) -> None:
@@ -387,7 +409,8 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
         if checkpoint.dtypes[stored] not in _dtypes(name, formats):
             raise CheckpointError(f"{path}: {_wrong_dtype(name, stored, checkpoint, formats)}")
         # The head of a tied checkpoint is the embedding, which is whole in every part.
-        dim = None if is_embedding(stored, config) else cut_dimension(name, formats)
+        is_whole = is_embedding(stored, config)
+        dim = None if is_whole else cut_dimension(name, whole, formats, num_parts)
         shape = part_shape(dim, whole, num_parts)
         if checkpoint.shapes[stored] != shape:
             wrong.append(f"{stored} is {list(checkpoint.shapes[stored])}, expected {list(shape)}")
@@ -523,6 +546,7 @@ def load_model(
                 for key, _ in list(module.named_parameters(recurse=False)):
                     module.register_parameter(key, as_parameter(reader.read(f"{owner}.{key}")))
         unit.pack()
+    reader.log_notices()
     checkpoint.close()
 
 
@@ -534,6 +558,7 @@ class _Reader:
     layout: Layout
     model: GPTNeoX
     dtype: torch.dtype
+    notices: dict[str, dict[str, int]] = field(default_factory=dict)  # text -> layer -> bytes
 
     def read(self, name: str) -> Tensor:
         """Any parameter but a linear layer's weight, copied from the file."""
@@ -549,13 +574,29 @@ class _Reader:
 
     def read_weight(self, linear: str) -> LinearWeight:
         """The weight of a linear layer, in the format it is stored in."""
-        weight_format = self.layout.formats[linear]
+        weight_format, group = self.layout.formats[linear], self.model.group
+        if shares_inputs(linear):
+            weight_format = weight_format.of_part(group.rank, group.world_size)
         stored = {t.suffix: self._read_part(f"{linear}.{t.suffix}") for t in weight_format.tensors}
+        path = self.checkpoint.model_path
         try:
-            return weight_format.load(stored, self.model.device.torch_device, self.dtype)
+            weight = weight_format.load(stored, self.model.device.torch_device, self.dtype)
         except ValueError as error:
-            path = self.checkpoint.model_path
             raise CheckpointError(f"{path}: {linear}: {error}") from error
+        if weight.notice is not None:
+            self.notices.setdefault(weight.notice.text, {})[linear] = weight.notice.num_bytes
+        return weight
+
+    def log_notices(self) -> None:
+        """What a user should know of how weights are held."""
+        for text, sizes in self.notices.items():
+            logger.info(
+                "%s: %.2f MiB of weights are %s: %s",
+                self.checkpoint.model_path,
+                sum(sizes.values()) / 2**20,
+                text,
+                listed(list(sizes), 3),
+            )
 
     def _read_part(self, name: str) -> Tensor:
         """In the file's dtype."""

@@ -128,8 +128,8 @@ def floats_of(weight: LinearWeight, dtype: torch.dtype) -> Tensor:
     """The matrix [F, K] that a loaded weight stands for, rounded once to `dtype`."""
     if isinstance(weight, AdjustedWeight):
         inner = floats_of(weight.weight, dtype)
-        if weight.order is not None:
-            inner = inner[:, weight.order.argsort()]
+        if (columns := weight.columns()) is not None:
+            inner = inner[:, columns]
         return inner if weight.divisor is None else (inner / weight.divisor).to(dtype)
     if isinstance(weight, Int4Weight):
         return weight.dequantize(dtype)

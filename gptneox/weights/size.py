@@ -18,6 +18,7 @@ from gptneox.weights.formats import (
     cut_dimension,
     part_shape,
     scheme_of,
+    shares_inputs,
     split_name,
 )
 
@@ -126,9 +127,10 @@ class ModelSize:
         """Name and bytes of every tensor of one rank of `world_size`."""
         for name, whole in full_shapes(self.config).items():
             owner, suffix = split_name(name)
-            shape = part_shape(cut_dimension(name, {}), whole, world_size)
+            shape = part_shape(cut_dimension(name, whole, {}, world_size), whole, world_size)
             if suffix == "weight" and len(shape) == 2 and name != EMBEDDING_NAME:
-                outputs, inputs = shape
-                yield name, self.formats.get(owner, FLOAT).num_bytes(outputs, inputs, self.dtype)
+                stored = self.formats.get(owner, FLOAT)
+                part = stored.of_part(0, world_size if shares_inputs(owner) else 1)
+                yield name, part.num_bytes(*shape, self.dtype)
             else:
                 yield name, math.prod(shape) * self.dtype.itemsize

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -84,7 +86,24 @@ FILES: dict[str, tuple[Callable[..., dict[str, Tensor]], dict[str, Any], dict[st
 }
 
 
-def describe(path: Path, kind: str) -> None:
+def write(
+    path: Path, kind: str, config: dict[str, Any], group_size: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """A checkpoint of `FILES` with another size of groups; see `foreign.write`."""
+    store, settings, options = FILES[kind]
+    changed = copy.deepcopy(settings)
+    if found := changed.get("quantization_config"):
+        if "config_groups" in found:
+            found["config_groups"]["group_0"]["weights"]["group_size"] = group_size
+        else:
+            found["group_size"] = group_size or -1
+    options = options | {"group_size": group_size}
+    expected = foreign.write(path, config, store, changed, dtype, **options)
+    describe(path, kind, group_size)
+    return expected
+
+
+def describe(path: Path, kind: str, group_size: int = 32) -> None:
     """Write the description of msmodelslim's files, and call the weights as it does."""
     if not kind.startswith("modelslim"):
         return
@@ -94,7 +113,7 @@ def describe(path: Path, kind: str) -> None:
         n: "W4A16" if n.partition("_scale")[0].partition("_offset")[0] in scaled else "FLOAT"
         for n in tensors
     }
-    group = 0 if kind.endswith("rows") else 32
+    group = 0 if kind.endswith("rows") else group_size
     version = {} if kind.endswith("each") else {"version": "1.0.0"}
     described = {"model_quant_type": "W4A16", "group_size": group, **version, **tags}
     (path / "quant_model_description.json").write_text(json.dumps(described))

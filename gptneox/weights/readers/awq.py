@@ -45,8 +45,8 @@ class AwqFormat(GroupFormat):
         groups = 0 if group_size else None  # their dimension
         self.tensors = (
             StoredTensor("qweight", (1, 0), (torch.int32,)),
-            StoredTensor("qzeros", (1, groups), (torch.int32,)),
-            StoredTensor("scales", (1, groups), FLOATS),
+            StoredTensor("qzeros", (1, groups), (torch.int32,), per_group=True),
+            StoredTensor("scales", (1, groups), FLOATS, per_group=True),
         )
         if divides:
             self.tensors = (*self.tensors, StoredTensor(_SCALES, (None, 0), FLOATS))

@@ -38,7 +38,7 @@ from gptneox.weights.formats import (
     StoredTensor,
     WeightFormat,
 )
-from gptneox.weights.groups import GroupFormat, Integers, order_of_groups, unpack
+from gptneox.weights.groups import GroupFormat, Integers, unpack
 from gptneox.weights.readers.stored import Reader, Stored
 
 logger = logging.getLogger(__name__)
@@ -87,19 +87,20 @@ class PackedFormat(GroupFormat):
         super().__init__(bits, group_size, has_order=has_order)
         self.symmetric, self.words = symmetric, 32 // bits
         self.outputs_per_word = 1 if symmetric else self.words
-        groups = None if group_size == 0 else 1  # their dimension
+        self.order_suffix = "weight_g_idx" if has_order else ""
+        groups = 1 if group_size and not has_order else None  # their dimension
         self.tensors = (
             StoredTensor("weight_packed", (0, 1), (torch.int32,)),
-            StoredTensor("weight_scale", (0, groups), FLOATS),
+            StoredTensor("weight_scale", (0, groups), FLOATS, per_group=True),
             StoredTensor("weight_shape", (None, None), (torch.int64, torch.int32)),
         )
         if not symmetric:
-            zeros = StoredTensor("weight_zero_point", (0, groups), (torch.int32,))
+            zeros = StoredTensor("weight_zero_point", (0, groups), (torch.int32,), per_group=True)
             self.tensors = (*self.tensors, zeros)
         if has_order:
             self.tensors = (
                 *self.tensors,
-                StoredTensor("weight_g_idx", (None, 0), (torch.int32, torch.int64)),
+                StoredTensor(self.order_suffix, (None, 0), (torch.int32, torch.int64)),
             )
 
     def shapes(self, num_outputs: int, num_inputs: int) -> dict[str, tuple[int, ...]]:
@@ -125,10 +126,8 @@ class PackedFormat(GroupFormat):
             zero = torch.full(scale.shape, 1 << (self.bits - 1), dtype=torch.int16)
         else:
             zero = unpack(stored["weight_zero_point"], self.bits, 0).to(torch.int16)
-        if not self.has_order:
-            return Integers(values, scale, zero)
-        order = order_of_groups(stored["weight_g_idx"], scale.shape[1])
-        return Integers(values if order is None else values[:, order], scale, zero, order)
+        groups = stored["weight_g_idx"].long() if self.has_order else None
+        return Integers(values, scale, zero, groups)
 
 
 def write_settings(weight_format: WeightFormat, ignored: Iterable[str]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ Settings are in config.json's `quantization_config`, or in quantize_config.json.
     scales     float [G, N]
     g_idx      int32 [K], the group of each input; sorted unless desc_act
 
-A weight is scales * (qweight - qzeros). All of it is sorted by groups when it is loaded, and with
-desc_act the inputs are, each time.
+A weight is scales * (qweight - qzeros). With desc_act it is sorted by groups when it is loaded, and
+the inputs are for each product; see `groups.GroupFormat`.
 
 Source: AutoGPTQ, nn_modules/qlinear; GPTQModel, its conversion from gptq to gptq_v2.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gptneox.weights.files import CheckpointError
 from gptneox.weights.formats import FLOATS, Formats, StoredTensor, WeightFormat
-from gptneox.weights.groups import GroupFormat, Integers, order_of_groups, unpack
+from gptneox.weights.groups import GroupFormat, Integers, unpack
 from gptneox.weights.readers.stored import SettingsReader, Stored
 
 logger = logging.getLogger(__name__)
@@ -46,11 +46,12 @@ class GptqFormat(GroupFormat):
         super().__init__(bits, group_size, has_order=has_order)
         self.less_one = less_one
         self.outputs_per_word = 32 // bits
-        groups = None if group_size == 0 else 0  # their dimension
+        self.order_suffix = "g_idx" if has_order else ""
+        groups = 0 if group_size and not has_order else None  # their dimension
         self.tensors = (
             StoredTensor("qweight", (1, 0), _INTEGERS),
-            StoredTensor("qzeros", (1, groups), _INTEGERS),
-            StoredTensor("scales", (1, groups), FLOATS),
+            StoredTensor("qzeros", (1, groups), _INTEGERS, per_group=True),
+            StoredTensor("scales", (1, groups), FLOATS, per_group=True),
             StoredTensor("g_idx", (None, 0), _INTEGERS),
         )
 
@@ -72,22 +73,10 @@ class GptqFormat(GroupFormat):
         zero = unpack(stored["qzeros"], self.bits, 1).T.to(torch.int16)
         if self.less_one:
             zero = (zero + 1) & ((1 << self.bits) - 1)
-        scale, order = stored["scales"].T, self._order(stored["g_idx"], stored["scales"].shape[0])
-        if order is not None:
-            values = values.index_select(1, order)
-        return Integers(values, scale, zero, order)
-
-    def _order(self, groups: Tensor, num_groups: int) -> Tensor | None:
-        """See `order_of_groups`. A rank's part of sorted inputs begins with a later group.
-
-        Raises:
-            ValueError: groups differ in size, or are not sorted though the settings say so.
-        """
-        if self.has_order:
-            return order_of_groups(groups, num_groups)
-        if order_of_groups(groups - groups[0], num_groups) is not None:
+        groups = stored["g_idx"].long()
+        if not self.has_order and not torch.equal(groups, self.in_order(len(groups))):
             raise ValueError("g_idx is not sorted, which desc_act False means")
-        return None
+        return Integers(values, stored["scales"].T, zero, groups if self.has_order else None)
 
 
 class GptqReader(SettingsReader):

@@ -91,8 +91,8 @@ class AscendInt4Format(GroupFormat):
         groups = 1 if group_size else None  # their dimension
         self.tensors = (
             StoredTensor("weight", (0, 1), (torch.int8,)),
-            StoredTensor("weight_scale", (0, groups), FLOATS),
-            StoredTensor("weight_offset", (0, groups), FLOATS),
+            StoredTensor("weight_scale", (0, groups), FLOATS, per_group=True),
+            StoredTensor("weight_offset", (0, groups), FLOATS, per_group=True),
         )
 
     def shapes(self, num_outputs: int, num_inputs: int) -> dict[str, tuple[int, ...]]:
