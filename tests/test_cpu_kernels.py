@@ -514,7 +514,7 @@ def test_a_trial_is_kept_and_read(cpu: CompiledCpuOperators, tmp_path: Path) -> 
         kept = {"bf16": 3, "fp16": 40, "fp32": blocked.NEVER, "int4": 17, "int4_rounded": 9}
         kept["integers"] = 5
         path.write_text(json.dumps(kept))
-        blocked.choose(cpu.kernels, path)
+        blocked.choose(cpu.kernels, path, has_matrix_units=True)
         assert cpu.kernels.blocked_from() == tuple(kept.values())
         assert blocked.describe(cpu.kernels) == (
             "blocked products: bf16 from 3 rows, fp16 from 40 rows, int4 from 17 rows, "
@@ -526,11 +526,12 @@ def test_a_trial_is_kept_and_read(cpu: CompiledCpuOperators, tmp_path: Path) -> 
         )
         for damaged in ("{", "[]", json.dumps(zero), json.dumps(of_an_older_version)):
             path.write_text(damaged)
-            blocked.choose(cpu.kernels, path)
+            blocked.choose(cpu.kernels, path, has_matrix_units=True)
             numbers = json.loads(path.read_text())
             assert tuple(numbers.values()) == cpu.kernels.blocked_from()
             assert all(rows in (*blocked._ROWS, blocked.NEVER) for rows in numbers.values())
-        blocked.choose(cpu.kernels, tmp_path / "absent" / "blocked.json")  # not kept, but used
+        absent = tmp_path / "absent" / "blocked.json"
+        blocked.choose(cpu.kernels, absent, has_matrix_units=False)  # not kept, but used
     finally:
         cpu.kernels.set_blocked_from(*before)
 

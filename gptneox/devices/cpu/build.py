@@ -125,7 +125,8 @@ def load(wanted: str = "") -> ModuleType | None:
     try:
         library = _built(environment)
         module = _import(library)
-        blocked.choose(module, library.with_name("products.json"))
+        numbers = library.with_name("products.json")
+        blocked.choose(module, numbers, has_matrix_units="amx_tile" in _processor_flags().split())
         return module
     except (OSError, RuntimeError) as error:
         if wanted == "on":

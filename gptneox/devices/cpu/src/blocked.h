@@ -121,32 +121,37 @@ inline void write_row(const float* x, int64_t count, int64_t plane, void* out) {
 }
 
 #if GPTNEOX_BF16_DOT
-// Split fp16 or fp32 weights [count][kCols] of a panel into w_hi and w_lo, panels of bf16 pairs
-// [count / 2][kCols][2]. Without kLow, w_hi alone.
-template <bool kLow, typename W>
-inline void split_weights(
-    const W* panel, int64_t count, c10::BFloat16* high, c10::BFloat16* low) {
-  const auto widened = [](__m256i half) { // bf16 to fp32
-    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
-  };
-  // Column j of the even row (0 to 15) and of the odd row (16 to 31) become pair j.
+// Two values of K of kVec features, even and odd, to kVec pairs of bf16: rounded at `high` and, with
+// kLow, what that leaves at `low`.
+template <bool kLow>
+inline void split_pairs(__m512 even, __m512 odd, c10::BFloat16* high, c10::BFloat16* low) {
+  // Value j of the even half (0 to 15) and of the odd half (16 to 31) become pair j.
   const __m512i to_pairs = _mm512_set_epi16(
       31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
       3, 18, 2, 17, 1, 16, 0);
+  const auto rounded = [&](__m512 first, __m512 second) {
+    return _mm512_permutexvar_epi16(to_pairs, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+  };
+  const __m512i pairs = rounded(even, odd);
+  _mm512_storeu_si512(high, pairs);
+  if constexpr (kLow) {
+    const __m512i top = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    const __m512 even_rest = _mm512_sub_ps(even, (__m512)_mm512_slli_epi32(pairs, 16));
+    const __m512 odd_rest = _mm512_sub_ps(odd, (__m512)_mm512_and_si512(pairs, top));
+    _mm512_storeu_si512(low, rounded(even_rest, odd_rest));
+  }
+}
+
+// Split weights [count][kCols] of a panel into w_hi and w_lo, panels of bf16 pairs
+// [count / 2][kCols][2].
+template <typename W>
+inline void split_weights(
+    const W* panel, int64_t count, c10::BFloat16* high, c10::BFloat16* low) {
   for (int64_t k = 0; k < count; k += 2, panel += 2 * kCols) {
     __builtin_prefetch(reinterpret_cast<const char*>(panel) + 4096, 0, 2);
     __builtin_prefetch(reinterpret_cast<const char*>(panel) + 4096 + 64, 0, 2);
     for (int64_t j = 0; j < kCols; j += kVec, high += 2 * kVec, low += 2 * kVec) {
-      const __m512 even = load(panel + j), odd = load(panel + kCols + j);
-      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even); // rounded
-      _mm512_storeu_si512(high, _mm512_permutexvar_epi16(to_pairs, both));
-      if constexpr (!kLow) {
-        continue;
-      }
-      const __m512 even_rest = _mm512_sub_ps(even, widened(_mm512_castsi512_si256(both)));
-      const __m512 odd_rest = _mm512_sub_ps(odd, widened(_mm512_extracti64x4_epi64(both, 1)));
-      const __m512i rest = (__m512i)_mm512_cvtne2ps_pbh(odd_rest, even_rest);
-      _mm512_storeu_si512(low, _mm512_permutexvar_epi16(to_pairs, rest));
+      split_pairs<true>(load(panel + j), load(panel + kCols + j), high, low);
     }
   }
 }

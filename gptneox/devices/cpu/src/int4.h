@@ -318,16 +318,51 @@ inline void widen_int4(
 }
 
 #if GPTNEOX_BF16_DOT
-// `split_weights` of weights of four bits.
+// `split_weights` of weights of four bits, values [k, k + count) of K; without kLow, w_hi alone.
+template <bool kLow, bool kZeros>
 inline void split_int4(
     const Packed& weight, int64_t panel, int64_t k, int64_t count, c10::BFloat16* high,
     c10::BFloat16* low) {
-  alignas(64) float wide[kDepth * kCols];
-  for (int64_t i = 0; i < count; i += kDepth) {
-    widen_int4(weight, panel, k + i, kDepth, wide);
-    (weight.rounds ? split_weights<false, float> : split_weights<true, float>)(
-        wide, kDepth, high + i * kCols, low + i * kCols);
+  const Groups groups(weight, panel);
+  const int64_t last = k + count;
+  for (const Int4* p = panel_at<Format<Int4>>(weight, panel, k); k < last;) {
+    const int64_t g = k / groups.size, end = std::min((g + 1) * groups.size, last);
+    Lanes scales[2], zeros[2] = {};
+    for (int j = 0; j < 2; ++j) {
+      scales[j] = groups.scale(g, j);
+      if constexpr (kZeros) {
+        zeros[j] = groups.zero(g, j);
+      }
+    }
+    for (; k < end; k += 4, p += 4 * kVec) {
+      __builtin_prefetch(reinterpret_cast<const char*>(p) + 2048, 0, 2);
+#pragma GCC unroll 2
+      for (int i = 0; i < 4; i += 2, high += 2 * kCols, low += 2 * kCols) {
+        Lanes even[2], odd[2];
+        load_int4<kZeros>(p, i, even[0], even[1]);
+        load_int4<kZeros>(p, i + 1, odd[0], odd[1]);
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+          if constexpr (kZeros) {
+            even[j] -= zeros[j];
+            odd[j] -= zeros[j];
+          }
+          split_pairs<kLow>(
+              (__m512)(even[j] * scales[j]), (__m512)(odd[j] * scales[j]), high + j * 2 * kVec,
+              low + j * 2 * kVec);
+        }
+      }
+    }
   }
+}
+
+inline void split_int4(
+    const Packed& weight, int64_t panel, int64_t k, int64_t count, c10::BFloat16* high,
+    c10::BFloat16* low) {
+  const bool has_zeros = weight.zeros.defined();
+  const auto split = weight.rounds ? (has_zeros ? split_int4<false, true> : split_int4<false, false>)
+                                   : (has_zeros ? split_int4<true, true> : split_int4<true, false>);
+  split(weight, panel, k, count, high, low);
 }
 #endif
 

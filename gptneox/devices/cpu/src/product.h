@@ -283,7 +283,7 @@ void panels_blocked(
           if constexpr (kGrouped<F>) {
             split_int4(*term.weight, p, k, count, high, low);
           } else {
-            split_weights<true>(part, count, high, low);
+            split_weights(part, count, high, low);
           }
           const auto* a = reinterpret_cast<const c10::BFloat16*>(term.x->block(first)) + k;
           const auto add = [&](const void* x, const void* w, bool adds) {
