@@ -37,7 +37,7 @@ _ROWS = (256, 64, 32, 16, 8, 4, 2)
 _MANY = 32
 _ROUNDS = 6  # the best counts
 # What shares a core with this program may use its matrix units for seconds. They are up to seven
-# times as fast as vectors, so a trial that finds them a little slower for many rows is not believed.
+# times as fast as vectors: a trial that finds them a little slower for many rows is not believed.
 _DOUBT = 1.25
 
 

@@ -325,18 +325,29 @@ inline IntLanes integer_lanes(const int32_t* p) {
 struct IntegerTerm {
   const PackedIntegers* weight;
   const IntegerRows* x;
+};
 
-  // The sums of `digits` rows of digits, one row of activations, as floats: half `j` of a panel.
-  Lanes number(int64_t panel, int j, const int32_t* sums) const {
-    const int64_t column = panel * kCols + j * kVec;
-    const int32_t* start = weight->start.const_data_ptr<int32_t>() + column;
-    Lanes total = __builtin_convertvector(
-        integer_lanes(sums + j * kVec) + integer_lanes(start), Lanes);
-    for (int d = 1; d < x->digits; ++d) {
+// What turns the sums of a panel's columns into those of a term, half `j` of the columns.
+struct PanelScales {
+  Lanes scale[2];
+  IntLanes start[2];
+
+  PanelScales() = default;
+  PanelScales(const PackedIntegers& weight, int64_t panel) {
+    for (int j = 0; j < 2; ++j) {
+      const int64_t column = panel * kCols + j * kVec;
+      scale[j] = lanes(weight.scales.const_data_ptr<float>() + column);
+      start[j] = integer_lanes(weight.start.const_data_ptr<int32_t>() + column);
+    }
+  }
+  // The sums of `digits` rows of digits, one row of activations, whose step is 1.
+  Lanes number(int digits, const int32_t* sums, int j) const {
+    Lanes total = __builtin_convertvector(integer_lanes(sums + j * kVec) + start[j], Lanes);
+    for (int d = 1; d < digits; ++d) {
       const IntLanes next = integer_lanes(sums + d * kCols + j * kVec);
       total = total * 256.f + __builtin_convertvector(next, Lanes);
     }
-    return total * lanes(weight->scales.const_data_ptr<float>() + column);
+    return total * scale[j];
   }
 };
 
@@ -371,19 +382,23 @@ struct IntegerOutput {
     const int64_t width = std::min<int64_t>(kCols, features - column);
     const bool is_linear = activation == Activation::kNone;
     const float* added = bias ? bias + column : nullptr;
+    PanelScales scales[kTerms];
+    for (size_t t = 0; t < terms.size(); ++t) {
+      scales[t] = PanelScales(*terms[t].weight, panel);
+    }
     alignas(64) float tile[kDotRows * kCols];
     for (int64_t r = 0; r < count; r += kDotRows) {
       const int64_t height = std::min<int64_t>(kDotRows, count - r);
       for (int64_t i = 0; i < height; ++i) {
-        for (int j = 0; j < 2; ++j) {
-          Lanes total{};
-          for (size_t t = 0; t < terms.size(); ++t) {
-            const IntegerRows& x = *terms[t].x;
-            const int32_t* from = sums + t * size + (r + i) * x.digits * kCols;
-            total += terms[t].number(panel, j, from) * x.steps[first + r + i];
+        Lanes total[2] = {};
+        for (size_t t = 0; t < terms.size(); ++t) {
+          const IntegerRows& x = *terms[t].x;
+          const int32_t* from = sums + t * size + (r + i) * x.digits * kCols;
+          for (int j = 0; j < 2; ++j) {
+            total[j] += scales[t].number(x.digits, from, j) * x.steps[first + r + i];
           }
-          std::memcpy(tile + i * kCols + j * kVec, &total, sizeof(total));
         }
+        std::memcpy(tile + i * kCols, total, sizeof(total));
       }
       if (!is_linear) {
         apply(activation, added, width, height, tile);
