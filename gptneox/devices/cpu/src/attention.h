@@ -13,6 +13,7 @@
 #include <cmath>
 #include <vector>
 
+#include "cache_rows.h"
 #include "product.h"
 
 namespace gptneox {
@@ -167,17 +168,6 @@ struct NewTokens {
 
 // -- decode: one query per sequence --------------------------------------------------------------
 
-// The sum of a vector's elements.
-inline float total(const Vec& x) {
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
-}
-
-inline float total(Lanes x) {
-  Vec v;
-  std::memcpy(&v, &x, sizeof(v));
-  return total(v);
-}
-
 // x[i] *= scale of token i of `count` tokens, the first of which has its scale at `scales`.
 inline void apply_scales(const float* scales, int64_t stride, int64_t count, float* x) {
   if (stride == 1) {
@@ -189,121 +179,6 @@ inline void apply_scales(const float* scales, int64_t stride, int64_t count, flo
   for (int64_t i = 0; i < count; ++i) {
     x[i] *= scales[i * stride];
   }
-}
-
-// Prefetch the row about 4 KiB ahead of row `i` of `count`; near the end, the rows of `next`, which
-// is read afterwards. Into the second-level cache, for the reason in tile.h.
-template <int N, typename C>
-inline void fetch_ahead(const C* row, int64_t stride, int64_t i, int64_t count, const C* next) {
-  constexpr int64_t kRowBytes = N * kVec * static_cast<int64_t>(sizeof(C));
-  constexpr int64_t kAhead = std::max<int64_t>(1, 4096 / kRowBytes);
-  const C* from = i + kAhead < count ? row + kAhead * stride : next + (i + kAhead - count) * stride;
-#pragma GCC unroll 32
-  for (int64_t offset = 0; offset < kRowBytes; offset += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(from) + offset, 0, 2);
-  }
-}
-
-// scores[i] = q . k_i for `count` tokens; D = N * kVec. `next`: see `fetch_ahead`.
-template <int N, typename C>
-inline void scores_of(
-    const float* q, const C* k, int64_t stride, int64_t count, const C* next, float* scores) {
-  Lanes query[N];
-#pragma GCC unroll 32
-  for (int n = 0; n < N; ++n) {
-    query[n] = lanes(q + n * kVec);
-  }
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4, k += 4 * stride) {
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      fetch_ahead<N>(k + r * stride, stride, i + r, count, next);
-    }
-    Lanes s0{}, s1{}, s2{}, s3{};
-#pragma GCC unroll 32
-    for (int n = 0; n < N; ++n) {
-      s0 += query[n] * lanes(load(k + n * kVec));
-      s1 += query[n] * lanes(load(k + stride + n * kVec));
-      s2 += query[n] * lanes(load(k + 2 * stride + n * kVec));
-      s3 += query[n] * lanes(load(k + 3 * stride + n * kVec));
-    }
-    scores[i] = total(s0);
-    scores[i + 1] = total(s1);
-    scores[i + 2] = total(s2);
-    scores[i + 3] = total(s3);
-  }
-  for (; i < count; ++i, k += stride) {
-    Lanes s{};
-#pragma GCC unroll 32
-    for (int n = 0; n < N; ++n) {
-      s += query[n] * lanes(load(k + n * kVec));
-    }
-    scores[i] = total(s);
-  }
-}
-
-// out [D] = out * factor + sum of p_i v_i over `count` tokens; D = N * kVec. `next`: see
-// `fetch_ahead`.
-template <int N, typename C>
-inline void add_values(
-    const float* p,
-    const C* v,
-    int64_t stride,
-    int64_t count,
-    const C* next,
-    float factor,
-    float* out) {
-  Lanes sum[N];
-#pragma GCC unroll 32
-  for (int n = 0; n < N; ++n) {
-    sum[n] = lanes(out + n * kVec) * factor;
-  }
-  for (int64_t i = 0; i < count; ++i, v += stride) {
-    fetch_ahead<N>(v, stride, i, count, next);
-#pragma GCC unroll 32
-    for (int n = 0; n < N; ++n) {
-      sum[n] += lanes(load(v + n * kVec)) * p[i];
-    }
-  }
-#pragma GCC unroll 32
-  for (int n = 0; n < N; ++n) {
-    std::memcpy(out + n * kVec, &sum[n], sizeof(Lanes));
-  }
-}
-
-// `scores_of` and `add_values` for one head size.
-template <typename C>
-struct Kernels {
-  void (*scores)(const float*, const C*, int64_t, int64_t, const C*, float*);
-  void (*values)(const float*, const C*, int64_t, int64_t, const C*, float, float*);
-};
-
-// Unrolled kernels for the head sizes that GPT-NeoX models have. Null for other sizes and where D
-// is not a multiple of kVec: plain loops compute those.
-template <typename C>
-Kernels<C> kernels_for(int64_t dim) {
-  if (dim % kVec == 0) {
-    switch (dim / kVec) {
-#define GPTNEOX_SIZE(N) \
-  case N:               \
-    return {scores_of<N, C>, add_values<N, C>};
-      GPTNEOX_SIZE(1)
-      GPTNEOX_SIZE(2)
-      GPTNEOX_SIZE(3)
-      GPTNEOX_SIZE(4)
-      GPTNEOX_SIZE(5)
-      GPTNEOX_SIZE(6)
-      GPTNEOX_SIZE(8)
-      GPTNEOX_SIZE(10)
-      GPTNEOX_SIZE(12)
-      GPTNEOX_SIZE(16)
-      GPTNEOX_SIZE(20)
-      GPTNEOX_SIZE(24)
-      GPTNEOX_SIZE(32)
-#undef GPTNEOX_SIZE
-    }
-  }
-  return {nullptr, nullptr};
 }
 
 // One part of a running softmax: raise `largest` to the maximum of x, then x = exp(x - largest) in
@@ -347,8 +222,7 @@ void attend_one(
     float* out,
     float& largest,
     float& sum) {
-  constexpr int64_t kTile = 128;
-  alignas(64) float p[kTile];
+  alignas(64) float p[kRowTile];
   const int64_t dim = step.head_dim;
   std::fill(out, out + dim, 0.f);
   largest = kMinusInfinity;
@@ -358,7 +232,7 @@ void attend_one(
   };
   for (int64_t position = begin; position < end;) {
     const int64_t offset = position % step.block_size;
-    const int64_t count = std::min({kTile, end - position, step.block_size - offset});
+    const int64_t count = std::min({kRowTile, end - position, step.block_size - offset});
     const C* k = row_of(keys, position);
     const C* v = row_of(values, position);
     if (kernels.scores) {

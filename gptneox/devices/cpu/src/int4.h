@@ -103,6 +103,7 @@ inline void tile_int4(
     int64_t ldc, bool accumulate) {
   constexpr int kChains = R == 1 ? 4 : R <= 3 ? 2 : 1;
   constexpr int kUnrolled = 4;
+  const int64_t ahead = fetch_distance(2048);
   if (!accumulate) {
     for (int r = 0; r < R; ++r) {
       std::memset(c + r * ldc, 0, kCols * sizeof(float));
@@ -117,7 +118,7 @@ inline void tile_int4(
       zeros[1] = groups.zero(g, 1);
     }
     for (; k < end; k += kUnrolled) {
-      __builtin_prefetch(reinterpret_cast<const char*>(panel + k * kVec) + 2048, 0, 2);
+      __builtin_prefetch(reinterpret_cast<const char*>(panel + k * kVec) + ahead, 0, 2);
 #pragma GCC unroll 4
       for (int u = 0; u < kUnrolled; ++u) {
         Lanes first, second;
@@ -212,6 +213,7 @@ inline void digit_tile(
     total[r][1] = accumulate ? _mm512_loadu_ps(c + r * ldc + kVec) : _mm512_setzero_ps();
   }
   const __m512i mask = _mm512_set1_epi8(15);
+  const int64_t ahead = fetch_distance(2048);
   for (int64_t k = 0; k < k_steps; ++x) {
     const int64_t g = k / groups.size, end = std::min<int64_t>(k + 32, k_steps);
     __m512i sum[R][2][2]; // of both digits
@@ -221,7 +223,7 @@ inline void digit_tile(
     }
     for (int i = 0; k < end; k += 4, i += 4) {
       const Int4* p = panel + k * kVec;
-      __builtin_prefetch(reinterpret_cast<const char*>(p) + 2048, 0, 2);
+      __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead, 0, 2);
       const __m512i both = _mm512_loadu_si512(p);
       const __m512i half[2] = {
           _mm512_and_si512(both, mask), _mm512_and_si512(_mm512_srli_epi16(both, 4), mask)};

@@ -249,6 +249,7 @@ inline void dot_tile(
 #if GPTNEOX_INT8_DOT
   constexpr int kChains = R == 1 ? 4 : R <= 4 ? 2 : 1;
   static_assert(kDepth % (4 * kChains) == 0 && kCols == 32);
+  const int64_t ahead = fetch_distance(4096);
   __m512i sum[kChains][R][2];
 #pragma GCC unroll 4
   for (int u = 0; u < kChains; ++u) {
@@ -261,8 +262,8 @@ inline void dot_tile(
 #pragma GCC unroll 4
     for (int u = 0; u < kChains; ++u) {
       const int8_t* p = panel + (k + 4 * u) * kCols;
-      __builtin_prefetch(p + 4096, 0, 2);
-      __builtin_prefetch(p + 4096 + 64, 0, 2);
+      __builtin_prefetch(p + ahead, 0, 2);
+      __builtin_prefetch(p + ahead + 64, 0, 2);
       const __m512i first = _mm512_loadu_si512(p), second = _mm512_loadu_si512(p + 64);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
