@@ -52,6 +52,9 @@ _CACHE_ARGUMENTS = inspect.signature(Cache.__init__).parameters
 # What `generate` calls the cache: "cache" since transformers 5.24.
 _INPUTS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if "cache" in _INPUTS else "past_key_values"
+# The `cache_implementation`s that ours is one of: it grows, and has every position of every layer.
+# transformers 4.57 asks a model that assists for the second.
+_GROWING = (None, "dynamic", "dynamic_full")
 
 
 class NeoXCache(Cache):
@@ -218,7 +221,7 @@ class GPTNeoXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         """
         cache = model_kwargs.get(CACHE)
         _check_cache(cache)
-        if generation_config.cache_implementation not in (None, "dynamic"):
+        if generation_config.cache_implementation not in _GROWING:
             raise ValueError(
                 f"cache_implementation {generation_config.cache_implementation!r} is not served; "
                 "leave it out"
