@@ -114,7 +114,7 @@ class Call:
         self.is_collective = self.name.startswith("c10d::")
         if self.is_collective:  # gloo carries it, so no kernel is launched that writes itself down
             ctypes.CDLL("libascendcl.so").fake_kernel(self.name.encode("ascii"))
-        self.written: list[tuple[Tensor, Tensor]] = []  # (npu tensor, its new value on the host)
+        self.written: list[tuple[Tensor, Tensor]] = []  # (tensor, its new value on the host)
         self.given = dict(zip(own.arguments, args, strict=False)) | kwargs  # by name, as they came
         self.host = {
             name: self._all_to_host(value, name in own.written)
@@ -136,6 +136,9 @@ class Call:
                 host = host.clone()
                 self.written.append((value, host))
             return host
+        if isinstance(value, Tensor) and is_written:  # a copy to the host, which the kernel spoils
+            self.written.append((value, value.clone()))
+            return self.written[-1][1]
         if isinstance(value, torch.device) and value.type == "npu":
             return torch.device("cpu")
         if isinstance(value, torch.Generator) and value.device.type == "npu":
@@ -153,7 +156,7 @@ class Call:
         return self.func(*values[:n], **dict(list(self.host.items())[n:]))
 
     def store_written(self) -> None:
-        """What the operator changed in place reaches the device."""
+        """What the operator changed in place reaches its tensors."""
         if not self.is_collective:
             for tensor, host in self.written:
                 on_host(tensor).copy_(host)
