@@ -176,6 +176,12 @@ def cache(python: Path) -> str:
     return str(python.parents[1] / "cache")
 
 
+@pytest.fixture
+def inner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where tests of a row write: high up, for the path of a socket has 107 bytes at most."""
+    return tmp_path_factory.getbasetemp() / "t"
+
+
 def answer(script: str, *options: str, output: Path, root: Path = REPO, **environ: str) -> str:
     """The text that a launcher gives in fp32."""
     flags = ("--input_texts", PROMPT, "--max_output_length", "20", "--device", "cpu")
@@ -202,19 +208,19 @@ def test_the_main_job(python: Path, cache: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.environments
-def test_the_tests(python: Path, cache: str, tmp_path: Path) -> None:
+def test_the_tests(python: Path, cache: str, inner: Path) -> None:
     files = [REPO / "tests" / name for name in TESTS]
-    options = ("-q", "-p", "no:cacheprovider", "--tb=short", "--basetemp", tmp_path / "inner")
+    options = ("-q", "-p", "no:cacheprovider", "--tb=short", "--basetemp", inner)
     said = run(python, "-m", "pytest", *options, *files, XDG_CACHE_HOME=cache)
     assert re.search(r"\d+ passed", said), said
 
 
 @pytest.mark.environments
-def test_the_emulated_npus(row: Row, python: Path, tmp_path: Path) -> None:
+def test_the_emulated_npus(row: Row, python: Path, inner: Path) -> None:
     site = python.parents[1] / "npu_site"
     if not row.torch_npu:
         pytest.skip(f"the table names no torch_npu for torch {row.torch}")
-    options = ("-q", "-p", "no:cacheprovider", "--tb=short", "--basetemp", tmp_path / "inner")
+    options = ("-q", "-p", "no:cacheprovider", "--tb=short", "--basetemp", inner)
     environ = {"FAKE_NPU_SITE": str(site), "GPTNEOX_CPU_KERNELS": "off"}
     said = run(python, "-m", "pytest", *options, REPO / "tests/npu", **environ)
     assert re.search(r"\d+ passed", said), said
@@ -242,7 +248,7 @@ def description(**environ: str) -> dict[str, Any]:
 
 
 @pytest.mark.environments
-def test_the_oldest_packages_of_the_service(tmp_path: Path) -> None:
+def test_the_oldest_packages_of_the_service(tmp_path: Path, inner: Path) -> None:
     """They describe the same service as those that are here, and pass the tests of its routes."""
     bounds = re.findall(r"(\w+)>=([\d.]+)", " ".join(requirements("serve")))
     oldest = [f"{name}=={bound}.0" for name, bound in bounds]
@@ -252,7 +258,7 @@ def test_the_oldest_packages_of_the_service(tmp_path: Path) -> None:
     assert description(**folders) == description(PYTHONPATH=str(REPO / "tests"))
     files = sorted((REPO / "tests").glob("test_server_[homst]*.py"))
     assert len(files) >= 6
-    options = ("-q", "-p", "no:cacheprovider", "--tb=short", "--basetemp", tmp_path / "inner")
+    options = ("-q", "-p", "no:cacheprovider", "--tb=short", "--basetemp", inner)
     assert " passed" in run(sys.executable, "-m", "pytest", *options, *files, **folders)
 
 
