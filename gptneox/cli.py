@@ -217,7 +217,8 @@ def read_settings(argv: Seq[str], default_config: Path) -> Settings:
         )
     if arguments.wants_chat and arguments.input_ids:
         raise ConfigError("--chat works on texts: give --input_texts, not --input_ids")
-    lacks_ids = not arguments.input_ids or arguments.interactive
+    gets_ids = arguments.input_ids or arguments.server_socket  # a rank gets them from its front
+    lacks_ids = not gets_ids or arguments.interactive
     if not arguments.load_tokenizer and (lacks_ids or sampling.stop):
         raise ConfigError(
             "--load_tokenizer False works on ids alone: give --input_ids, and neither --stop nor "

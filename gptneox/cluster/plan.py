@@ -232,4 +232,5 @@ def engine_options(settings: Settings) -> list[str]:
             is_for_hub = each.name == "revision" and not is_on_hub
             if each.flag and each.name != "model_path" and value != "" and not is_for_hub:
                 options.append(f"{each.flag}={value}")
-    return options + (["--trust_remote_code"] if settings.args.trust_remote_code else [])
+    options += ["--trust_remote_code"] if settings.args.trust_remote_code else []
+    return options + ([] if settings.args.load_tokenizer else ["--load_tokenizer=False"])

@@ -19,11 +19,11 @@ def run(settings: Settings) -> int:
     """
     if settings.model.attention == "flash":
         raise ConfigError("the service runs on the paged path alone; leave --attention out")
-    if not settings.args.load_tokenizer:
-        raise ConfigError("the service needs the tokenizer; leave --load_tokenizer out")
     if settings.args.server_socket:
         _run_rank(settings)
         return 0
+    if not settings.args.load_tokenizer:
+        raise ConfigError("the service needs the tokenizer; leave --load_tokenizer out")
     if settings.environment.world_size > 1:
         raise ConfigError(
             "--task serve starts its ranks itself; start it without torchrun: bash serve.sh"
