@@ -22,13 +22,12 @@ from typing import Any, TypeVar
 
 import ray
 import ray.data
-from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from gptneox.cli import Settings
 from gptneox.cluster.collector import Collector
 from gptneox.cluster.connection import connect, device_of, warn_without_room
-from gptneox.cluster.group import Hosts, tied
+from gptneox.cluster.group import FORCE_S, Hosts, end_with_node, tied
 from gptneox.cluster.plan import Shape, engine_options
 from gptneox.config.environment import Environment
 from gptneox.config.model import ModelConfig
@@ -48,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 NUM_STARTS = 3  # of a replica's ranks, for one piece of work
 START_TIMEOUT_S, GRACE_S = 1800.0, 10.0
+ROOM_S = 60.0  # between two questions whether there is room for a replica
 MAX_BLOCKS = 1000
 
 Piece = TypeVar("Piece")
@@ -212,7 +212,7 @@ def _resolve(future: asyncio.Future[Completion], completion: Completion) -> None
 
 
 class Worker:
-    """What Ray Data starts for each replica: computes pieces, one after the other."""
+    """Computes pieces, one after the other: an actor in the first bundle of its replica."""
 
     def __init__(
         self,
@@ -225,14 +225,14 @@ class Worker:
         self._arguments = (shape, options, model)
         self._engine: RemoteEngine | None = None
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Compute the pieces of a batch; what is wrong with one is its `error`."""
+    def compute(self, pieces: list[bytes]) -> tuple[list[bytes], list[str]]:
+        """Their answers, and for each what is wrong with it."""
         answers, errors = [], []
-        for packed in batch["piece"]:
+        for packed in pieces:
             computed, error = self._compute_piece(pickle.loads(packed))  # noqa: S301 - our own
             answers.append(pickle.dumps(computed))
             errors.append(error)
-        return {"key": batch["key"], "answer": answers, "error": errors}
+        return answers, errors
 
     def _compute_piece(self, piece: Any) -> tuple[Any, str]:
         lost = ""
@@ -255,9 +255,49 @@ class Worker:
             self._engine.close()
         self._engine = None
 
+
+class Feeder:
+    """What Ray Data starts for each replica: an actor that finds room for it, and feeds it.
+
+    The room is a placement group, which this actor makes, for Ray Data gives its actors none of
+    their own. It has no core itself. Where it dies, Ray takes back all that it has made.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[RemoteEngine, Any], Any],
+        shape: Shape,
+        options: list[str],
+        model: ModelPlace,
+    ) -> None:
+        """Wait until there is room: Ray Data gives pieces to none that is still being made."""
+        end_with_node()
+        self._group = ray.util.placement_group(**shape.placement)
+        while not self._group.wait(ROOM_S):
+            pass
+        worker = ray.remote(Worker).options(
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, 0),
+            max_restarts=-1,
+            max_task_retries=NUM_STARTS - 1,
+            **shape.actor_options,
+        )
+        self._worker = worker.remote(compute, shape, options, model)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Have the pieces of a batch computed; what is wrong with one is its `error`."""
+        pieces = list(batch["piece"])
+        try:
+            answers, errors = ray.get(self._worker.compute.remote(pieces))
+        except ray.exceptions.RayActorError as error:
+            said = " ".join(str(error).split())[:300]
+            answers, errors = [b""] * len(pieces), [f"a replica was lost: {said}"] * len(pieces)
+        return {"key": batch["key"], "answer": answers, "error": errors}
+
     def __del__(self) -> None:
         """Ray Data lets go of it before its actor ends."""
-        self.close()
+        if hasattr(self, "_worker"):
+            ray.wait([self._worker.close.remote()], timeout=GRACE_S + FORCE_S)
+        ray.util.remove_placement_group(self._group)
 
 
 def spread(
@@ -284,31 +324,19 @@ def spread(
     device = device_of(settings.model.device)
     shape = Shape(args.tp or 1, args.ray_hosts, args.ray_cpus, device)
     warn_without_room(shape, args.ray)
-    groups: list[PlacementGroup] = []
-
-    def place() -> dict[str, Any]:
-        """Called for each replica."""
-        groups.append(ray.util.placement_group(**shape.placement))
-        return {"scheduling_strategy": PlacementGroupSchedulingStrategy(groups[-1], 0)}
-
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map_batches(
-        Worker,
+        Feeder,
         fn_constructor_args=(compute, shape, engine_options(settings), model),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=args.ray, max_tasks_in_flight_per_actor=2),
-        ray_remote_args_fn=place,
-        **shape.actor_options,
+        num_cpus=0,
     )
-    try:
-        for row in dataset.iter_rows():
-            if row["error"]:
-                raise RuntimeError(row["error"])
-            yield row["key"], pickle.loads(row["answer"])  # noqa: S301 - our own
-    finally:
-        for group in groups:
-            ray.util.remove_placement_group(group)
+    for row in dataset.iter_rows():
+        if row["error"]:
+            raise RuntimeError(row["error"])
+        yield row["key"], pickle.loads(row["answer"])  # noqa: S301 - our own
 
 
 def ask(
