@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import shlex
 import shutil
@@ -86,6 +87,19 @@ def test_an_engine_elsewhere_gets_this_runs_settings(tmp_path: Path) -> None:
     assert there.model.dtype == "float32"
     by_id = read_settings(["--ray", "1", "--model_path", "a/b", "--revision", "v1"], tmp_path / "x")
     assert {"--model_path=a/b", "--revision=v1"} <= set(engine_options(by_id))
+
+
+def test_an_engine_elsewhere_needs_no_tokenizer_for_ids(tmp_path: Path) -> None:
+    ids = ["--load_tokenizer", "False", "--input_ids", "1"]
+    there = [
+        "--task",
+        "serve",
+        *engine_options(read_settings(["--ray", "1", *ids], tmp_path / "x")),
+    ]
+    rank = read_settings([*there, "--server_socket", "s"], tmp_path / "x")
+    assert not rank.args.load_tokenizer
+    with pytest.raises(ConfigError, match="--load_tokenizer False works on ids alone"):
+        read_settings(there, tmp_path / "x")
 
 
 @pytest.mark.parametrize(
@@ -230,7 +244,7 @@ def commands(text: str) -> list[list[str]]:
         for line in block.splitlines():
             words = shlex.split(line, comments=True)
             if words[:1] == ["gptneox"]:
-                found.append(words[1:])
+                found.append(list(itertools.takewhile(lambda word: word != ">", words[1:])))
     return found
 
 
@@ -239,11 +253,11 @@ def test_commands_of_the_page_parse(tmp_path: Path) -> None:
     pages = [REPO / "docs" / "cluster.md", REPO / "README.md", REPO / "README.zh.md"]
     found = [words for page in pages for words in commands(page.read_text("utf-8"))]
     own = [words[1:] for words in found if words[0] == "ray"]
-    assert {words[0] for words in own} == {"deploy", "delete"}
+    assert {words[0] for words in own} == {"deploy", "config", "delete", "shutdown"}
     for words in own:
         args, rest = task.parse(words)
         assert isinstance(args, argparse.Namespace)
-        if args.command == "deploy":
+        if args.command in ("deploy", "config"):
             task.plan_of(args, rest)
     others = [words for words in found if words[0] in ("precision", "inference")]
     assert len(others) >= 2

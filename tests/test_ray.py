@@ -15,13 +15,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from support.cluster import (
     Outcome,
     TwoNodes,
+    free_port,
     left_in,
     shared_memory,
     two_nodes,
@@ -90,6 +93,7 @@ def test_boolq_over_two_replicas_equals_one_process(cluster: TwoNodes, tmp_path:
         logs.append((folder / "test_result" / "device0.log").read_text("utf-8"))
         again = cluster.run(*options, *ray, cwd=folder)  # nothing is left to ask
         assert again.stdout == done.stdout
+        assert "eprecat" not in done.stderr, "of Ray"
     one, two = (tmp_path / name / "test_result" for name in ("one", "two"))
     assert (one / "cache0.csv").read_text() == (two / "cache0.csv").read_text()
     assert (one / "cache0.json").read_text() == (two / "cache0.json").read_text()
@@ -157,6 +161,9 @@ def test_what_is_wrong_is_said_in_a_line(cluster: TwoNodes, tmp_path: Path) -> N
     failed = cluster.run(*lost, cwd=tmp_path)
     assert failed.returncode == 1
     assert "ray start --head" in failed.stderr.splitlines()[-1]
+    unknown = cluster.run("ray", "delete", "--name", "other")
+    assert unknown.returncode == 1
+    assert unknown.stderr.splitlines()[-1].startswith("error: no application 'other' runs")
 
 
 # -- the service -----------------------------------------------------------------------------------
@@ -168,7 +175,8 @@ def service(cluster: TwoNodes) -> Iterator[TwoNodes]:
     cluster.deploy(*SAME, "--replicas", "2", "--tp", "2")
     cluster.wait_until_ready(2)
     yield cluster
-    cluster.delete()
+    if cluster.fronts():
+        cluster.delete()
 
 
 def test_answers_equal_a_single_run(service: TwoNodes, expected: list[str]) -> None:
@@ -341,3 +349,54 @@ def test_a_replica_over_two_hosts(cluster: TwoNodes, expected: list[str]) -> Non
     wait_for(lambda: not lost & {p.pid for p in cluster.processes()}, "the other rank to end")
     logger.info("ready again after %.1f s", cluster.wait_until_ready(1))
     cluster.delete()
+
+
+# -- the YAML ------------------------------------------------------------------------------------
+
+
+def shipped_yaml(port: int) -> dict[str, Any]:
+    """The file in deploy/, for this checkout, this model and two CPUs."""
+    whole = yaml.safe_load((REPO / "deploy" / "ray-serve.yaml").read_text("utf-8"))
+    (application,) = whole["applications"]
+    args = application["args"]
+    del args["autoscaling"]
+    args |= {"replicas": 2, "tp": 1, "cpus": 1, "device": "cpu", "options": [*map(str, SAME)]}
+    application["runtime_env"] = {"env_vars": {"PYTHONPATH": str(REPO)}}
+    whole["http_options"]["port"] = port
+    return whole
+
+
+def printed_yaml(port: int) -> dict[str, Any]:
+    """What `ray config` prints."""
+    done = run_main(
+        "ray", "config", *map(str, SAME), "--replicas", "2", "--port", str(port), cwd=REPO
+    )
+    assert done.returncode == 0, done.stderr
+    return yaml.safe_load(done.stdout)
+
+
+@pytest.mark.parametrize("source", [shipped_yaml, printed_yaml])
+def test_two_replicas_by_a_yaml_and_their_end(
+    source: Callable[[int], dict[str, Any]],
+    cluster: TwoNodes,
+    expected: list[str],
+    tmp_path: Path,
+) -> None:
+    """By Ray's own command, at a port of its own: Ray Serve of the tests before has ended."""
+    cluster.shutdown()
+    cluster.port = free_port()
+    (tmp_path / "service.yaml").write_text(yaml.safe_dump(source(cluster.port)), "utf-8")
+    command = [sys.executable, "-m", "ray.serve.scripts", "run", "--non-blocking"]
+    done = subprocess.run([*command, str(tmp_path / "service.yaml")], env=cluster.environ,
+        capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    cluster.wait_until_ready(2)
+    wait_for(lambda: cluster.complete("a", max_tokens=1).is_whole, "the routes")
+
+    def both_answer() -> bool:
+        answers = cluster.complete_all(PROMPTS, max_tokens=16)
+        assert [answer.text for answer in answers] == expected
+        return all(cluster.generated_by(front) > 0 for front in cluster.fronts())
+
+    wait_for(both_answer, "the proxy to know both replicas")
+    cluster.shutdown()

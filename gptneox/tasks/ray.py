@@ -4,6 +4,7 @@
     gptneox ray deploy [WEIGHT_DIR] [options] [serve.sh's options]    deploy, or change what is
     gptneox ray config [WEIGHT_DIR] [options] [serve.sh's options]    YAML for `serve deploy`
     gptneox ray delete [--name NAME] [--address ADDRESS]              take it down
+    gptneox ray shutdown [--address ADDRESS]                          take Ray Serve down with all
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """
@@ -26,6 +27,9 @@ from gptneox.devices.ranks import CLUSTER_RESOURCES
 from gptneox.files import prepare_streams
 
 ROUTES_S = 30.0
+SHUTDOWN_S = 600.0  # that replicas may take for the requests that they have
+PROGRAM = "main.py ray" if CHECKOUT else "gptneox ray"
+SERVE = "serve"  # the namespace of Ray Serve's actors
 
 
 def main(argv: list[str]) -> int:
@@ -33,8 +37,8 @@ def main(argv: list[str]) -> int:
     args, options = parse(argv)
     try:
         prepare_streams()
-        if args.command == "delete":
-            return _delete(args)
+        if args.command in ("delete", "shutdown"):
+            return _delete(args) if args.command == "delete" else _shutdown(args)
         plan = plan_of(args, options)
         if args.command == "config":
             sys.stdout.write(config_yaml(args, plan))
@@ -48,22 +52,23 @@ def main(argv: list[str]) -> int:
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our options, and those of serve.sh, which are checked later."""
     parser = argparse.ArgumentParser(
-        prog="main.py ray" if CHECKOUT else "gptneox ray",
+        prog=PROGRAM,
         description="Serve from a Ray cluster. Further options are those of serve.sh.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in ("deploy", "config", "delete"):
+    for command in ("deploy", "config", "delete", "shutdown"):
         sub = commands.add_parser(command, allow_abbrev=False)
         add = sub.add_argument
-        add("--name", default="gptneox", help="the application's; default: gptneox")
+        if command != "shutdown":
+            add("--name", default="gptneox", help="the application's; default: gptneox")
         if command != "config":
             add("--address", default="auto", help="of the cluster; default: RAY_ADDRESS, or "
                 "the one on this host")  # fmt: skip
-        if command != "delete":
+        if command in ("deploy", "config"):
             _add_options(sub)
     args, rest = parser.parse_known_args(argv)
-    if args.command == "delete" and rest:
+    if args.command in ("delete", "shutdown") and rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args, rest
 
@@ -128,7 +133,7 @@ def plan_of(args: argparse.Namespace, options: list[str]) -> ServicePlan:
 
 
 def config_yaml(args: argparse.Namespace, plan: ServicePlan) -> str:
-    """The YAML for `serve deploy`."""
+    """The YAML for `serve deploy` and `serve run`."""
     import yaml  # a requirement of Ray
 
     application: dict[str, Any] = {
@@ -174,7 +179,7 @@ def _check_address(args: argparse.Namespace) -> None:
             raise RuntimeError(
                 f"{args.name} is deployed, but not at {args.host} port {args.port}: Ray Serve has "
                 "run with another --host or --port before, and keeps it; to change it, take all "
-                "of its applications down with: serve shutdown"
+                f"of its applications down with: {PROGRAM} shutdown"
             )
         time.sleep(0.5)
 
@@ -195,6 +200,30 @@ def _delete(args: argparse.Namespace) -> int:
     connection.connect(args.address)
     from ray import serve
 
+    known = serve.status().applications
+    if args.name not in known:
+        raise RuntimeError(
+            f"no application '{args.name}' runs in this cluster; give --name with one of: "
+            f"{', '.join(sorted(known)) or '(none runs)'}"
+        )
     serve.delete(args.name)
     print(f"{args.name} is deleted")
+    return 0
+
+
+def _shutdown(args: argparse.Namespace) -> int:
+    need_ray()
+    from gptneox.cluster import connection
+
+    connection.connect(args.address)
+    import ray
+    from ray import serve
+
+    serve.shutdown()
+    end = time.monotonic() + SHUTDOWN_S
+    while SERVE in {each["namespace"] for each in ray.util.list_named_actors(all_namespaces=True)}:
+        if time.monotonic() > end:
+            raise RuntimeError(f"Ray Serve has not ended after {SHUTDOWN_S:.0f} s; see its logs")
+        time.sleep(0.5)
+    print("Ray Serve has ended")
     return 0

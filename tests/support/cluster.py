@@ -92,6 +92,16 @@ class TwoNodes:
         wait_for(lambda: not self.processes(), "all processes to end")
         assert left_in(self.folder) == []
 
+    def shutdown(self) -> None:
+        """`ray shutdown`; neither of ours nor of Ray Serve is anything left then."""
+        ports = [self.port, *(front.port for front in self.fronts())]
+        done = self.run("ray", "shutdown")
+        assert done.returncode == 0, done.stderr
+        wait_for(lambda: not self.processes(), "all processes to end")
+        wait_for(lambda: not self.actors("Serve") + self.actors("Proxy"), "Ray Serve to end")
+        assert [port for port in ports if _listens(port)] == []
+        assert left_in(self.folder) == []
+
     # -- what runs ---------------------------------------------------------------------------------
 
     def processes(self) -> list[Process]:
@@ -240,6 +250,17 @@ def _status(port: int) -> int:
         return 0
 
 
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def _parents() -> dict[int, int]:
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
@@ -284,9 +305,7 @@ def two_nodes() -> Iterator[TwoNodes]:
     try:
         nodes = TwoNodes(cluster, folder)
         nodes.add_node()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            nodes.port = probe.getsockname()[1]
+        nodes.port = free_port()
         yield nodes
     finally:
         ray.shutdown()
