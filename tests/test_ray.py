@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import yaml
 from support.cluster import (
+    PATIENCE_S,
     Outcome,
     TwoNodes,
     free_port,
@@ -400,3 +401,22 @@ def test_two_replicas_by_a_yaml_and_their_end(
 
     wait_for(both_answer, "the proxy to know both replicas")
     cluster.shutdown()
+
+
+def test_a_killed_worker_loses_no_answer(
+    cluster: TwoNodes, expected: list[str], tmp_path: Path
+) -> None:
+    """Ray starts it again in its place, and its piece is computed anew."""
+    file = tmp_path / "answers.jsonl"
+    command = [sys.executable, str(MAIN), *answers_to(file, "--ray", "2")]
+    with (tmp_path / "stderr").open("w") as stderr:
+        process = subprocess.Popen(command, env=cluster.environ, stderr=stderr)
+    partial = tmp_path / "answers.jsonl.partial"
+    wait_for(lambda: partial.exists() and partial.read_text().count("\n") > 2, "answers")
+    worker = cluster.actors("ray::Worker")[0]
+    worker.kill()
+    assert process.wait(PATIENCE_S) == 0, (tmp_path / "stderr").read_text()
+    assert [record["text"] for record in read(file)] == expected
+    assert worker.pid not in {each.pid for each in cluster.actors("ray::Worker")}
+    wait_for(lambda: not cluster.processes(), "the replicas to end")
+    assert left_in(cluster.folder) == []
