@@ -527,21 +527,23 @@ class NpuOperators(Operators):
 
     # -- graphs ----------------------------------------------------------------------------------
 
-    def _about_graphs(self) -> str:
+    def _graph_limit(self) -> str:
+        """Why steps cannot be captured here at all; "" where they can."""
         if self.device.is_310p:
-            return "graphs are built for Atlas A2 only"
+            return "the update of a captured operator is documented for Atlas A2 only"
         if not has_graph_updates(self.torch_npu):
-            return "graphs: this torch_npu has no update of captured operators, later ones have"
-        return "graphs: --graphs on, untried on a card"
+            return "this torch_npu has no update of captured operators, later ones have"
+        return ""
+
+    def _about_graphs(self) -> str:
+        return f"graphs: {self._graph_limit() or '--graphs on, untried on a card'}"
 
     def _why_no_graphs(self) -> str:
         """Empty when decode steps are captured."""
         if self.graphs != "on":
             return "graphs are off until a card has confirmed them; --graphs on"
-        if self.device.is_310p:
-            return "the update of a captured operator is documented for Atlas A2 only"
-        if not has_graph_updates(self.torch_npu):
-            return "this torch_npu has no update of captured operators, later ones have"
+        if limit := self._graph_limit():
+            return limit
         if not isinstance(self._attention, A2Attention):
             return "attention in plain torch takes its lengths from the host"
         return ""
