@@ -484,6 +484,26 @@ def test_layers_of_four_bits_in_groups_of_any_size(
     assert (out - exact).abs().max() <= 4e-4 * exact.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("group_size", [48, 96, 384, 1152])
+def test_four_bits_in_several_chunks(
+    cpu: CompiledCpuOperators, group_size: int, dtype: torch.dtype
+) -> None:
+    """Chunks of K end within groups; zeros are 8, or differ."""
+    for zero in (torch.full((40, 1152 // group_size), 8), torch.arange(40)[:, None] % 16):
+        values = torch.randint(0, 256, (40, 576), dtype=torch.uint8)
+        scale = 0.01 + 0.01 * torch.rand(40, 1152 // group_size)
+        zeros = zero.expand(scale.shape).to(torch.uint8).contiguous()
+        packed = cpu.pack_int4(values, scale, zeros, None, dtype)
+        integers = torch.stack((values & 15, values >> 4), 2).flatten(1)
+        steps = integers.double() - zeros.double().repeat_interleave(group_size, 1)
+        exact = steps * scale.double().repeat_interleave(group_size, 1)
+        x = randn(40, 1152, seed=group_size)
+        error = (cpu.linear(x, packed) - x.double() @ exact.T).abs().max()
+        share = 2**-8 if dtype == torch.bfloat16 else 2**-15
+        assert error <= share * (x.double().norm(dim=1).max() * exact.norm(dim=1).max())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 def test_layers_of_no_rows(cpu: CompiledCpuOperators, dtype: torch.dtype) -> None:
     weights = random_layer(32, 32, 64, has_bias=True, dtype=torch.float32, activation="silu")
@@ -505,6 +525,22 @@ def test_half_precision_layers_err_less_than_plain_torch(
         qkv, mlp = cpu.layer_front(stream, packed)
         out = cpu.layer_back(qkv[:, :256].contiguous(), mlp, packed, stream)
         assert rms(out - exact) < 0.8 * rms(layer_by_layer(x, weights, plain)[1] - exact)
+
+
+def test_a_trial_doubts_slow_matrix_units(
+    cpu: CompiledCpuOperators, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not where there are none, and not for fp32, which they do not multiply."""
+    monkeypatch.setattr(blocked, "_seconds", lambda *arguments: (1.0, 1.2))
+    before = cpu.kernels.blocked_from()
+    try:
+        for has_matrix_units, expected in ((True, blocked._MANY), (False, blocked.NEVER)):
+            path = tmp_path / str(has_matrix_units)
+            blocked.choose(cpu.kernels, path, has_matrix_units=has_matrix_units)
+            numbers = json.loads(path.read_text())
+            assert (numbers["bf16"], numbers["fp32"]) == (expected, blocked.NEVER)
+    finally:
+        cpu.kernels.set_blocked_from(*before)
 
 
 def test_a_trial_is_kept_and_read(cpu: CompiledCpuOperators, tmp_path: Path) -> None:
@@ -798,19 +834,23 @@ def test_layers_that_do_not_fit_are_refused(cpu: CompiledCpuOperators) -> None:
 
 @pytest.mark.parametrize("num_threads", [1, 2, 4])
 @pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [40, 48])  # plain loops, and unrolled ones
 def test_a_long_context_is_shared_by_threads(
-    dtype: torch.dtype, num_threads: int, cpu: CompiledCpuOperators
+    head_dim: int, dtype: torch.dtype, num_threads: int, cpu: CompiledCpuOperators
 ) -> None:
     torch.set_num_threads(num_threads)
     batch = make_batch([(2999, 1), (4, 1), (700, 1)], 16)
     results = []
     for ops in (BASE, cpu):
-        cache = make_cache(ops, batch, 16, 1, 40, dtype)
+        cache = make_cache(ops, batch, 16, 1, head_dim, dtype)
         kept = torch.float32 if dtype == torch.int8 else dtype
-        qkv = 2 * randn(3, 1, 3, 40, dtype=kept)
+        qkv = 2 * randn(3, 1, 3, head_dim, dtype=kept)
         tables = RotaryTables(torch.ones(3000, 1), torch.zeros(3000, 1))
         results.append(cache.begin(batch, tables).attend(0, qkv))
-    assert_near(results[1], results[0])
+    if dtype == torch.int8 and head_dim == 48:  # see `test_attention`
+        assert (results[1] - results[0]).abs().max() <= 2**-12 * qkv[:, :, 2].abs().max()
+    else:
+        assert_near(results[1], results[0])
 
 
 @pytest.mark.parametrize("head_dim", [16, 48, 64, 80, 96, 128, 160, 256, 512])

@@ -118,7 +118,7 @@ def _note_cache(session: Session) -> None:
         form = f"in {session.options.scheme}" if session.options.scheme else "in two bytes each"
         session.notes.append(
             f"the weights ({session.weight_bytes / 1e6:.0f} MB {form}) fit the "
-            "processor's cache, so the bandwidth is that of the cache"
+            "cache that the processor reports, so the bandwidth may be that of the cache"
         )
 
 

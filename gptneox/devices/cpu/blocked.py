@@ -38,6 +38,7 @@ _MANY = 32
 _ROUNDS = 6  # the best counts
 # What shares a core with this program may use its matrix units for seconds. They are up to seven
 # times as fast as vectors: a trial that finds them a little slower for many rows is not believed.
+# They have no products of fp32.
 _DOUBT = 1.25
 
 
@@ -45,8 +46,10 @@ def choose(kernels: Any, path: Path, *, has_matrix_units: bool) -> None:
     """Set the numbers in the library, from the file `path` or by a trial that writes it."""
     numbers = _read(path)
     if numbers is None:
-        doubt = _DOUBT if has_matrix_units else 1.0
-        numbers = {name: _first_row(kernels, name, doubt) for name in FORMATS}
+        numbers = {
+            name: _first_row(kernels, name, _DOUBT if has_matrix_units and name != "fp32" else 1.0)
+            for name in FORMATS
+        }
         try:
             path.write_text(json.dumps(numbers), encoding="utf-8")
         except OSError as error:

@@ -286,9 +286,11 @@ inline void int8_values(
     }
     // Part l of register j are values 16 l + 4 j and the three behind.
     const __m512 low[2] = {
-        _mm512_shuffle_f32x4(total[0], total[1], 0x44), _mm512_shuffle_f32x4(total[2], total[3], 0x44)};
+        _mm512_shuffle_f32x4(total[0], total[1], 0x44),
+        _mm512_shuffle_f32x4(total[2], total[3], 0x44)};
     const __m512 high[2] = {
-        _mm512_shuffle_f32x4(total[0], total[1], 0xee), _mm512_shuffle_f32x4(total[2], total[3], 0xee)};
+        _mm512_shuffle_f32x4(total[0], total[1], 0xee),
+        _mm512_shuffle_f32x4(total[2], total[3], 0xee)};
     const __m512 ordered[4] = {
         _mm512_shuffle_f32x4(low[0], low[1], 0x88), _mm512_shuffle_f32x4(low[0], low[1], 0xdd),
         _mm512_shuffle_f32x4(high[0], high[1], 0x88), _mm512_shuffle_f32x4(high[0], high[1], 0xdd)};
@@ -308,11 +310,15 @@ inline void int8_values(
 template <int N, typename C>
 Kernels<C> unrolled() {
 #if GPTNEOX_INT8_DOT
-  if constexpr (std::is_same_v<C, int8_t>) {
-    return {int8_scores<N>, int8_values<N>};
-  }
+  constexpr bool kIntegers = std::is_same_v<C, int8_t>;
+#else
+  constexpr bool kIntegers = false;
 #endif
-  return {scores_of<N, C>, add_values<N, C>};
+  if constexpr (kIntegers) {
+    return {int8_scores<N>, int8_values<N>};
+  } else {
+    return {scores_of<N, C>, add_values<N, C>};
+  }
 }
 
 // Unrolled kernels for the head sizes that GPT-NeoX models have. Null for other sizes and where D

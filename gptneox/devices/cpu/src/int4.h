@@ -362,8 +362,9 @@ inline void split_int4(
     const Packed& weight, int64_t panel, int64_t k, int64_t count, c10::BFloat16* high,
     c10::BFloat16* low) {
   const bool has_zeros = weight.zeros.defined();
-  const auto split = weight.rounds ? (has_zeros ? split_int4<false, true> : split_int4<false, false>)
-                                   : (has_zeros ? split_int4<true, true> : split_int4<true, false>);
+  const auto split = weight.rounds
+      ? (has_zeros ? split_int4<false, true> : split_int4<false, false>)
+      : (has_zeros ? split_int4<true, true> : split_int4<true, false>);
   split(weight, panel, k, count, high, low);
 }
 #endif
