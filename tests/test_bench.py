@@ -716,14 +716,14 @@ def test_ours_and_transformers_are_measured_alike(run_bench, tiny_model):
                 assert run["share_of_bandwidth"] > 0
                 assert run["peak_bytes"] > 50 << 20
     assert len(re.findall("^ *transformers ", table, re.MULTILINE)) == 4  # speeds and ratios
-    assert "fit the processor's cache" in table
+    assert "fit the cache that the processor reports" in table
 
 
 # The widths of the smallest shape that all schemes serve.
 SMALL = models.Shape(2, 64, 2, vocab_size=96, max_position_embeddings=128)
 
 
-@pytest.mark.parametrize("scheme", ["w8a16", "w8a8", "w4a16"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16", pytest.param("w8a16", marks=pytest.mark.slow)])
 def test_quantized_weights_are_measured_beside_float_ones(scheme, run_bench, tmp_path):
     model = models.make_checkpoint(tmp_path / "small", SMALL, "bfloat16", quiet)
     argv = ["--model", str(model), "--scheme", scheme, "--batch", "2", "--runs", "1"]
