@@ -862,6 +862,17 @@ def test_a_document_is_not_spoilt(text, content, words, tmp_path, capsys):
     assert document.read_text() == text
 
 
+def test_products_of_integers_may_pass_those_of_floats():
+    result = example(curve="prompt")
+    for name in result["engines"]:
+        result["cases"][0]["summary"][name]["share_of_matmul"] = {"median": 2.5}
+    assert results.as_text(result).count("250% (limit wrong)") == 2
+    result["engines"][OURS]["weights"] = "w8a8"
+    table = results.as_text(result)
+    assert table.count("250% (limit wrong)") == 1
+    assert table.count("250%") == 2
+
+
 def test_every_kind_of_result_has_a_table():
     spread = {"p50": 1.0, "p99": 2.0}
     served = {

@@ -24,7 +24,7 @@ from gptneox.files import write_file
 FORMAT = "gptneox benchmark 1"
 Result = dict[str, Any]
 Row = Sequence[str]
-Summary = Mapping[str, Mapping[str, float]]
+Summary = Mapping[str, Any]
 # Takes a header and rows, gives a table.
 Draw = Callable[[Row, Sequence[Row]], str]
 
@@ -195,10 +195,16 @@ def _middle(key: str, digits: int, divisor: float = 1.0) -> Callable[[Summary], 
     return lambda summary: number(summary[key]["median"] / divisor, digits)
 
 
+def _of_products(summary: Summary) -> str:
+    """A share of what products of floats reach, which those of integers may well pass."""
+    reached = summary["share_of_matmul"]["median"]
+    return f"{reached:.0%}" if summary["weights"] else share(reached)
+
+
 _PREFILL_COLUMNS: dict[str, Callable[[Summary], str]] = {
     "prefill tok/s": _middle("prefill_tokens_per_s", 1),
     "first ms": _middle("first_token_ms", 1),
-    "of products": lambda summary: share(summary["share_of_matmul"]["median"]),
+    "of products": _of_products,
     "peak GiB": _middle("peak_bytes", 2, 2**30),
 }
 _COLUMNS = {
@@ -242,8 +248,13 @@ def _shape(case: Mapping[str, Any]) -> list[str]:
 
 def _cases(result: Result, draw: Draw) -> list[str]:
     columns = _PREFILL_COLUMNS if result["curve"] == "prompt" else _COLUMNS
+    weights = {name: about.get("weights", "") for name, about in result["engines"].items()}
     rows = [
-        [label(result, name), *_shape(case), *(show(summary) for show in columns.values())]
+        [
+            label(result, name),
+            *_shape(case),
+            *(show(summary | {"weights": weights[name]}) for show in columns.values()),
+        ]
         for case in result["cases"]
         for name, summary in case["summary"].items()
     ]
